@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+# For people. What is built and how is in meson.build.
+
+all: build/build.ninja
+	ninja -C build
+
+build/build.ninja:
+	meson setup build
+
+deps:
+	scripts/deps
+
+check: deps all
+	scripts/check
+
+# Fuzzing for longer, and everything else that does not fit into an hour.
+check-long: deps all
+	LATENT_LONG=1 scripts/check
+
+demo: deps all
+	demo/run
+
+bench: deps all
+	bench/run --all
+
+install: all
+	ninja -C build install
+
+clean:
+	rm -rf build
+
+help:
+	@echo "make        builds"
+	@echo "make deps   installs the Debian packages that are needed (root or sudo)"
+	@echo "make demo   shows three guests that share one image; sets everything up by itself"
+	@echo "make check  runs all tests; sets everything up by itself"
+	@echo "make bench  measures; the report is build/bench/report.md"
+
+.PHONY: all deps check check-long demo bench install clean help

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""KSM: switched on for a while, and everything put back."""
+
+import contextlib
+import time
+from pathlib import Path
+
+SYSFS = Path("/sys/kernel/mm/ksm")
+# merge_across_nodes and max_page_sharing can only be changed while nothing is merged: left alone.
+SETTINGS = ("pages_to_scan", "sleep_millisecs")
+MIN_FULL_SCANS = 3
+SETTLED_GAIN = 0.01
+POLL_S = 1.0
+RUN_STOP, RUN_SCAN, RUN_UNMERGE = 0, 1, 2
+
+
+def why_not():
+    """Why KSM cannot be used here, or None."""
+    if not SYSFS.is_dir():
+        return "the kernel has no KSM"
+    try:
+        with open(SYSFS / "pages_to_scan", "r+"):
+            return None
+    except OSError as error:
+        return f"KSM cannot be set: {error.strerror}"
+
+
+def read(name):
+    return int((SYSFS / name).read_text())
+
+
+def write(name, value):
+    (SYSFS / name).write_text(str(value))
+
+
+@contextlib.contextmanager
+def scanning(pages_to_scan, sleep_millisecs):
+    """KSM scans; at the end its settings are as before, and what it merged is unmerged
+    (unless it was running before: then it goes on)."""
+    before = {name: read(name) for name in ("run", *SETTINGS)}
+    advisor = _advisor()
+    try:
+        if advisor:
+            (SYSFS / "advisor_mode").write_text("none")  # it would set pages_to_scan by itself
+        write("pages_to_scan", pages_to_scan)
+        write("sleep_millisecs", sleep_millisecs)
+        write("run", RUN_SCAN)
+        yield
+    finally:
+        for name in SETTINGS:
+            write(name, before[name])
+        if advisor:
+            (SYSFS / "advisor_mode").write_text(advisor)
+        if before["run"] != RUN_SCAN:
+            write("run", RUN_UNMERGE)
+        write("run", before["run"])
+
+
+def _advisor():
+    """The advisor in use (Linux 6.8), or None."""
+    try:
+        text = (SYSFS / "advisor_mode").read_text()
+    except OSError:
+        return None
+    return text[text.index("[") + 1:text.index("]")]
+
+
+def ksmd_pid():
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if path.read_text() == "ksmd\n":
+                return int(path.parent.name)
+        except OSError:
+            pass
+    return None
+
+
+def settle(timeout_s, tick):
+    """Waits for some full scans, and until savings stop growing.
+
+    Returns (pages saved, full scans, whether they had stopped growing).
+    """
+    first_scan = read("full_scans")
+    deadline_s = time.monotonic() + timeout_s
+    saved = -1
+    last_scan = first_scan
+    while time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+        scans = read("full_scans")
+        now_saved = read("pages_sharing")
+        tick(f"KSM: {scans - first_scan} full scans, {now_saved * 4 >> 10} MiB saved")
+        if scans == last_scan:
+            continue
+        last_scan = scans
+        if scans - first_scan >= MIN_FULL_SCANS and now_saved <= saved * (1 + SETTLED_GAIN):
+            return now_saved, scans - first_scan, True
+        saved = now_saved
+    return read("pages_sharing"), read("full_scans") - first_scan, False

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * liblatent: lazy memory for virtual machines, for a VMM of your own. (For stock QEMU there is
+ * `latent run`, which needs no code.)
+ *
+ * A VMM gives guest RAM as a memfd that it has mapped MAP_SHARED, and calls latent_preadv where it
+ * would call preadv(2) to read a disk image into guest RAM. From then on the library owns the
+ * mappings of guest RAM: the VMM does not mmap, madvise(MADV_DONTNEED) or punch holes there itself.
+ *
+ * Threading: every function may be called from any thread at any time, unless it says otherwise. No
+ * function starts a thread or installs a signal handler. One lock per VM is held for the time of
+ * mapping calls, never during I/O on images.
+ *
+ * Errors: negative errno values; outputs are untouched on failure. Nothing is printed; see
+ * latent_options.log.
+ *
+ * Guest RAM stays whole: a call that fails leaves every page readable, with its old contents or,
+ * where the call was to replace them, with any.
+ */
+#ifndef LATENT_LATENT_H
+#define LATENT_LATENT_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LATENT_PAGE_BYTES 4096u
+
+/* The version of the library, "MAJOR.MINOR.PATCH". */
+const char *latent_version(void);
+
+struct latent_options {
+	size_t size;            /* sizeof(struct latent_options): tells the versions apart */
+	double share_threshold; /* map when the likelihood of sharing is at least this, 0..1; 0: always */
+	uint32_t min_run_pages; /* shortest run of pages to map; 0: by a cost model measured here */
+	uint32_t max_maps;      /* mappings that the process may have in all; 0: half of the limit */
+	int trust_images;       /* map images that neither a lease nor anything else protects */
+	const char *tracks_dir; /* directory, mode 0700, of the tracking structures that the user's VMs
+				 * share; copied. It need not survive a reboot: /run is a good place */
+	int lease_signal;       /* sent to thread lease_tid when a lease breaks: a real-time signal that
+				 * this thread blocks and reads (signalfd, sigwaitinfo) */
+	pid_t lease_tid;        /* gettid() of that thread */
+	void (*log)(void *ctx, const char *text); /* one line, or NULL; one callback per process */
+	void *log_ctx;
+};
+
+/* The defaults: share_threshold 0.1, everything else 0. */
+void latent_options_init(struct latent_options *options);
+
+struct latent_vm;
+
+/* -EINVAL: a size or value that this version does not know; -ENOMEM; what /proc/self/pagemap says. */
+int latent_vm_create(const struct latent_options *options, struct latent_vm **ret_vm);
+
+/* Leaves guest RAM mapped as it is, but settles nothing: unmap it or end the process. No other call
+ * on the VM may be under way. NULL is allowed. */
+void latent_vm_destroy(struct latent_vm *vm);
+
+/* Guest RAM at `hva`, mapped by the caller MAP_SHARED, readable and writable, from `memfd` at
+ * `offset`; all multiples of the page size. The descriptor stays the caller's and open.
+ * `name` is the block's, at most 63 bytes. -EINVAL, -ENOSPC (64 blocks), -ENOMEM. */
+int latent_ram_add(struct latent_vm *vm, const char *name, void *hva, size_t bytes, int memfd,
+		   uint64_t offset);
+
+/* The caller unmaps the block afterwards. -ENOENT. */
+int latent_ram_remove(struct latent_vm *vm, void *hva);
+
+/* The pages read as zeros afterwards and take no memory (balloon, free page reporting). `hva` and
+ * `bytes` are multiples of the page size. -EINVAL; -ENOENT: not within one block. */
+int latent_ram_discard(struct latent_vm *vm, void *hva, size_t bytes);
+
+/* An madvise(2) mark (MADV_DONTFORK, MADV_DONTDUMP, MADV_HUGEPAGE …) that the caller has set on
+ * guest RAM, to be set on new mappings too. */
+void latent_ram_marked(struct latent_vm *vm, void *hva, size_t bytes, int advice);
+
+/* preadv(2), with the same result but for errors, which are returned; pages are mapped where that is
+ * safe and pays. Contents of the buffers are undefined while it runs, as with preadv. */
+ssize_t latent_preadv(struct latent_vm *vm, int fd, const struct iovec *iov, int count, off_t offset);
+
+/*
+ * Giving an image up, in three steps, because its lease breaks (somebody wants to write it) or
+ * because the VMM itself is about to. `path` NULL: all images. -ENOENT: nothing of it was ever read.
+ *   privatize  while the guest runs: maps it no more, and turns what is mapped into private copies;
+ *              the file may be rewritten afterwards, not yet truncated.
+ *   settle     with all vCPUs and I/O into guest RAM stopped: moves these copies to the memfd.
+ *   release    gives the lease back: a writer's open goes on.
+ */
+int latent_image_privatize(struct latent_vm *vm, const char *path);
+int latent_image_settle(struct latent_vm *vm, const char *path);
+int latent_image_release(struct latent_vm *vm, const char *path);
+
+/* The path of an image whose lease breaks, into `path` (`room` bytes, cut if need be). Call it when
+ * the signal came, until it answers 0. 1: there is one; 0: none. */
+int latent_image_broken(struct latent_vm *vm, char *path, size_t room);
+
+struct latent_stats {
+	size_t size; /* set by the caller: sizeof(struct latent_stats) */
+	uint64_t ram_pages, overlay_pages; /* overlay: mapped from files */
+	uint64_t private_pages;            /* copies on write inside overlays */
+	uint64_t maps, other_maps, budget_maps;
+	uint64_t bytes_asked, bytes_shortcut, bytes_from_storage;
+};
+
+/* Brings the counts up to date from /proc/self/pagemap: about 10 ms per GiB. One thread at a time. */
+int latent_stats_get(struct latent_vm *vm, struct latent_stats *stats);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

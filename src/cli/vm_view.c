@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "cli/vm_view.h"
+
+#include "cli/cli.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static int map_stats(const char *path, const struct vm_stats **ret_stats);
+static int connect_to(const char *path, unsigned timeout_ms);
+
+int vm_view_open(const char *root, const char *name, struct vm_view *ret_view)
+{
+	struct vm_view view = { 0 };
+	char path[VMDIR_PATH_BYTES];
+	int r;
+
+	if (!vmdir_name_ok(name) || !vmdir_is_live(root, name))
+		return -ENOENT;
+	r = vmdir_path(root, name, VMDIR_STATS, path);
+	if (!r)
+		r = map_stats(path, &view.stats);
+	if (r)
+		return r;
+	snprintf(view.root, sizeof view.root, "%s", root);
+	snprintf(view.name, sizeof view.name, "%s", name);
+	*ret_view = view;
+	return 0;
+}
+
+void vm_view_close(struct vm_view *view)
+{
+	if (view->stats)
+		munmap((void *)view->stats, sizeof *view->stats);
+	view->stats = NULL;
+}
+
+int vm_view_find(const char *name, struct vm_view *ret_view)
+{
+	char root[VMDIR_PATH_BYTES], why[VMDIR_WHY_BYTES];
+	int r = vmdir_root(false, root, why);
+
+	if (r && r != -ENOENT)
+		return cli_fail(CLI_RUN_DIR, "%s", why);
+	if (!r)
+		r = vm_view_open(root, name, ret_view);
+	if (r == -ENOENT)
+		return cli_fail(CLI_NO_VM, "no VM named '%.80s' is running", name);
+	if (r == -EPROTO)
+		return cli_fail(CLI_NO_ANSWER, "%s was started by another version of Latent", name);
+	return r ? cli_fail(CLI_RUN_DIR, "the statistics of %s cannot be read: %s", name, strerror(-r)) : 0;
+}
+
+int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
+		struct control_reply *ret_reply)
+{
+	struct control_request request = {
+		.magic = CONTROL_MAGIC, .version = CONTROL_VERSION, .op = (uint32_t)op,
+	};
+	struct control_reply reply;
+	char socket_path[VMDIR_PATH_BYTES];
+	ssize_t n;
+	int fd, r;
+
+	if (path && snprintf(request.path, sizeof request.path, "%s", path) >= (int)sizeof request.path)
+		return -ENAMETOOLONG;
+	r = vmdir_path(view->root, view->name, VMDIR_CONTROL, socket_path);
+	if (r)
+		return r;
+	fd = connect_to(socket_path, timeout_ms);
+	if (fd < 0)
+		return fd;
+	n = send(fd, &request, sizeof request, MSG_NOSIGNAL);
+	if (n >= 0)
+		n = recv(fd, &reply, sizeof reply, 0);
+	if (n < 0)
+		r = errno == EAGAIN ? -ETIMEDOUT : -errno;
+	else if (n != sizeof reply || reply.magic != CONTROL_MAGIC || reply.version != CONTROL_VERSION)
+		r = n ? -EPROTO : -ECONNRESET;
+	close(fd);
+	if (r)
+		return r;
+	reply.text[sizeof reply.text - 1] = 0;
+	*ret_reply = reply;
+	return 0;
+}
+
+uint64_t vm_view_clean_pages(const struct vm_stats *stats)
+{
+	uint64_t overlay = stat_get(&stats->pages_overlay_now), copied = stat_get(&stats->pages_private_now);
+
+	/* Read at two moments. */
+	return overlay > copied ? overlay - copied : 0;
+}
+
+static int map_stats(const char *path, const struct vm_stats **ret_stats)
+{
+	const struct vm_stats *stats;
+	struct stat st;
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	if (fstat(fd, &st) || st.st_size != sizeof *stats) {
+		close(fd);
+		return -EPROTO;
+	}
+	stats = mmap(NULL, sizeof *stats, PROT_READ, MAP_SHARED, fd, 0);
+	close(fd);
+	if (stats == MAP_FAILED)
+		return -errno;
+	/* Zeros: the VM is being started this moment. */
+	if (stats->magic && (stats->magic != VM_STATS_MAGIC || stats->version != VM_STATS_VERSION)) {
+		munmap((void *)stats, sizeof *stats);
+		return -EPROTO;
+	}
+	*ret_stats = stats;
+	return 0;
+}
+
+static int connect_to(const char *path, unsigned timeout_ms)
+{
+	struct timeval timeout = { .tv_sec = timeout_ms / 1000, .tv_usec = timeout_ms % 1000 * 1000 };
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int fd, r = 0;
+
+	if (snprintf(address.sun_path, sizeof address.sun_path, "%s", path) >= (int)sizeof address.sun_path)
+		return -ENAMETOOLONG;
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout) ||
+	    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) ||
+	    connect(fd, (struct sockaddr *)&address, sizeof address))
+		r = errno == EAGAIN ? -ETIMEDOUT : -errno;
+	if (!r)
+		return fd;
+	close(fd);
+	return r;
+}

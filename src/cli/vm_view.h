@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* A running VM as other commands see it: its statistics, read-only, and its agent's control socket. */
+#ifndef LATENT_CLI_VM_VIEW_H
+#define LATENT_CLI_VM_VIEW_H
+
+#include "vmdir/control.h"
+#include "vmdir/stats.h"
+#include "vmdir/vmdir.h"
+
+struct vm_view {
+	char root[VMDIR_PATH_BYTES];
+	char name[VMDIR_NAME_BYTES];
+	const struct vm_stats *stats;
+};
+
+/* -ENOENT: no live VM has this name. -EPROTO: its statistics are of another version of Latent. */
+int vm_view_open(const char *root, const char *name, struct vm_view *ret_view);
+void vm_view_close(struct vm_view *view);
+
+/* Opens the VM that a user names; prints the sentence and returns an exit status on failure. */
+int vm_view_find(const char *name, struct vm_view *ret_view);
+
+/*
+ * Asks the agent. 0 if there is a reply, whatever it says; -ETIMEDOUT, or another negative errno.
+ * `path` may be NULL.
+ */
+int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
+		struct control_reply *ret_reply);
+
+/* Pages that are mapped from images and not copied. */
+uint64_t vm_view_clean_pages(const struct vm_stats *stats);
+
+#endif

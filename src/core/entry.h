@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The page entry: one 64-bit word for each page of guest RAM. It names the page's source. The table
+ * of a RAM block lies in shared memory; only the owner (the agent, under the range lock) writes it,
+ * and anybody who was given the table may read it at any time. A word of zero is a plain base page.
+ *
+ *   63        52 51                              16 15   12 11    8  7  6  5  4  3  2    0
+ *  +------------+---------------------------------+-------+-------+--+--+--+--+--+-------+
+ *  | file index | page number in the file         | long  | short |pr|sh|sb|kc|nu| source|
+ *  +------------+---------------------------------+-------+-------+--+--+--+--+--+-------+
+ *
+ *  source  enum entry_source: how the page is mapped
+ *  nu      needs update: the contents are still to be made             (save and restore)
+ *  kc      the backing already holds contents of a known class         (save and restore)
+ *  sb      source bit: an access must fetch from the locator           (migration)
+ *  sh      shared: maps a canonical page that others map too           (save and restore)
+ *  pr      private, sticky: the guest has written; a copy of its own   (all)
+ *  short, long   activity, two granularities                           (classification)
+ *  file index, page number   the locator, for a source other than base
+ *
+ * Ranges are not stored: a range is a longest run of pages whose entries name one mapping (see
+ * entry_joins). So ranges and entries cannot disagree.
+ */
+#ifndef LATENT_CORE_ENTRY_H
+#define LATENT_CORE_ENTRY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum entry_source {
+	ENTRY_BASE = 0,    /* MAP_SHARED of the VM's own memfd */
+	ENTRY_OVERLAY = 1, /* MAP_PRIVATE of a file */
+	/* 2 is kept for masked ranges */
+};
+
+#define ENTRY_SOURCE_MASK 0x7ull
+#define ENTRY_PRIVATE (1ull << 7)
+#define ENTRY_FILE_SHIFT 52
+#define ENTRY_PAGE_SHIFT 16
+#define ENTRY_PAGE_BITS 36
+#define ENTRY_FILES (1u << 12)
+#define ENTRY_FILE_PAGES (1ull << ENTRY_PAGE_BITS) /* 256 TiB */
+
+static inline uint64_t entry_overlay(unsigned file, uint64_t file_page)
+{
+	return ENTRY_OVERLAY | (uint64_t)file << ENTRY_FILE_SHIFT | file_page << ENTRY_PAGE_SHIFT;
+}
+
+static inline enum entry_source entry_source(uint64_t entry)
+{
+	return (enum entry_source)(entry & ENTRY_SOURCE_MASK);
+}
+
+static inline unsigned entry_file(uint64_t entry)
+{
+	return (unsigned)(entry >> ENTRY_FILE_SHIFT);
+}
+
+static inline uint64_t entry_file_page(uint64_t entry)
+{
+	return entry >> ENTRY_PAGE_SHIFT & (ENTRY_FILE_PAGES - 1);
+}
+
+static inline bool entry_is_private(uint64_t entry)
+{
+	return entry & ENTRY_PRIVATE;
+}
+
+/* True if a page with entry `b` that follows one with entry `a` lies in the same mapping. */
+static inline bool entry_joins(uint64_t a, uint64_t b)
+{
+	if (entry_source(a) != entry_source(b))
+		return false;
+	if (entry_source(a) == ENTRY_BASE)
+		return true;
+	return entry_file(a) == entry_file(b) && entry_file_page(a) + 1 == entry_file_page(b);
+}
+
+#endif

@@ -1,0 +1,784 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "core/ram.h"
+
+#include "os/os.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PRIVATIZE_SLICE_PAGES 512u
+#define RECONCILE_SLICE_PAGES 16384u /* 64 MiB: 0.3 to 1.1 ms under the lock */
+
+struct ram_file {
+	bool used;
+	int fd;
+	uint64_t pages, mapped_pages;
+	struct ram_observer observer;
+};
+
+struct ram {
+	pthread_mutex_t lock; /* the range lock: protects everything below but what is said */
+#ifndef NDEBUG
+	pthread_t holder;
+	bool held;
+#endif
+	struct ram_block *blocks[RAM_BLOCKS]; /* slots are read without the lock by ram_find */
+	struct ram_file files[ENTRY_FILES];
+	struct ram_counts counts;
+	struct os_pagemap *pagemap; /* used by ram_reconcile's one thread */
+};
+
+#ifdef F_SEAL_FUTURE_WRITE
+#define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
+#else
+#define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+#endif
+
+/* ---- life ----------------------------------------------------------------------------------- */
+
+int ram_create(uint64_t budget_maps, struct ram **ret_ram)
+{
+	struct ram *ram = calloc(1, sizeof *ram);
+	int r;
+
+	if (!ram)
+		return -ENOMEM;
+	r = os_pagemap_open(&ram->pagemap);
+	if (r) {
+		free(ram);
+		return r;
+	}
+	pthread_mutex_init(&ram->lock, NULL);
+	ram->counts.budget_maps = budget_maps ? budget_maps : os_max_maps() / 2;
+	r = ram_recount_maps(ram);
+	if (r)
+		ram_destroy(ram);
+	else
+		*ret_ram = ram;
+	return r;
+}
+
+void ram_destroy(struct ram *ram)
+{
+	if (!ram)
+		return;
+	ram_remove_blocks(ram);
+	os_pagemap_close(ram->pagemap);
+	pthread_mutex_destroy(&ram->lock);
+	free(ram);
+}
+
+void ram_remove_blocks(struct ram *ram)
+{
+	ram_lock(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++)
+		ram_remove_block(ram, ram->blocks[i]);
+	ram_unlock(ram);
+}
+
+void ram_lock(struct ram *ram)
+{
+	pthread_mutex_lock(&ram->lock);
+#ifndef NDEBUG
+	ram->holder = pthread_self();
+	ram->held = true;
+#endif
+}
+
+void ram_unlock(struct ram *ram)
+{
+#ifndef NDEBUG
+	ram->held = false;
+#endif
+	pthread_mutex_unlock(&ram->lock);
+}
+
+static void assert_locked(struct ram *ram)
+{
+#ifndef NDEBUG
+	assert(ram->held && pthread_equal(ram->holder, pthread_self()));
+#else
+	(void)ram;
+#endif
+}
+
+/* ---- entries -------------------------------------------------------------------------------- */
+
+static uint64_t entry_get(const struct ram_block *b, uint64_t page)
+{
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed);
+}
+
+static void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
+{
+	atomic_store_explicit(&b->entries[page], entry, memory_order_relaxed);
+}
+
+static int create_entries(struct ram_block *b)
+{
+	char name[RAM_NAME_BYTES + 16];
+	size_t bytes = (size_t)b->pages * sizeof *b->entries;
+	void *table;
+	int r;
+
+	snprintf(name, sizeof name, "latent-entries:%s", b->name);
+	b->entries_fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (b->entries_fd < 0)
+		return -errno;
+	if (ftruncate(b->entries_fd, (off_t)bytes))
+		goto failed;
+	table = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, b->entries_fd, 0);
+	if (table == MAP_FAILED)
+		goto failed;
+	/* Whoever is given the descriptor can read the table and neither write nor cut it. */
+	(void)fcntl(b->entries_fd, F_ADD_SEALS, TABLE_SEALS);
+	madvise(table, bytes, MADV_DONTFORK);
+	b->entries = table;
+	return 0;
+failed:
+	r = -errno;
+	close(b->entries_fd);
+	return r;
+}
+
+static void destroy_block(struct ram_block *b)
+{
+	munmap((void *)b->entries, (size_t)b->pages * sizeof *b->entries);
+	close(b->entries_fd);
+	free(b);
+}
+
+/* Mappings that begin at pages first..last; a mapping that begins with the block is not counted. */
+static uint64_t count_starts(const struct ram_block *b, uint64_t first, uint64_t last)
+{
+	uint64_t starts = 0;
+
+	for (uint64_t i = first ? first : 1; i <= last && i < b->pages; i++)
+		starts += !entry_joins(entry_get(b, i - 1), entry_get(b, i));
+	return starts;
+}
+
+/* The same, if pages [page, page+pages) were one mapping that begins with entry `head`. */
+static uint64_t count_starts_if(const struct ram_block *b, uint64_t page, uint64_t pages, uint64_t head)
+{
+	uint64_t tail = head, starts = 0;
+
+	if (entry_source(head) == ENTRY_OVERLAY)
+		tail = entry_overlay(entry_file(head), entry_file_page(head) + pages - 1);
+	if (page)
+		starts += !entry_joins(entry_get(b, page - 1), head);
+	if (page + pages < b->pages)
+		starts += !entry_joins(tail, entry_get(b, page + pages));
+	return starts;
+}
+
+/* A page that maps its file and has no copy of its own. */
+static bool maps_file(uint64_t entry)
+{
+	return entry_source(entry) == ENTRY_OVERLAY && !entry_is_private(entry);
+}
+
+static void tell_lost(struct ram *ram, uint64_t entry, enum ram_loss why)
+{
+	struct ram_file *f = &ram->files[entry_file(entry)];
+
+	f->mapped_pages--;
+	if (f->observer.lost)
+		f->observer.lost(f->observer.ctx, entry_file_page(entry), 1, why);
+}
+
+/* Writes the entries of one mapping and keeps all counts. */
+static void set_entries(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
+			uint64_t head, enum ram_loss why)
+{
+	bool overlay = entry_source(head) == ENTRY_OVERLAY;
+	uint64_t starts_before = count_starts(b, page, page + pages);
+
+	for (uint64_t i = 0; i < pages; i++) {
+		uint64_t old = entry_get(b, page + i);
+
+		if (entry_source(old) == ENTRY_OVERLAY)
+			ram->counts.overlay_pages--;
+		if (entry_is_private(old))
+			ram->counts.private_pages--;
+		if (maps_file(old))
+			tell_lost(ram, old, why);
+		entry_set(b, page + i, overlay ? head + (i << ENTRY_PAGE_SHIFT) : head);
+	}
+	ram->counts.maps += count_starts(b, page, page + pages) - starts_before;
+	if (overlay) {
+		struct ram_file *f = &ram->files[entry_file(head)];
+
+		ram->counts.overlay_pages += pages;
+		f->mapped_pages += pages;
+		if (f->observer.gained)
+			f->observer.gained(f->observer.ctx, entry_file_page(head), pages);
+	}
+}
+
+static void set_private(struct ram *ram, struct ram_block *b, uint64_t page, enum ram_loss why)
+{
+	uint64_t entry = entry_get(b, page);
+
+	if (!maps_file(entry))
+		return;
+	entry_set(b, page, entry | ENTRY_PRIVATE);
+	ram->counts.private_pages++;
+	tell_lost(ram, entry, why);
+}
+
+struct ram_range ram_range_at(const struct ram_block *b, uint64_t page, uint64_t end)
+{
+	uint64_t head = entry_get(b, page), last = page;
+	struct ram_range range = { .page = page, .source = entry_source(head) };
+
+	if (range.source == ENTRY_OVERLAY) {
+		range.file = entry_file(head);
+		range.file_page = entry_file_page(head);
+	}
+	while (last + 1 < end && entry_joins(entry_get(b, last), entry_get(b, last + 1)))
+		last++;
+	range.pages = last + 1 - page;
+	return range;
+}
+
+/* ---- blocks and files ----------------------------------------------------------------------- */
+
+int ram_add_block(struct ram *ram, const char *name, void *hva, uint64_t pages, int memfd,
+		  uint64_t memfd_offset, struct ram_block **ret_block)
+{
+	struct ram_block *b;
+	size_t slot = 0;
+	int r;
+
+	assert_locked(ram);
+	while (slot < RAM_BLOCKS && ram->blocks[slot])
+		slot++;
+	if (slot == RAM_BLOCKS)
+		return -ENOSPC;
+	b = calloc(1, sizeof *b);
+	if (!b)
+		return -ENOMEM;
+	snprintf(b->name, sizeof b->name, "%s", name);
+	b->hva = hva;
+	b->pages = pages;
+	b->memfd = memfd;
+	b->memfd_offset = memfd_offset;
+	r = create_entries(b);
+	if (r) {
+		free(b);
+		return r;
+	}
+	ram->counts.pages += pages;
+	ram->counts.maps++;
+	if (ram->counts.other_maps)
+		ram->counts.other_maps--; /* it was counted as one of the rest */
+	__atomic_store_n(&ram->blocks[slot], b, __ATOMIC_RELEASE);
+	if (ret_block)
+		*ret_block = b;
+	return 0;
+}
+
+void ram_remove_block(struct ram *ram, struct ram_block *b)
+{
+	assert_locked(ram);
+	if (!b)
+		return;
+	set_entries(ram, b, 0, b->pages, ENTRY_BASE, RAM_LOST_DROPPED);
+	ram->counts.pages -= b->pages;
+	ram->counts.maps--;
+	for (size_t i = 0; i < RAM_BLOCKS; i++)
+		if (ram->blocks[i] == b)
+			__atomic_store_n(&ram->blocks[i], NULL, __ATOMIC_RELEASE);
+	destroy_block(b);
+}
+
+struct ram_block *ram_find(struct ram *ram, const void *hva, size_t bytes)
+{
+	const uint8_t *at = hva;
+
+	for (size_t i = 0; i < RAM_BLOCKS; i++) {
+		struct ram_block *b = __atomic_load_n(&ram->blocks[i], __ATOMIC_ACQUIRE);
+
+		if (b && at >= b->hva && at < b->hva + os_bytes(b->pages) &&
+		    bytes <= (size_t)(b->hva + os_bytes(b->pages) - at))
+			return b;
+	}
+	return NULL;
+}
+
+int ram_for_part(struct ram *ram, const void *hva, size_t bytes,
+		 int (*each)(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages))
+{
+	const uint8_t *from = hva, *to = from + bytes;
+	int r = 0;
+
+	assert_locked(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++) {
+		struct ram_block *b = ram->blocks[i];
+		const uint8_t *first, *last;
+
+		if (!b)
+			continue;
+		first = from > b->hva ? from : b->hva;
+		last = to < b->hva + os_bytes(b->pages) ? to : b->hva + os_bytes(b->pages);
+		if (first < last) {
+			/* Inwards: a page that is only partly meant must not lose the rest. */
+			uint64_t page = ((uint64_t)(first - b->hva) + OS_PAGE_BYTES - 1) / OS_PAGE_BYTES;
+			uint64_t end = (uint64_t)(last - b->hva) / OS_PAGE_BYTES;
+			int one = page < end ? each(ram, b, page, end - page) : 0;
+
+			r = r ? r : one;
+		}
+	}
+	return r;
+}
+
+int ram_for_file_part(struct ram *ram, uint64_t offset, uint64_t bytes,
+		      int (*each)(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages))
+{
+	int r = 0;
+
+	assert_locked(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++) {
+		struct ram_block *b = ram->blocks[i];
+		uint64_t from, to, end;
+
+		if (!b)
+			continue;
+		end = b->memfd_offset + os_bytes(b->pages);
+		from = offset > b->memfd_offset ? offset : b->memfd_offset;
+		to = bytes < end && offset < end - bytes ? offset + bytes : end;
+		from = (from + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1);
+		to &= ~(uint64_t)(OS_PAGE_BYTES - 1);
+		if (from < to) {
+			int one = each(ram, b, (from - b->memfd_offset) >> OS_PAGE_SHIFT, (to - from) >> OS_PAGE_SHIFT);
+
+			r = r ? r : one;
+		}
+	}
+	return r;
+}
+
+int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_observer *observer)
+{
+	assert_locked(ram);
+	if (pages > ENTRY_FILE_PAGES)
+		return -EFBIG;
+	for (unsigned i = 0; i < ENTRY_FILES; i++) {
+		if (ram->files[i].used)
+			continue;
+		ram->files[i] = (struct ram_file){ .used = true, .fd = fd, .pages = pages };
+		if (observer)
+			ram->files[i].observer = *observer;
+		return (int)i;
+	}
+	return -ENOSPC;
+}
+
+void ram_drop_file(struct ram *ram, unsigned file)
+{
+	assert_locked(ram);
+	assert(file < ENTRY_FILES && !ram->files[file].mapped_pages);
+	ram->files[file].used = false;
+}
+
+uint64_t ram_mapped_pages(struct ram *ram, unsigned file)
+{
+	assert_locked(ram);
+	return ram->files[file].mapped_pages;
+}
+
+void ram_remember_advice(struct ram *ram, const void *hva, size_t bytes, int advice)
+{
+	const uint8_t *from = hva;
+	unsigned clears, sets = os_mark_of_advice(advice, &clears);
+
+	assert_locked(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++) {
+		struct ram_block *b = ram->blocks[i];
+
+		if (b && from < b->hva + os_bytes(b->pages) && from + bytes > b->hva)
+			b->marks = (b->marks & ~clears) | sets;
+	}
+}
+
+/* ---- mapping calls that leave memory whole when they fail ------------------------------------ */
+
+static void *page_hva(const struct ram_block *b, uint64_t page)
+{
+	return b->hva + os_bytes(page);
+}
+
+static uint64_t memfd_at(const struct ram_block *b, uint64_t page)
+{
+	return b->memfd_offset + os_bytes(page);
+}
+
+/*
+ * After a failed mapping call on a kernel that leaves a hole (before 6.12): base must come back, or
+ * the guest dies at the next touch. It needs no more mappings than there were before the call, so
+ * only a passing lack of kernel memory can stop it. True if there was a hole, and base is there now.
+ */
+static bool fill_hole(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
+		      enum ram_loss why)
+{
+	void *hva = page_hva(b, page);
+	struct timespec pause = { 0, 1000000 };
+
+	if (os_is_mapped(hva, os_bytes(pages)))
+		return false;
+	for (int tries = 0; tries < 1000; tries++) {
+		if (!os_map_base_over(hva, os_bytes(pages), b->memfd, memfd_at(b, page))) {
+			(void)os_set_marks(hva, os_bytes(pages), b->marks, true);
+			break;
+		}
+		nanosleep(&pause, NULL);
+	}
+	set_entries(ram, b, page, pages, ENTRY_BASE, why);
+	return true;
+}
+
+/* Maps base over one range and sets its entries; what is beneath becomes visible. */
+static int map_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
+		    enum ram_loss why)
+{
+	void *hva = page_hva(b, page);
+	int r = os_map_base_over(hva, os_bytes(pages), b->memfd, memfd_at(b, page));
+
+	if (r) {
+		ram->counts.failures++;
+		return fill_hole(ram, b, page, pages, why) ? 0 : r;
+	}
+	set_entries(ram, b, page, pages, ENTRY_BASE, why);
+	if (os_set_marks(hva, os_bytes(pages), b->marks, true))
+		ram->counts.unmarked++;
+	return 0;
+}
+
+static bool base_holds_data(struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	return os_has_data(b->memfd, memfd_at(b, page), os_bytes(pages));
+}
+
+static bool within_budget(struct ram *ram, uint64_t more)
+{
+	struct ram_counts *c = &ram->counts;
+
+	return c->maps + c->other_maps + more <= c->budget_maps;
+}
+
+/* ---- transitions ---------------------------------------------------------------------------- */
+
+int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
+		    unsigned file, uint64_t file_page)
+{
+	struct ram_file *f = &ram->files[file];
+	uint64_t head = entry_overlay(file, file_page), before, after;
+	void *hva = page_hva(b, page);
+	int r;
+
+	assert_locked(ram);
+	if (!pages || page >= b->pages || pages > b->pages - page || file_page >= f->pages ||
+	    pages > f->pages - file_page)
+		return -ERANGE;
+	before = count_starts(b, page, page + pages);
+	after = count_starts_if(b, page, pages, head);
+	if (after > before && !within_budget(ram, after - before))
+		return -EDQUOT;
+	r = os_map_file_over(hva, os_bytes(pages), f->fd, os_bytes(file_page));
+	if (r) {
+		ram->counts.failures++;
+		(void)fill_hole(ram, b, page, pages, RAM_LOST_DROPPED);
+		return r;
+	}
+	set_entries(ram, b, page, pages, head, RAM_LOST_DROPPED);
+	if (os_set_marks(hva, os_bytes(pages), b->marks, false))
+		ram->counts.unmarked++;
+	/* Beneath an overlay there is no memory. What is left there after a failure only costs. */
+	if (base_holds_data(b, page, pages))
+		(void)os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
+	return 0;
+}
+
+typedef int (*range_step)(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx);
+
+/* Calls `step` for each overlay in the pages; goes on after a failure and returns the first one. */
+static int for_overlays(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
+			range_step step, void *ctx)
+{
+	int r = 0;
+
+	for (uint64_t end = page + pages; page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+		int one = range.source == ENTRY_OVERLAY ? step(ram, b, &range, ctx) : 0;
+
+		r = r ? r : one;
+		page = range.page + range.pages;
+	}
+	return r;
+}
+
+static int step_return(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
+{
+	(void)ctx;
+	return map_base(ram, b, range->page, range->pages, RAM_LOST_DROPPED);
+}
+
+int ram_return_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	assert_locked(ram);
+	return for_overlays(ram, b, page, pages, step_return, NULL);
+}
+
+bool ram_return_saves_maps(const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	return count_starts_if(b, page, pages, ENTRY_BASE) <= count_starts(b, page, page + pages);
+}
+
+bool ram_has_overlay(const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	for (uint64_t i = 0; i < pages; i++)
+		if (entry_source(entry_get(b, page + i)) == ENTRY_OVERLAY)
+			return true;
+	return false;
+}
+
+/* An overlay that cannot be given back is made zero as the guest itself would do it. */
+static int step_discard(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
+{
+	if (step_return(ram, b, range, ctx))
+		memset(page_hva(b, range->page), 0, os_bytes(range->pages));
+	return 0;
+}
+
+int ram_discard(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	int r;
+
+	assert_locked(ram);
+	/* Punched before base is mapped: what lay beneath an overlay must not be seen again. */
+	r = os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
+	if (r) {
+		memset(page_hva(b, page), 0, os_bytes(pages));
+		return 0;
+	}
+	return for_overlays(ram, b, page, pages, step_discard, NULL);
+}
+
+static int for_overlays_of_all(struct ram *ram, range_step step, void *ctx)
+{
+	int r = 0;
+
+	assert_locked(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++) {
+		struct ram_block *b = ram->blocks[i];
+		int one = b ? for_overlays(ram, b, 0, b->pages, step, ctx) : 0;
+
+		r = r ? r : one;
+	}
+	return r;
+}
+
+/* Pages that map a file and lie in one mapping; found under the lock, used without it. */
+struct piece {
+	uint8_t *hva;
+	uint64_t page, pages, head; /* head: the entry of the first page */
+};
+
+/* The first piece of `file` in the block at or after piece->page. */
+static bool next_piece(struct ram *ram, size_t slot, unsigned file, struct piece *piece)
+{
+	struct ram_block *b;
+	uint64_t page = piece->page, end;
+
+	ram_lock(ram);
+	b = ram->blocks[slot];
+	while (b && page < b->pages && !(maps_file(entry_get(b, page)) && entry_file(entry_get(b, page)) == file))
+		page++;
+	piece->pages = 0;
+	if (b && page < b->pages) {
+		piece->page = page;
+		piece->hva = page_hva(b, page);
+		piece->head = entry_get(b, page);
+		for (end = page + 1; end < b->pages && end < page + PRIVATIZE_SLICE_PAGES; end++)
+			if (entry_get(b, end) != piece->head + ((end - page) << ENTRY_PAGE_SHIFT))
+				break;
+		piece->pages = end - page;
+	}
+	ram_unlock(ram);
+	return piece->pages;
+}
+
+/* The kernel has copied the pages; those that were dropped meanwhile have other entries now. */
+static void mark_piece(struct ram *ram, size_t slot, const struct piece *piece)
+{
+	struct ram_block *b;
+
+	ram_lock(ram);
+	b = ram->blocks[slot];
+	for (uint64_t i = 0; b && i < piece->pages && piece->page + i < b->pages; i++)
+		if (entry_get(b, piece->page + i) == piece->head + (i << ENTRY_PAGE_SHIFT))
+			set_private(ram, b, piece->page + i, RAM_LOST_PRIVATIZED);
+	ram_unlock(ram);
+}
+
+int ram_privatize(struct ram *ram, unsigned file)
+{
+	int r = 0;
+
+	for (size_t slot = 0; slot < RAM_BLOCKS; slot++) {
+		struct piece piece = { 0 };
+
+		for (; next_piece(ram, slot, file, &piece); piece.page += piece.pages) {
+			int one = os_populate_write(piece.hva, os_bytes(piece.pages));
+
+			if (!one)
+				mark_piece(ram, slot, &piece);
+			r = r ? r : one;
+		}
+	}
+	return r;
+}
+
+/* Copies what the mapping shows into the memfd beneath it. */
+static int write_base(struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	size_t done = 0, bytes = os_bytes(pages);
+	int r = os_fault(OS_FAULT_SETTLE_WRITE);
+
+	while (!r && done < bytes) {
+		ssize_t n = pwrite(b->memfd, b->hva + os_bytes(page) + done, bytes - done,
+				   (off_t)(memfd_at(b, page) + done));
+
+		if (n > 0)
+			done += (size_t)n;
+		else if (n == 0)
+			r = -EIO;
+		else if (errno != EINTR)
+			r = -errno;
+	}
+	return r;
+}
+
+static int settle_range(struct ram *ram, struct ram_block *b, const struct ram_range *range,
+			uint64_t *settled)
+{
+	int r = write_base(b, range->page, range->pages);
+
+	if (!r)
+		r = map_base(ram, b, range->page, range->pages, RAM_LOST_SETTLED);
+	if (r) /* still an overlay: nothing stays beneath it */
+		(void)os_punch_hole(b->memfd, memfd_at(b, range->page), os_bytes(range->pages));
+	if (!r && settled)
+		*settled += range->pages;
+	return r;
+}
+
+static int step_settle(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
+{
+	return settle_range(ram, b, range, ctx);
+}
+
+int ram_settle(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, uint64_t *ret_settled)
+{
+	assert_locked(ram);
+	return for_overlays(ram, b, page, pages, step_settle, ret_settled);
+}
+
+struct detach {
+	unsigned file;
+	uint64_t *settled;
+};
+
+static int step_detach(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
+{
+	struct detach *d = ctx;
+
+	return range->file == d->file ? settle_range(ram, b, range, d->settled) : 0;
+}
+
+int ram_detach(struct ram *ram, unsigned file, uint64_t *ret_settled)
+{
+	struct detach d = { .file = file, .settled = ret_settled };
+
+	return for_overlays_of_all(ram, step_detach, &d);
+}
+
+/* ---- what the kernel did meanwhile ---------------------------------------------------------- */
+
+struct reconcile {
+	struct ram *ram;
+	struct ram_block *block;
+};
+
+static void found_private(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct reconcile *c = ctx;
+	uint64_t page = (uint64_t)(hva - c->block->hva) / OS_PAGE_BYTES;
+
+	for (uint64_t i = 0; i < pages; i++)
+		set_private(c->ram, c->block, page + i, RAM_LOST_COPIED);
+}
+
+static int reconcile_slice(struct ram *ram, size_t slot, uint64_t page, bool *ret_more)
+{
+	struct reconcile c = { .ram = ram };
+	uint64_t pages;
+	int r = 0;
+
+	ram_lock(ram);
+	c.block = ram->blocks[slot];
+	*ret_more = c.block && page < c.block->pages;
+	if (*ret_more) {
+		pages = c.block->pages - page;
+		if (pages > RECONCILE_SLICE_PAGES)
+			pages = RECONCILE_SLICE_PAGES;
+		r = os_pagemap_private_runs(ram->pagemap, page_hva(c.block, page), pages,
+					    found_private, &c);
+	}
+	ram_unlock(ram);
+	return r;
+}
+
+int ram_reconcile(struct ram *ram)
+{
+	for (size_t slot = 0; slot < RAM_BLOCKS; slot++) {
+		bool more = true;
+
+		for (uint64_t page = 0; more; page += RECONCILE_SLICE_PAGES) {
+			int r = reconcile_slice(ram, slot, page, &more);
+
+			if (r)
+				return r;
+		}
+	}
+	return 0;
+}
+
+int ram_recount_maps(struct ram *ram)
+{
+	uint64_t all;
+	int r = os_count_maps(&all);
+
+	if (r)
+		return r;
+	ram_lock(ram);
+	ram->counts.other_maps = all > ram->counts.maps ? all - ram->counts.maps : 0;
+	ram_unlock(ram);
+	return 0;
+}
+
+void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts)
+{
+	ram_lock(ram);
+	*ret_counts = ram->counts;
+	ram_unlock(ram);
+}

@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Guest RAM: blocks, ranges and page entries, and every transition between them. See "Guest RAM" in
+ * ARCHITECTURE.md.
+ *
+ * Threading: one lock, the range lock. Functions marked [locked] want it held by the caller, the
+ * others must not have it. It is held for mapping calls only, never while waiting for storage, for
+ * the VMM's main loop or for another process.
+ *
+ * Errors: negative errno. A transition that fails leaves every page readable with either its old
+ * contents or, where the caller had said that contents are free, any contents.
+ *
+ * "Contents are free" means: the guest is about to get something else there (a disk read into the
+ * whole of these pages, a discard), so nobody may rely on what they hold now.
+ */
+#ifndef LATENT_CORE_RAM_H
+#define LATENT_CORE_RAM_H
+
+#include "core/entry.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define RAM_BLOCKS 64
+#define RAM_NAME_BYTES 64
+
+/* Why a guest page no longer maps a page of a file. */
+enum ram_loss {
+	RAM_LOST_COPIED,     /* written: the page is now a private copy */
+	RAM_LOST_PRIVATIZED, /* made a private copy without being written, because the file may change */
+	RAM_LOST_SETTLED,    /* its contents went to base */
+	RAM_LOST_DROPPED,    /* discarded, overwritten, or its RAM block is gone */
+};
+
+/* Told, under the range lock, of every guest page that begins or ends to map a page of a file. */
+struct ram_observer {
+	void (*gained)(void *ctx, uint64_t file_page, uint64_t pages);
+	void (*lost)(void *ctx, uint64_t file_page, uint64_t pages, enum ram_loss why);
+	void *ctx;
+};
+
+struct ram_block {
+	char name[RAM_NAME_BYTES];
+	uint8_t *hva;
+	uint64_t pages;
+	int memfd;            /* borrowed */
+	uint64_t memfd_offset; /* bytes */
+	unsigned marks;       /* enum os_mark: what a new mapping gets */
+	_Atomic uint64_t *entries;
+	int entries_fd;       /* the shared memory that holds the entries */
+};
+
+/* A longest run of pages in one mapping. */
+struct ram_range {
+	uint64_t page, pages; /* within the block */
+	enum entry_source source;
+	unsigned file;        /* with ENTRY_OVERLAY */
+	uint64_t file_page;
+};
+
+struct ram_counts {
+	uint64_t pages, overlay_pages, private_pages;
+	uint64_t maps;       /* mappings that make up guest RAM */
+	uint64_t other_maps; /* the rest of the process, when last counted */
+	uint64_t budget_maps;
+	uint64_t failures;   /* mapping calls that failed */
+	uint64_t unmarked;   /* mappings that could not get their madvise marks */
+};
+
+struct ram;
+
+/* `budget_maps`: mappings that the whole process may have; 0: half of vm.max_map_count. */
+int ram_create(uint64_t budget_maps, struct ram **ret_ram);
+void ram_destroy(struct ram *ram); /* NULL is allowed; leaves the mappings as they are */
+
+/* Forgets all blocks; what was mapped stays mapped, and files may be dropped afterwards. */
+void ram_remove_blocks(struct ram *ram);
+
+void ram_lock(struct ram *ram);
+void ram_unlock(struct ram *ram);
+
+/* [locked] Guest RAM at `hva`, mapped by the caller MAP_SHARED from `memfd` (borrowed until the block
+ * is removed). */
+int ram_add_block(struct ram *ram, const char *name, void *hva, uint64_t pages, int memfd,
+		  uint64_t memfd_offset, struct ram_block **ret_block);
+/* [locked] The caller unmaps or has unmapped it. */
+void ram_remove_block(struct ram *ram, struct ram_block *block);
+/* The block that holds all of [hva, hva+bytes), or NULL. Needs no lock as long as no block is
+ * removed. */
+struct ram_block *ram_find(struct ram *ram, const void *hva, size_t bytes);
+/* [locked] Calls `each` for every block that [hva, hva+bytes) touches, with the part inside. */
+int ram_for_part(struct ram *ram, const void *hva, size_t bytes,
+		 int (*each)(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages));
+/* [locked] The same for whole pages that map [offset, offset+bytes) of guest RAM's memfd. */
+int ram_for_file_part(struct ram *ram, uint64_t offset, uint64_t bytes,
+		      int (*each)(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages));
+
+/* [locked] A file that may be mapped; `fd` is borrowed until it is dropped. The file must not change
+ * while it is added (see volume/). Returns its index, or -ENOSPC. */
+int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_observer *observer);
+/* [locked] No overlay of it may be left. */
+void ram_drop_file(struct ram *ram, unsigned file);
+
+/* [locked] Contents are free. Maps pages of the file there. -EDQUOT: over the budget of mappings;
+ * -ERANGE: outside the file or block; else as os_map_file_over. */
+int ram_map_overlay(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
+		    unsigned file, uint64_t file_page);
+
+/* [locked] Contents are free. Gives overlays of the pages back to base; those that were overlays
+ * then read as zeros, or hold what they held. */
+int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+
+/* [locked] Would ram_return_base make mappings fewer, or leave their number? */
+bool ram_return_saves_maps(const struct ram_block *block, uint64_t page, uint64_t pages);
+
+/* Is any of the pages an overlay? Without the lock the answer may be old. */
+bool ram_has_overlay(const struct ram_block *block, uint64_t page, uint64_t pages);
+
+/* [locked] All pages read as zeros afterwards, and take no memory; base pages are punched out too. */
+int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+
+/* Contents stay. Makes every page of the file's overlays a private copy: from then on the file may be
+ * rewritten (but not truncated). Safe while the guest runs. It may wait for storage, so it holds the
+ * lock only between its steps; no overlay of the file may be made meanwhile. Goes on after a failure
+ * and returns the first one. */
+int ram_privatize(struct ram *ram, unsigned file);
+
+/* [locked] Contents stay. Copies overlays of the pages into base and maps base. The writers of these
+ * pages must be stopped. `*ret_settled` (may be NULL) grows by the pages that were settled, also on
+ * failure. */
+int ram_settle(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
+	       uint64_t *ret_settled);
+
+/* [locked] Settles all overlays of one file in all blocks; vCPUs and I/O stopped. */
+int ram_detach(struct ram *ram, unsigned file, uint64_t *ret_settled);
+
+/* Brings the private flags up to date from pagemap, in slices, the lock held for one slice at a
+ * time. One thread at a time. */
+int ram_reconcile(struct ram *ram);
+
+/* [locked] Marks that the VMM puts on (part of) a block by madvise: remembered for new mappings. */
+void ram_remember_advice(struct ram *ram, const void *hva, size_t bytes, int advice);
+
+/* Counts the rest of the process's mappings again. Slow with many mappings. */
+int ram_recount_maps(struct ram *ram);
+void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts);
+
+/* [locked] The range that holds `page`, cut to [page, end). */
+struct ram_range ram_range_at(const struct ram_block *block, uint64_t page, uint64_t end);
+
+/* [locked] The number of pages that map `file` and are not private. */
+uint64_t ram_mapped_pages(struct ram *ram, unsigned file);
+
+#endif

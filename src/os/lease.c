@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* Leases: fcntl(2), "Leases"; fs-verity: Documentation/filesystems/fsverity.rst. */
+#include "os/os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/statvfs.h>
+
+int os_lease_take(int fd, int signal, pid_t tid)
+{
+	struct f_owner_ex owner = { .type = F_OWNER_TID, .pid = tid };
+
+	/* The receiver first: a lease that breaks at once must already find it. */
+	if (fcntl(fd, F_SETSIG, signal) || fcntl(fd, F_SETOWN_EX, &owner))
+		return -errno;
+	return fcntl(fd, F_SETLEASE, F_RDLCK) ? -errno : 0;
+}
+
+int os_lease_release(int fd)
+{
+	return fcntl(fd, F_SETLEASE, F_UNLCK) ? -errno : 0;
+}
+
+bool os_lease_intact(int fd)
+{
+	/* During a break it tells what the lease will become: F_UNLCK. */
+	return fcntl(fd, F_GETLEASE) == F_RDLCK;
+}
+
+/* The mount that the descriptor was opened by, as in /proc/self/mountinfo; -1 if unknown. */
+static long mount_id(int fd)
+{
+	char path[48], line[128];
+	long id = -1;
+	FILE *f;
+
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+	f = fopen(path, "re");
+	while (f && id < 0 && fgets(line, sizeof line, f))
+		if (sscanf(line, "mnt_id: %ld", &id) != 1)
+			id = -1;
+	if (f)
+		fclose(f);
+	return id;
+}
+
+/* "ID … - TYPE SOURCE ro,…": the last field is the file system's, those before are the mount's. */
+static bool line_says_read_only(const char *line)
+{
+	const char *options = strstr(line, " - ");
+
+	for (int fields = 0; options && fields < 3; fields++)
+		options = strchr(options + 1, ' ');
+	return options && !strncmp(options, " ro", 3) && strchr(",\n", options[3]);
+}
+
+/* Read-only itself, not only by this mount: by another one a file of it could still be written. */
+static bool file_system_is_read_only(int fd)
+{
+	long wanted = mount_id(fd);
+	FILE *f = wanted < 0 ? NULL : fopen("/proc/self/mountinfo", "re");
+	bool found = false, read_only = false;
+	size_t line_bytes = 0;
+	char *line = NULL;
+
+	while (f && !found && getline(&line, &line_bytes, f) > 0) {
+		found = strtol(line, NULL, 10) == wanted;
+		read_only = found && line_says_read_only(line);
+	}
+	free(line);
+	if (f)
+		fclose(f);
+	return read_only;
+}
+
+enum os_protection os_file_protection(int fd)
+{
+	struct statvfs fs;
+	int flags = 0; /* the kernel writes an int, whatever the ioctl's number says */
+
+	if (!ioctl(fd, FS_IOC_GETFLAGS, &flags)) {
+		if (flags & FS_VERITY_FL)
+			return OS_PROTECT_VERITY;
+		if (flags & FS_IMMUTABLE_FL)
+			return OS_PROTECT_IMMUTABLE;
+	}
+	if (!fstatvfs(fd, &fs) && (fs.f_flag & ST_RDONLY) && file_system_is_read_only(fd))
+		return OS_PROTECT_READONLY;
+	return OS_PROTECT_NONE;
+}

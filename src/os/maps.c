@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "os/os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+static const struct {
+	unsigned mark;
+	int advice, undo;
+	bool base_only;
+} mark_table[] = {
+	{ OS_MARK_DONTFORK, MADV_DONTFORK, MADV_DOFORK, false },
+	{ OS_MARK_DONTDUMP, MADV_DONTDUMP, MADV_DODUMP, false },
+	{ OS_MARK_HUGEPAGE, MADV_HUGEPAGE, MADV_NOHUGEPAGE, true },
+	{ OS_MARK_NOHUGEPAGE, MADV_NOHUGEPAGE, MADV_HUGEPAGE, true },
+};
+#define MARKS (sizeof mark_table / sizeof mark_table[0])
+
+unsigned os_mark_of_advice(int advice, unsigned *ret_clears)
+{
+	unsigned sets = 0;
+
+	*ret_clears = 0;
+	for (size_t i = 0; i < MARKS; i++) {
+		if (mark_table[i].advice == advice)
+			sets = mark_table[i].mark;
+		if (mark_table[i].undo == advice)
+			*ret_clears |= mark_table[i].mark;
+	}
+	return sets;
+}
+
+/*
+ * The system calls themselves: the agent interposes the C library's mmap and madvise, and comes
+ * here from inside them.
+ */
+static int map_over(void *hva, size_t bytes, int flags, int fd, uint64_t offset)
+{
+	long got = syscall(SYS_mmap, hva, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, offset);
+
+	return got == -1 ? -errno : 0;
+}
+
+static int advise(const void *hva, size_t bytes, int advice)
+{
+	return syscall(SYS_madvise, hva, bytes, advice) ? -errno : 0;
+}
+
+int os_set_marks(void *hva, size_t bytes, unsigned marks, bool base)
+{
+	int r = marks ? os_fault(OS_FAULT_MARK) : 0;
+
+	for (size_t i = 0; !r && i < MARKS; i++) {
+		if (!(marks & mark_table[i].mark) || (mark_table[i].base_only && !base))
+			continue;
+		r = advise(hva, bytes, mark_table[i].advice);
+		if (r == -EINVAL) /* a kernel without that feature: the mark has no meaning on it */
+			r = 0;
+	}
+	return r;
+}
+
+int os_map_base_over(void *hva, size_t bytes, int fd, uint64_t offset)
+{
+	int r = os_fault(OS_FAULT_MAP_BASE);
+
+	return r ? r : map_over(hva, bytes, MAP_SHARED, fd, offset);
+}
+
+int os_map_file_over(void *hva, size_t bytes, int fd, uint64_t offset)
+{
+	int r = os_fault(OS_FAULT_MAP_FILE);
+
+	return r ? r : map_over(hva, bytes, MAP_PRIVATE | MAP_NORESERVE, fd, offset);
+}
+
+bool os_is_mapped(void *hva, size_t bytes)
+{
+	/* msync says ENOMEM for a hole and does nothing else: MS_ASYNC has had no effect since 2.6.19. */
+	return syscall(SYS_msync, hva, bytes, MS_ASYNC) == 0;
+}
+
+int os_populate_write(void *hva, size_t bytes)
+{
+	int r = os_fault(OS_FAULT_POPULATE);
+
+	while (!r) {
+		r = advise(hva, bytes, MADV_POPULATE_WRITE);
+		if (r == -EINTR || r == -EAGAIN)
+			r = 0;
+		else
+			break;
+	}
+	return r;
+}
+
+int os_punch_hole(int fd, uint64_t offset, size_t bytes)
+{
+	int r = os_fault(OS_FAULT_PUNCH);
+
+	if (r)
+		return r;
+	do
+		r = syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset,
+			    (off_t)bytes) ? -errno : 0;
+	while (r == -EINTR);
+	return r;
+}
+
+bool os_has_data(int fd, uint64_t offset, size_t bytes)
+{
+	off_t at = lseek(fd, (off_t)offset, SEEK_DATA);
+
+	if (at < 0)
+		return errno != ENXIO;
+	return (uint64_t)at < offset + bytes;
+}
+
+void *os_view_file(int fd, size_t bytes)
+{
+	long view = syscall(SYS_mmap, NULL, bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+
+	if (view == -1)
+		return NULL;
+	advise((void *)view, bytes, MADV_DONTFORK);
+	advise((void *)view, bytes, MADV_DONTDUMP);
+	return (void *)view;
+}
+
+void os_unview_file(void *view, size_t bytes)
+{
+	if (view)
+		syscall(SYS_munmap, view, bytes);
+}
+
+uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)
+{
+	unsigned char in_core[256];
+	uint64_t resident = 0;
+
+	for (uint64_t done = 0; done < pages;) {
+		uint64_t n = pages - done < sizeof in_core ? pages - done : sizeof in_core;
+		const uint8_t *at = (const uint8_t *)view + offset + os_bytes(done);
+
+		if (syscall(SYS_mincore, at, os_bytes(n), in_core))
+			return resident;
+		for (uint64_t i = 0; i < n; i++)
+			resident += in_core[i] & 1;
+		done += n;
+	}
+	return resident;
+}
+
+int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
+{
+	int fd = memfd_create(name, inherit ? 0 : MFD_CLOEXEC);
+	int r;
+
+	if (fd < 0)
+		return -errno;
+	if (ftruncate(fd, (off_t)bytes)) {
+		r = -errno;
+		close(fd);
+		return r;
+	}
+	return fd;
+}
+
+int os_count_maps(uint64_t *ret_maps)
+{
+	int fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	static const size_t chunk_bytes = 64 << 10;
+	uint64_t lines = 0;
+	char *chunk;
+	ssize_t n;
+
+	if (fd < 0)
+		return -errno;
+	chunk = malloc(chunk_bytes);
+	if (!chunk) {
+		close(fd);
+		return -ENOMEM;
+	}
+	while ((n = read(fd, chunk, chunk_bytes)) > 0)
+		for (char *at = chunk; (at = memchr(at, '\n', (size_t)(chunk + n - at))); at++)
+			lines++;
+	n = n < 0 ? -errno : 0;
+	free(chunk);
+	close(fd);
+	if (!n)
+		*ret_maps = lines;
+	return (int)n;
+}
+
+uint64_t os_max_maps(void)
+{
+	FILE *f = fopen("/proc/sys/vm/max_map_count", "re");
+	unsigned long limit = 0;
+
+	if (f) {
+		if (fscanf(f, "%lu", &limit) != 1)
+			limit = 0;
+		fclose(f);
+	}
+	return limit ? limit : 65530; /* the kernel's default */
+}

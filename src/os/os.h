@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The kernel, as Latent uses it. Nothing above this folder calls mmap, madvise, fallocate, fcntl
+ * leases, pagemap or userfaultfd by itself.
+ *
+ * Errors are negative errno values; outputs are untouched on failure. All functions may be called
+ * from any thread unless said otherwise; none takes a lock. Addresses are host virtual addresses
+ * (hva) and, like lengths and offsets, multiples of OS_PAGE_BYTES unless said otherwise.
+ */
+#ifndef LATENT_OS_OS_H
+#define LATENT_OS_OS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define OS_PAGE_SHIFT 12
+#define OS_PAGE_BYTES ((size_t)1 << OS_PAGE_SHIFT)
+
+static inline size_t os_bytes(uint64_t pages) { return (size_t)(pages << OS_PAGE_SHIFT); }
+
+/* ---- maps.c: mappings over guest RAM ------------------------------------------------------- */
+
+/* Marks that QEMU and others put on guest RAM with madvise, and that a new mapping has to get. */
+enum os_mark {
+	OS_MARK_DONTFORK = 1u << 0,
+	OS_MARK_DONTDUMP = 1u << 1,
+	OS_MARK_HUGEPAGE = 1u << 2,   /* base only: khugepaged must not gather pages of an image */
+	OS_MARK_NOHUGEPAGE = 1u << 3, /* base only */
+};
+
+/* The mark that this madvise advice sets, or 0; `*ret_clears` is the mark that it takes away. */
+unsigned os_mark_of_advice(int advice, unsigned *ret_clears);
+
+/*
+ * Maps `bytes` of `fd` from `offset` over [hva, hva+bytes): the VM's own memfd (shared), or a file
+ * (private: writes become copies). The new mapping has no marks yet. -ENOMEM (too many mappings, no
+ * memory), -EAGAIN, -EACCES, -ENODEV: then the old mapping is whole on kernels from 6.12 on, and may
+ * have become a hole on earlier ones: ask os_is_mapped.
+ */
+int os_map_base_over(void *hva, size_t bytes, int fd, uint64_t offset);
+int os_map_file_over(void *hva, size_t bytes, int fd, uint64_t offset);
+
+/* Puts marks on a mapping; those that are for base only are left out unless `base`. */
+int os_set_marks(void *hva, size_t bytes, unsigned marks, bool base);
+
+/* True if every page of the range belongs to some mapping. */
+bool os_is_mapped(void *hva, size_t bytes);
+
+/* Makes every page of a private mapping a private copy, as if each had been written, without
+ * changing it and whatever runs beside (MADV_POPULATE_WRITE, Linux 5.14). -EFAULT, -EIO: storage
+ * failed; -ENOMEM. */
+int os_populate_write(void *hva, size_t bytes);
+
+/* Frees [offset, offset+bytes) of a memfd; it then reads as zeros. */
+int os_punch_hole(int fd, uint64_t offset, size_t bytes);
+
+/* True if the memfd holds anything in the range (SEEK_DATA: also what is swapped out). Moves the
+ * descriptor's file position. */
+bool os_has_data(int fd, uint64_t offset, size_t bytes);
+
+/* A read-only shared view of a file, for os_resident. NULL on failure. */
+void *os_view_file(int fd, size_t bytes);
+void os_unview_file(void *view, size_t bytes);
+
+/* How many pages of [view+offset, +pages) are in the page cache (mincore). The kernel tells the
+ * truth only to who owns the file or may write it; else everything seems resident. */
+uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
+
+/* A memfd, not close-on-exec when `inherit`. Returns the descriptor or a negative errno. */
+int os_memfd_create(const char *name, uint64_t bytes, bool inherit);
+
+/* Mappings of this process now, and the limit (vm.max_map_count). */
+int os_count_maps(uint64_t *ret_maps);
+uint64_t os_max_maps(void);
+
+/* ---- pagemap.c: what the kernel knows about a page ------------------------------------------ */
+
+enum os_page_flag {
+	OS_PAGE_PRESENT = 1u << 0,
+	OS_PAGE_SWAPPED = 1u << 1, /* swapped out; also the marker of an untouched armed page */
+	OS_PAGE_FILE = 1u << 2,    /* a page of a file or of shared memory */
+};
+
+struct os_pagemap; /* /proc/self/pagemap; used by one thread at a time */
+
+int os_pagemap_open(struct os_pagemap **ret_pagemap);
+void os_pagemap_close(struct os_pagemap *pagemap);
+
+/*
+ * Calls `found` for every run of private copies in a private file mapping that is not armed with
+ * write-protection: not FILE, and PRESENT or SWAPPED. Uses PAGEMAP_SCAN (Linux 6.7), else the
+ * classic file. `found` must not change mappings of the range.
+ */
+typedef void (*os_private_run)(void *ctx, uint8_t *hva, uint64_t pages);
+int os_pagemap_private_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,
+			    os_private_run found, void *ctx);
+
+/* enum os_page_flag bits of each page into flags[pages]. */
+int os_pagemap_flags(struct os_pagemap *pagemap, const uint8_t *hva, uint64_t pages, uint8_t *flags);
+
+/* The classic file even where PAGEMAP_SCAN exists: for the self-test, which compares the two. */
+void os_pagemap_use_classic(struct os_pagemap *pagemap);
+
+/* ---- lease.c: files that must not change ---------------------------------------------------- */
+
+enum os_protection {
+	OS_PROTECT_NONE,
+	OS_PROTECT_LEASE,    /* a read lease: a writer's open waits until it is released */
+	OS_PROTECT_VERITY,   /* fs-verity */
+	OS_PROTECT_IMMUTABLE,/* the immutable attribute */
+	OS_PROTECT_READONLY, /* a file system mounted read-only */
+};
+
+/*
+ * Takes a read lease on `fd` (opened read-only); on a break, `signal` goes to thread `tid` with
+ * si_fd == fd (fcntl(2), F_SETLEASE, F_SETSIG, F_SETOWN_EX). -EAGAIN: somebody has the file open for
+ * writing. -EACCES: not the owner and no CAP_LEASE. -EINVAL: the file system has no leases.
+ */
+int os_lease_take(int fd, int signal, pid_t tid);
+int os_lease_release(int fd);
+/* True while the lease is held and no writer waits. */
+bool os_lease_intact(int fd);
+
+/* What else keeps the file from changing, checked in the order of the enum; OS_PROTECT_NONE if
+ * nothing does. */
+enum os_protection os_file_protection(int fd);
+
+/* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
+
+enum os_fault_point {
+	OS_FAULT_MAP_FILE,
+	OS_FAULT_MAP_BASE,
+	OS_FAULT_MARK,
+	OS_FAULT_PUNCH,
+	OS_FAULT_POPULATE,
+	OS_FAULT_SETTLE_WRITE,
+	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
+	OS_FAULT_POINTS
+};
+
+/*
+ * The call number `nth` (from 1) of a point fails with `error` (positive errno), once; 0 disarms.
+ * os_fault_parse takes "point:nth:ERRNO" or "storage_read:delay:MS" (every call is delayed),
+ * comma-separated, as in the environment variable LATENT_FAULT.
+ */
+void os_fault_arm(enum os_fault_point point, uint32_t nth, int error);
+int os_fault_parse(const char *text);
+uint32_t os_fault_calls(enum os_fault_point point);
+/* 0, or the negative errno that this call must fail with. */
+int os_fault(enum os_fault_point point);
+
+#endif

@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Page tables as the kernel shows them: Documentation/admin-guide/mm/pagemap.rst. PAGEMAP_SCAN came
+ * with Linux 6.7; the classic file has one 64-bit word a page.
+ */
+#include "os/os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define CLASSIC_PRESENT (1ull << 63)
+#define CLASSIC_SWAPPED (1ull << 62)
+#define CLASSIC_FILE (1ull << 61)
+
+/* linux/fs.h of 6.7; Debian 12's headers are older. */
+struct scan_region {
+	uint64_t start, end, categories;
+};
+
+struct scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+
+#define SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
+#define SCAN_FILE (1ull << 2)
+#define SCAN_PRESENT (1ull << 3)
+#define SCAN_SWAPPED (1ull << 4)
+
+enum { SCAN_REGIONS = 256, CLASSIC_WORDS = 512 };
+
+struct os_pagemap {
+	int fd;
+	bool classic;
+	struct scan_region regions[SCAN_REGIONS];
+	uint64_t words[CLASSIC_WORDS];
+};
+
+static bool has_scan(int fd)
+{
+	struct scan_arg arg = { .size = sizeof arg };
+
+	return ioctl(fd, SCAN_IOCTL, &arg) >= 0;
+}
+
+int os_pagemap_open(struct os_pagemap **ret_pagemap)
+{
+	struct os_pagemap *p = malloc(sizeof *p);
+
+	if (!p)
+		return -ENOMEM;
+	p->fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (p->fd < 0) {
+		int r = -errno;
+
+		free(p);
+		return r;
+	}
+	p->classic = !has_scan(p->fd);
+	*ret_pagemap = p;
+	return 0;
+}
+
+void os_pagemap_close(struct os_pagemap *p)
+{
+	if (!p)
+		return;
+	close(p->fd);
+	free(p);
+}
+
+void os_pagemap_use_classic(struct os_pagemap *p)
+{
+	p->classic = true;
+}
+
+static int read_words(struct os_pagemap *p, const uint8_t *hva, uint64_t pages)
+{
+	size_t want = (size_t)pages * sizeof p->words[0];
+	off_t at = (off_t)((uintptr_t)hva / OS_PAGE_BYTES * sizeof p->words[0]);
+	long got = syscall(SYS_pread64, p->fd, p->words, want, at);
+
+	if (got < 0)
+		return -errno;
+	return (size_t)got == want ? 0 : -EIO;
+}
+
+int os_pagemap_flags(struct os_pagemap *p, const uint8_t *hva, uint64_t pages, uint8_t *flags)
+{
+	for (uint64_t done = 0; done < pages;) {
+		uint64_t n = pages - done < CLASSIC_WORDS ? pages - done : CLASSIC_WORDS;
+		int r = read_words(p, hva + os_bytes(done), n);
+
+		if (r)
+			return r;
+		for (uint64_t i = 0; i < n; i++)
+			flags[done + i] = (uint8_t)((p->words[i] & CLASSIC_PRESENT ? OS_PAGE_PRESENT : 0) |
+						    (p->words[i] & CLASSIC_SWAPPED ? OS_PAGE_SWAPPED : 0) |
+						    (p->words[i] & CLASSIC_FILE ? OS_PAGE_FILE : 0));
+		done += n;
+	}
+	return 0;
+}
+
+static int private_runs_classic(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
+				os_private_run found, void *ctx)
+{
+	uint64_t run = 0; /* pages of the run that ends before `done` */
+
+	for (uint64_t done = 0; done < pages;) {
+		uint64_t n = pages - done < CLASSIC_WORDS ? pages - done : CLASSIC_WORDS;
+		int r = read_words(p, hva + os_bytes(done), n);
+
+		if (r)
+			return r;
+		for (uint64_t i = 0; i < n; i++, done++) {
+			uint64_t w = p->words[i];
+
+			if (!(w & CLASSIC_FILE) && (w & (CLASSIC_PRESENT | CLASSIC_SWAPPED))) {
+				run++;
+			} else if (run) {
+				found(ctx, hva + os_bytes(done - run), run);
+				run = 0;
+			}
+		}
+	}
+	if (run)
+		found(ctx, hva + os_bytes(pages - run), run);
+	return 0;
+}
+
+static int private_runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
+			     os_private_run found, void *ctx)
+{
+	struct scan_arg arg = {
+		.size = sizeof arg,
+		.start = (uintptr_t)hva,
+		.end = (uintptr_t)hva + os_bytes(pages),
+		.vec = (uintptr_t)p->regions,
+		.vec_len = SCAN_REGIONS,
+		.category_inverted = SCAN_FILE,
+		.category_mask = SCAN_FILE,
+		.category_anyof_mask = SCAN_PRESENT | SCAN_SWAPPED,
+		.return_mask = SCAN_PRESENT | SCAN_SWAPPED,
+	};
+
+	while (arg.start < arg.end) {
+		int regions = ioctl(p->fd, SCAN_IOCTL, &arg);
+
+		if (regions < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		for (int i = 0; i < regions; i++) {
+			const struct scan_region *r = &p->regions[i];
+
+			found(ctx, (uint8_t *)(uintptr_t)r->start, (r->end - r->start) / OS_PAGE_BYTES);
+		}
+		arg.start = arg.walk_end;
+	}
+	return 0;
+}
+
+int os_pagemap_private_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
+			    os_private_run found, void *ctx)
+{
+	return p->classic ? private_runs_classic(p, hva, pages, found, ctx)
+			  : private_runs_scan(p, hva, pages, found, ctx);
+}

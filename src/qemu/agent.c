@@ -1,0 +1,403 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "qemu/agent.h"
+
+#include "os/log.h"
+#include "os/os.h"
+#include "vmdir/vmdir.h"
+#include "volume/track.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static struct agent the_agent;
+static bool configured;
+static struct agent *_Atomic running; /* what agent_get returns */
+static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct sigaction vmm_sigbus; /* what the VMM wants done on SIGBUS */
+
+struct agent *agent_get(void)
+{
+	return atomic_load_explicit(&running, memory_order_acquire);
+}
+
+bool agent_is_configured(void)
+{
+	return configured;
+}
+
+void agent_say(const char *format, ...)
+{
+	char text[600];
+	va_list args;
+	int n = snprintf(text, sizeof text, "latent: %s: ", the_agent.config.name);
+
+	va_start(args, format);
+	n += vsnprintf(text + n, sizeof text - (size_t)n - 1, format, args);
+	va_end(args);
+	if (n > (int)sizeof text - 2)
+		n = (int)sizeof text - 2;
+	text[n++] = '\n';
+	if (write(STDERR_FILENO, text, (size_t)n) < 0)
+		return;
+}
+
+static void say_log(void *ctx, const char *text)
+{
+	(void)ctx;
+	agent_say("%s", text);
+}
+
+/* ---- configuration: in the constructor, before QEMU's main ----------------------------------- */
+
+/* Only a QEMU is an agent's host; a shell script that starts one passes everything on. */
+static bool is_qemu(void)
+{
+	char exe[4096];
+	ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+	const char *base;
+
+	if (n <= 0)
+		return false;
+	exe[n] = '\0';
+	base = strrchr(exe, '/');
+	return strstr(base ? base : exe, "qemu") != NULL;
+}
+
+/* Children of the VMM must not get the agent: takes its entry, and only that, out of LD_PRELOAD. */
+static void leave_preload(void)
+{
+	const char *old = getenv("LD_PRELOAD");
+	char *kept, *at;
+
+	if (!old)
+		return;
+	kept = calloc(1, strlen(old) + 1);
+	if (!kept)
+		return;
+	for (at = kept; *old;) {
+		size_t n = strcspn(old, ": ");
+		bool ours = n >= strlen("latent-qemu.so") &&
+			    !strncmp(old + n - strlen("latent-qemu.so"), "latent-qemu.so", strlen("latent-qemu.so"));
+
+		if (n && !ours) {
+			at += at == kept ? 0 : sprintf(at, ":");
+			memcpy(at, old, n);
+			at += n;
+		}
+		old += n + strspn(old + n, ": ");
+	}
+	if (*kept)
+		setenv("LD_PRELOAD", kept, 1);
+	else
+		unsetenv("LD_PRELOAD");
+	free(kept);
+}
+
+static int take_number(const char *variable)
+{
+	const char *text = getenv(variable);
+	int number = text ? atoi(text) : -1;
+
+	unsetenv(variable);
+	return number;
+}
+
+static void say_hello(void)
+{
+	int fd = take_number(AGENT_HELLO_ENV);
+
+	if (fd < 0)
+		return;
+	if (write(fd, AGENT_HELLO_TEXT, strlen(AGENT_HELLO_TEXT)) < 0)
+		return;
+	close(fd);
+}
+
+static void keep_from_children(int fd)
+{
+	if (fd >= 0)
+		fcntl(fd, F_SETFD, FD_CLOEXEC);
+}
+
+static bool read_config(struct agent_config *c)
+{
+	int fd = take_number(AGENT_CONFIG_ENV);
+	bool ok;
+
+	if (fd < 0)
+		return false;
+	ok = pread(fd, c, sizeof *c, 0) == (ssize_t)sizeof *c && c->magic == AGENT_CONFIG_MAGIC &&
+	     c->version == AGENT_CONFIG_VERSION && !c->name[sizeof c->name - 1] &&
+	     !c->run_dir[sizeof c->run_dir - 1] && !c->volumes_dir[sizeof c->volumes_dir - 1];
+	close(fd);
+	return ok;
+}
+
+__attribute__((constructor)) static void load(void)
+{
+	struct agent_config *c = &the_agent.config;
+	struct stat st;
+
+	if (!is_qemu())
+		return;
+	leave_preload();
+	say_hello();
+	if (!read_config(c) || fstat(c->ram_fd, &st))
+		return;
+	the_agent.ram_dev = st.st_dev;
+	the_agent.ram_ino = st.st_ino;
+	keep_from_children(c->ram_fd);
+	keep_from_children(c->lock_fd);
+	keep_from_children(c->qmp_fd);
+	keep_from_children(c->stats_fd);
+	configured = true;
+}
+
+/* ---- start: when guest RAM is mapped, after -daemonize has forked ------------------------------ */
+
+bool agent_is_ram(int fd)
+{
+	struct stat st;
+
+	return configured && fd >= 0 && !fstat(fd, &st) && st.st_dev == the_agent.ram_dev &&
+	       st.st_ino == the_agent.ram_ino;
+}
+
+static int map_stats(struct agent *a)
+{
+	void *at = mmap(NULL, sizeof *a->stats, PROT_READ | PROT_WRITE, MAP_SHARED, a->config.stats_fd, 0);
+
+	if (at == MAP_FAILED)
+		return -errno;
+	a->stats = at;
+	a->stats->magic = VM_STATS_MAGIC;
+	a->stats->version = VM_STATS_VERSION;
+	snprintf(a->stats->name, sizeof a->stats->name, "%s", a->config.name);
+	snprintf(a->stats->agent_version, sizeof a->stats->agent_version, "%s", LATENT_VERSION_TEXT);
+	snprintf(a->stats->excluded_by, sizeof a->stats->excluded_by, "%s", a->config.excluded_by);
+	a->stats->overlays_allowed = a->config.overlays_allowed;
+	a->stats->started_unix_s = (uint64_t)time(NULL);
+	return 0;
+}
+
+static int start_volumes(struct agent *a, pid_t service_tid)
+{
+	struct volume_options o = {
+		.share_threshold = a->config.share_threshold,
+		.min_run_pages = a->config.min_run_pages,
+		.trust_images = a->config.trust_images,
+		.tracks_dir = a->config.volumes_dir,
+		.lease_signal = SERVICE_LEASE_SIGNAL,
+		.lease_tid = service_tid,
+	};
+	int r = volumes_create(a->ram, &o, a->stats, &a->volumes);
+
+	if (!r)
+		volumes_allow(a->volumes, a->config.overlays_allowed);
+	return r;
+}
+
+static int start(struct agent *a)
+{
+	const char *faults = getenv("LATENT_FAULT");
+	pid_t service_tid = 0;
+	int r;
+
+	os_log_to(say_log, NULL);
+	if (faults && os_fault_parse(faults))
+		agent_say("LATENT_FAULT is not understood: %s", faults);
+	a->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	r = a->wake_fd < 0 ? -errno : map_stats(a);
+	if (!r)
+		r = ram_create(a->config.budget_maps, &a->ram);
+	if (!r)
+		r = service_start(a, &service_tid);
+	if (!r)
+		r = start_volumes(a, service_tid);
+	if (r) {
+		agent_say("sharing is off: the agent could not start: %s", strerror(-r));
+		return r;
+	}
+	(void)agent_set_sigbus(NULL, NULL);
+	atomic_store_explicit(&running, a, memory_order_release);
+	return 0;
+}
+
+static int add_block(struct agent *a, void *hva, size_t bytes, uint64_t offset)
+{
+	int r;
+
+	ram_lock(a->ram);
+	r = ram_add_block(a->ram, a->config.block_name, hva, bytes >> OS_PAGE_SHIFT, a->config.ram_fd, offset,
+			  NULL);
+	ram_unlock(a->ram);
+	if (!r) {
+		a->ram_bytes += bytes;
+		a->stats->ram_bytes = a->ram_bytes;
+		a->stats->pid = (uint32_t)getpid();
+	}
+	return r;
+}
+
+void agent_ram_mapped(void *hva, size_t bytes, uint64_t offset)
+{
+	struct agent *a = &the_agent;
+	int r;
+
+	pthread_mutex_lock(&start_lock);
+	r = agent_get() ? 0 : start(a);
+	if (!r)
+		r = add_block(a, hva, bytes, offset);
+	pthread_mutex_unlock(&start_lock);
+	if (r)
+		agent_say("guest RAM is not managed: %s", strerror(-r));
+}
+
+void agent_ram_unmapped(void *hva, size_t bytes)
+{
+	struct agent *a = agent_get();
+	struct ram_block *b;
+
+	if (!a)
+		return;
+	ram_lock(a->ram);
+	b = ram_find(a->ram, hva, OS_PAGE_BYTES);
+	if (b && b->hva == hva && os_bytes(b->pages) <= bytes)
+		ram_remove_block(a->ram, b);
+	ram_unlock(a->ram);
+}
+
+/* ---- what cannot live with overlays ----------------------------------------------------------- */
+
+int agent_exclude(const char *what)
+{
+	struct agent *a = agent_get();
+	struct ram_counts c;
+
+	if (!a || !a->stats->overlays_allowed)
+		return 0;
+	volumes_allow(a->volumes, false);
+	ram_get_counts(a->ram, &c);
+	if (c.overlay_pages) {
+		volumes_allow(a->volumes, true);
+		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images now. "
+			  "Run `latent detach %s` and try again",
+			  what, (unsigned long long)c.overlay_pages, a->config.name);
+		return -EPERM;
+	}
+	snprintf(a->stats->excluded_by, sizeof a->stats->excluded_by, "%s", what);
+	a->stats->overlays_allowed = 0;
+	agent_say("%s; from now on nothing is mapped into its RAM", what);
+	return 0;
+}
+
+void agent_before_write(const char *path)
+{
+	struct agent *a = agent_get();
+	struct volume *v = a ? volumes_by_path(a->volumes, path) : NULL;
+	uint64_t one = 1;
+	int r;
+
+	if (!v || !volume_is_mapped(v))
+		return;
+	/* The contents are kept as private copies at once; the service thread settles them as soon as
+	 * the main loop, which may be what opens the file, can stop the guest. */
+	r = volume_break(v, VOLUME_DETACHED);
+	if (r)
+		agent_say("%s is opened for writing, and its pages could not be copied: %s", path, strerror(-r));
+	volume_release(v);
+	if (write(a->wake_fd, &one, sizeof one) < 0)
+		return;
+}
+
+/* ---- faults that the kernel could not serve --------------------------------------------------- */
+
+void agent_explain_fault(const void *addr)
+{
+	struct agent *a = agent_get();
+	struct ram_block *b = a ? ram_find(a->ram, addr, 1) : NULL;
+	struct ram_range range;
+	struct volume *v = NULL;
+
+	if (!b)
+		return;
+	range = ram_range_at(b, ((uintptr_t)addr - (uintptr_t)b->hva) >> OS_PAGE_SHIFT, b->pages);
+	if (range.source == ENTRY_OVERLAY)
+		v = volumes_by_index(a->volumes, range.file);
+	agent_say("a page of guest RAM cannot be read: offset %#llx of %s, from %s at byte %llu. "
+		  "Storage failed, or the file was cut while it was mapped",
+		  (unsigned long long)((uintptr_t)addr - (uintptr_t)b->hva), b->name,
+		  v ? volume_path(v) : "guest RAM's own memory",
+		  (unsigned long long)(v ? os_bytes(range.file_page) : 0));
+}
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	if (track_absorb_fault(info->si_addr))
+		return;
+	agent_explain_fault(info->si_addr);
+	if (vmm_sigbus.sa_flags & SA_SIGINFO) {
+		vmm_sigbus.sa_sigaction(signal, info, context);
+	} else if (vmm_sigbus.sa_handler != SIG_DFL && vmm_sigbus.sa_handler != SIG_IGN) {
+		vmm_sigbus.sa_handler(signal);
+	} else {
+		struct sigaction fatal = { .sa_handler = SIG_DFL };
+
+		hooks_real_sigaction(signal, &fatal, NULL); /* the access is tried again, and ends the VMM */
+	}
+}
+
+int agent_set_sigbus(const struct sigaction *act, struct sigaction *old)
+{
+	struct sigaction ours = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER };
+	static bool installed;
+	int r = 0;
+
+	if (!installed) {
+		r = hooks_real_sigaction(SIGBUS, &ours, &vmm_sigbus);
+		installed = !r;
+	}
+	if (!r && old)
+		*old = vmm_sigbus;
+	if (!r && act)
+		vmm_sigbus = *act;
+	return r;
+}
+
+/* ---- the end ---------------------------------------------------------------------------------- */
+
+/* Another process still has the lock's descriptor: the child of -daemonize. */
+static bool lives_on(const char *run_dir)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	char path[sizeof the_agent.config.run_dir + 16];
+	bool held;
+	int fd;
+
+	snprintf(path, sizeof path, "%s/" VMDIR_LOCK, run_dir);
+	fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		return errno != ENOENT;
+	held = fcntl(fd, F_OFD_GETLK, &lock) || lock.l_type != F_UNLCK;
+	close(fd);
+	return held;
+}
+
+__attribute__((destructor)) static void unload(void)
+{
+	if (!configured)
+		return;
+	close(the_agent.config.lock_fd);
+	if (!lives_on(the_agent.config.run_dir))
+		(void)vmdir_remove(the_agent.config.run_dir);
+}

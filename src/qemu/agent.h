@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The agent inside QEMU, loaded by LD_PRELOAD. Four files:
+ *   agent.c    its life: configuration, start at the first mapping of guest RAM, clean-up
+ *   hooks.c    the C library's functions that it stands in front of
+ *   service.c  its one thread: control socket, lease breaks, housekeeping
+ *   qmp.c      its own QMP connection, to stop and continue the guest
+ *
+ * Until guest RAM is mapped no thread runs and every hook passes through.
+ */
+#ifndef LATENT_QEMU_AGENT_H
+#define LATENT_QEMU_AGENT_H
+
+#include "core/ram.h"
+#include "vmdir/agent_config.h"
+#include "vmdir/stats.h"
+#include "volume/volume.h"
+
+#include <signal.h>
+#include <stdbool.h>
+#include <sys/stat.h>
+
+struct agent {
+	struct agent_config config;
+	struct vm_stats *stats;
+	dev_t ram_dev;
+	ino_t ram_ino;
+	uint64_t ram_bytes; /* of all blocks that are mapped */
+	struct ram *ram;
+	struct volumes *volumes;
+	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
+};
+
+/* NULL until guest RAM is mapped; then set once and for good. */
+struct agent *agent_get(void);
+
+/* A process that `latent run` has started, whether guest RAM is mapped yet or not. */
+bool agent_is_configured(void);
+
+/* Is `fd` the memfd behind guest RAM? */
+bool agent_is_ram(int fd);
+
+/* Guest RAM has been mapped at hva (from mmap's hook); starts the agent at the first time. */
+void agent_ram_mapped(void *hva, size_t bytes, uint64_t offset);
+void agent_ram_unmapped(void *hva, size_t bytes);
+
+/*
+ * Something is about to be used that needs all of guest RAM in one file. 0: go on, no overlay will
+ * be made any more. -EPERM: there are overlays already; the refusal has been explained.
+ */
+int agent_exclude(const char *what);
+
+/* A file is about to be opened for writing by the VMM itself. */
+void agent_before_write(const char *path);
+
+/* `actions` of SIGBUS: the agent's handler explains, then does what the VMM asked for. */
+int agent_set_sigbus(const struct sigaction *act, struct sigaction *old);
+void agent_explain_fault(const void *addr);
+
+/* hooks.c: the C library's own sigaction. */
+int hooks_real_sigaction(int signal, const struct sigaction *act, struct sigaction *old);
+
+/* service.c: starts the thread; returns when it is ready to receive leases' signals, or an errno. */
+int service_start(struct agent *agent, pid_t *ret_tid);
+#define SERVICE_LEASE_SIGNAL (SIGRTMAX - 3)
+
+/* qmp.c: one thread (the service's) uses it. */
+struct qmp;
+int qmp_open(int fd, struct qmp **ret_qmp); /* takes the descriptor */
+/* Stops the guest and drains its I/O; `*ret_was_running`: whether qmp_cont is due. -ETIMEDOUT. */
+int qmp_stop(struct qmp *qmp, bool *ret_was_running);
+int qmp_cont(struct qmp *qmp);
+
+/* "latent: NAME: text" on standard error. */
+void agent_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+#endif

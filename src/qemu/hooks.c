@@ -1,0 +1,395 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Functions of the C library that QEMU calls and the agent stands in front of. Each looks whether
+ * the call concerns guest RAM (or a file that is mapped into it) and does what the C library does
+ * where it does not. They go to the kernel directly: no hook needs to find the function that it
+ * hides, but for sigaction, and none can run before the C library is ready.
+ *
+ *   mmap, munmap           guest RAM comes and goes
+ *   madvise, fallocate     discards (balloon, free page reporting), marks
+ *   pread, preadv          reads of disk images: shortcut I/O
+ *   open, openat           files that get a writer; device nodes that exclude overlays
+ *   sendmsg                guest RAM's descriptor on its way to another process (vhost-user)
+ *   mlockall, syscall      memory locking; userfaultfd (post-copy, background snapshots)
+ *   ioctl                  KVM_RUN that failed on a page
+ *   sigaction              SIGBUS
+ */
+/* Else the headers turn mmap into mmap64 and so on, and each name must be what it says. */
+#undef _FILE_OFFSET_BITS
+#undef _FORTIFY_SOURCE
+
+#include "qemu/agent.h"
+
+#include "os/os.h"
+#include "vmdir/compat.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define HOOK __attribute__((visibility("default")))
+
+/* System V ABI, x86-64. As syscall(2), which is hooked itself. */
+static long raw(long n, long a, long b, long c, long d, long e, long f)
+{
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	long r;
+
+	__asm__ volatile("syscall"
+			 : "=a"(r)
+			 : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
+	if (r < 0 && r > -4096) {
+		errno = (int)-r;
+		return -1;
+	}
+	return r;
+}
+
+static int fail(int r)
+{
+	errno = -r;
+	return -1;
+}
+
+/* ---- mappings --------------------------------------------------------------------------------- */
+
+static void *map(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
+{
+	void *at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+
+	if (at != MAP_FAILED && fd >= 0 && (flags & MAP_TYPE) != MAP_PRIVATE && (prot & PROT_WRITE) &&
+	    agent_is_ram(fd))
+		agent_ram_mapped(at, bytes, (uint64_t)offset);
+	return at;
+}
+
+HOOK void *mmap(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
+{
+	return map(addr, bytes, prot, flags, fd, offset);
+}
+
+HOOK void *mmap64(void *addr, size_t bytes, int prot, int flags, int fd, off64_t offset)
+{
+	return map(addr, bytes, prot, flags, fd, offset);
+}
+
+HOOK int munmap(void *addr, size_t bytes)
+{
+	agent_ram_unmapped(addr, bytes);
+	return (int)raw(SYS_munmap, (long)addr, (long)bytes, 0, 0, 0, 0);
+}
+
+/* A zap of base keeps what it holds; of an overlay it would lose what the guest has written. */
+static int zap_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	(void)ram;
+	for (uint64_t end = page + pages; page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+
+		if (range.source == ENTRY_BASE &&
+		    raw(SYS_madvise, (long)(b->hva + os_bytes(range.page)), (long)os_bytes(range.pages),
+			MADV_DONTNEED, 0, 0, 0))
+			return -errno;
+		page = range.page + range.pages;
+	}
+	return 0;
+}
+
+static bool touches_ram(struct ram *ram, const void *hva, size_t bytes)
+{
+	return ram_find(ram, hva, 1) || (bytes && ram_find(ram, (const uint8_t *)hva + bytes - 1, 1));
+}
+
+HOOK int madvise(void *hva, size_t bytes, int advice)
+{
+	struct agent *a = agent_get();
+	int r;
+
+	bytes = (bytes + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1); /* as the kernel does */
+	if (!a || (uintptr_t)hva & (OS_PAGE_BYTES - 1) || !touches_ram(a->ram, hva, bytes))
+		return (int)raw(SYS_madvise, (long)hva, (long)bytes, advice, 0, 0, 0);
+	ram_lock(a->ram);
+	if (advice == MADV_DONTNEED)
+		r = ram_for_part(a->ram, hva, bytes, zap_base);
+	else if (advice == MADV_REMOVE)
+		r = ram_for_part(a->ram, hva, bytes, ram_discard);
+	else
+		r = raw(SYS_madvise, (long)hva, (long)bytes, advice, 0, 0, 0) ? -errno : 0;
+	if (!r)
+		ram_remember_advice(a->ram, hva, bytes, advice);
+	ram_unlock(a->ram);
+	return r ? fail(r) : 0;
+}
+
+/* A hole in guest RAM's memfd: the guest must read zeros there, whatever is mapped over it. */
+static int punch_ram(struct agent *a, uint64_t offset, uint64_t bytes)
+{
+	int r;
+
+	ram_lock(a->ram);
+	r = ram_for_file_part(a->ram, offset, bytes, ram_discard);
+	ram_unlock(a->ram);
+	if (!r)
+		stat_add(&a->stats->pages_discarded, bytes >> OS_PAGE_SHIFT);
+	return r;
+}
+
+static int allocate(int fd, int mode, off_t offset, off_t bytes)
+{
+	struct agent *a = agent_get();
+
+	if (a && (mode & FALLOC_FL_PUNCH_HOLE) && offset >= 0 && bytes > 0 && agent_is_ram(fd)) {
+		int r = punch_ram(a, (uint64_t)offset, (uint64_t)bytes);
+
+		if (r)
+			return fail(r);
+	}
+	return (int)raw(SYS_fallocate, fd, mode, offset, bytes, 0, 0);
+}
+
+HOOK int fallocate(int fd, int mode, off_t offset, off_t bytes)
+{
+	return allocate(fd, mode, offset, bytes);
+}
+
+HOOK int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
+{
+	return allocate(fd, mode, offset, bytes);
+}
+
+HOOK int mlockall(int flags)
+{
+	/* It would make a private copy of every page that is mapped from a file. */
+	int r = agent_exclude("mlockall: locked memory");
+
+	return r ? fail(r) : (int)raw(SYS_mlockall, flags, 0, 0, 0, 0, 0);
+}
+
+/* ---- reads ------------------------------------------------------------------------------------ */
+
+static bool into_ram(struct agent *a, const struct iovec *iov, int count)
+{
+	for (int i = 0; i < count; i++)
+		if (iov[i].iov_len && ram_find(a->ram, iov[i].iov_base, iov[i].iov_len))
+			return true;
+	return false;
+}
+
+static ssize_t read_vector(int fd, const struct iovec *iov, int count, off_t offset)
+{
+	struct agent *a = agent_get();
+	ssize_t n;
+
+	if (a && count > 0 && count <= 1024 && into_ram(a, iov, count)) {
+		n = volumes_read(a->volumes, fd, iov, count, offset);
+		return n < 0 ? fail((int)n) : n;
+	}
+	n = raw(SYS_preadv, fd, (long)iov, count, offset, 0, 0);
+	if (a && n > 0)
+		volumes_note_other(a->volumes, fd, (uint64_t)n);
+	return n;
+}
+
+static ssize_t read_one(int fd, void *buffer, size_t bytes, off_t offset)
+{
+	struct iovec iov = { buffer, bytes };
+
+	return read_vector(fd, &iov, 1, offset);
+}
+
+HOOK ssize_t preadv(int fd, const struct iovec *iov, int count, off_t offset)
+{
+	return read_vector(fd, iov, count, offset);
+}
+
+HOOK ssize_t preadv64(int fd, const struct iovec *iov, int count, off64_t offset)
+{
+	return read_vector(fd, iov, count, offset);
+}
+
+HOOK ssize_t pread(int fd, void *buffer, size_t bytes, off_t offset)
+{
+	return read_one(fd, buffer, bytes, offset);
+}
+
+HOOK ssize_t pread64(int fd, void *buffer, size_t bytes, off64_t offset)
+{
+	return read_one(fd, buffer, bytes, offset);
+}
+
+/* What _FORTIFY_SOURCE turns calls into; no header declares them. */
+HOOK ssize_t __pread64_chk(int fd, void *buffer, size_t bytes, off64_t offset, size_t room);
+HOOK int __open_2(const char *path, int flags);
+HOOK int __open64_2(const char *path, int flags);
+
+HOOK ssize_t __pread64_chk(int fd, void *buffer, size_t bytes, off64_t offset, size_t room)
+{
+	if (bytes > room)
+		__builtin_trap(); /* as _FORTIFY_SOURCE demands */
+	return read_one(fd, buffer, bytes, offset);
+}
+
+/* ---- files ------------------------------------------------------------------------------------ */
+
+/* Device nodes of the compatibility table. */
+static int check_path(const char *path)
+{
+	const struct compat_rule *rule = compat_find(COMPAT_FILE, path, NULL, NULL);
+	char sentence[160];
+
+	if (!rule || !(rule->excludes & COMPAT_OVERLAYS))
+		return 0;
+	compat_sentence(rule, path, sentence, sizeof sentence);
+	return agent_exclude(sentence);
+}
+
+static int open_at(int dir, const char *path, int flags, mode_t mode)
+{
+	if (agent_get()) {
+		int r = strncmp(path, "/dev/", 5) ? 0 : check_path(path);
+
+		if (r)
+			return fail(r);
+		if ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC))
+			agent_before_write(path);
+	}
+	return (int)raw(SYS_openat, dir, (long)path, flags, (long)mode, 0, 0);
+}
+
+static mode_t take_mode(int flags, va_list args)
+{
+	return (flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE ? va_arg(args, mode_t) : 0;
+}
+
+#define HOOK_OPEN(name)                                           \
+	HOOK int name(const char *path, int flags, ...)           \
+	{                                                         \
+		va_list args;                                     \
+		mode_t mode;                                      \
+                                                                  \
+		va_start(args, flags);                            \
+		mode = take_mode(flags, args);                    \
+		va_end(args);                                     \
+		return open_at(AT_FDCWD, path, flags, mode);      \
+	}
+
+#define HOOK_OPENAT(name)                                         \
+	HOOK int name(int dir, const char *path, int flags, ...)  \
+	{                                                         \
+		va_list args;                                     \
+		mode_t mode;                                      \
+                                                                  \
+		va_start(args, flags);                            \
+		mode = take_mode(flags, args);                    \
+		va_end(args);                                     \
+		return open_at(dir, path, flags, mode);           \
+	}
+
+HOOK_OPEN(open)
+HOOK_OPEN(open64)
+HOOK_OPENAT(openat)
+HOOK_OPENAT(openat64)
+
+HOOK int __open_2(const char *path, int flags)
+{
+	return open_at(AT_FDCWD, path, flags, 0);
+}
+
+HOOK int __open64_2(const char *path, int flags)
+{
+	return open_at(AT_FDCWD, path, flags, 0);
+}
+
+/* ---- other processes, other mechanisms -------------------------------------------------------- */
+
+static bool carries_ram(const struct msghdr *message)
+{
+	struct msghdr *m = (struct msghdr *)message;
+
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
+		size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		for (size_t i = 0; i < count; i++) {
+			int fd;
+
+			memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+			if (agent_is_ram(fd))
+				return true;
+		}
+	}
+	return false;
+}
+
+HOOK ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
+{
+	if (message->msg_controllen && carries_ram(message)) {
+		int r = agent_exclude("vhost-user: another process maps guest RAM");
+
+		if (r)
+			return fail(r);
+	}
+	return raw(SYS_sendmsg, fd, (long)message, flags, 0, 0, 0);
+}
+
+HOOK long syscall(long n, ...)
+{
+	va_list args;
+	long a[6];
+
+	va_start(args, n);
+	for (int i = 0; i < 6; i++)
+		a[i] = va_arg(args, long);
+	va_end(args);
+	if (n == SYS_userfaultfd) {
+		int r = agent_exclude("userfaultfd: QEMU's post-copy or background snapshot");
+
+		if (r)
+			return fail(r);
+	}
+	return raw(n, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+HOOK int ioctl(int fd, unsigned long request, ...)
+{
+	va_list args;
+	long arg, r;
+
+	va_start(args, request);
+	arg = va_arg(args, long);
+	va_end(args);
+	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);
+	if (r < 0 && request == KVM_RUN && errno == EFAULT && agent_get()) {
+		agent_say("KVM could not get a page of guest RAM: storage failed, or a file that is mapped was cut");
+		errno = EFAULT;
+	}
+	return (int)r;
+}
+
+int hooks_real_sigaction(int signal, const struct sigaction *act, struct sigaction *old)
+{
+	static int (*real)(int, const struct sigaction *, struct sigaction *);
+
+	if (!real)
+		*(void **)&real = dlsym(RTLD_NEXT, "sigaction");
+	return real(signal, act, old);
+}
+
+HOOK int sigaction(int signal, const struct sigaction *act, struct sigaction *old)
+{
+	return signal == SIGBUS && agent_get() ? agent_set_sigbus(act, old)
+					       : hooks_real_sigaction(signal, act, old);
+}

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * What `latent run` tells the agent: one fixed struct in a memfd whose number is in the environment
+ * variable LATENT_AGENT_FD. Both sides come from one build; a wrong magic, version or size means
+ * that they do not, and the agent stays passive.
+ *
+ * LATENT_HELLO_FD (a pipe): the agent's constructor writes HELLO_TEXT there. `latent run` uses it,
+ * with `-version` as the only argument, to see whether the VMM loads the agent at all.
+ */
+#ifndef LATENT_VMDIR_AGENT_CONFIG_H
+#define LATENT_VMDIR_AGENT_CONFIG_H
+
+#include <stdint.h>
+
+#define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
+#define AGENT_CONFIG_VERSION 1u
+#define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
+#define AGENT_HELLO_ENV "LATENT_HELLO_FD"
+#define AGENT_HELLO_TEXT "latent agent " LATENT_VERSION_TEXT "\n"
+
+struct agent_config {
+	uint32_t magic, version;
+	/* Descriptors that the VMM inherits; the agent makes all of them close-on-exec. */
+	int32_t ram_fd;   /* the memfd behind guest RAM */
+	int32_t lock_fd;  /* open on `lock` in the run directory, locked: the VM lives while it is open */
+	int32_t qmp_fd;   /* the agent's end of its own QMP connection (a socketpair), or -1 */
+	int32_t stats_fd; /* `stats`, read-write, sizeof(struct vm_stats) long */
+	uint64_t ram_bytes;
+	double share_threshold;  /* 0..1: map when the likelihood of sharing is at least this */
+	uint32_t min_run_pages;  /* shortest run to map; 0: by the cost model */
+	uint32_t budget_maps;    /* mappings that the whole process may have; 0: half of the limit */
+	uint32_t trust_images;   /* map images that nothing protects */
+	uint32_t overlays_allowed;
+	uint32_t keep_attached;  /* reserved, 0 */
+	uint32_t reserved;
+	char excluded_by[160];   /* with overlays_allowed == 0: the sentence that says why */
+	char block_name[64];     /* stock QEMU's name of the RAM block: "pc.ram" */
+	char name[64];
+	char run_dir[256];       /* the VM's directory, absolute */
+	char volumes_dir[256];   /* where the tracking structures of this user's VMs are, absolute */
+};
+
+#endif

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The statistics of one VM: a file `stats` in its run-time directory, mapped by the agent (the only
+ * writer) and by `latent ps` and `latent stat` (read-only). It is a report and never an input: the
+ * agent reads nothing back from it on which guest memory depends.
+ *
+ * Counters are 64-bit, only grow unless their name ends in `_now`, and are read and written with
+ * relaxed atomics. Units are in the names.
+ */
+#ifndef LATENT_VMDIR_STATS_H
+#define LATENT_VMDIR_STATS_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
+#define VM_STATS_VERSION 1u
+#define VM_STATS_VOLUMES 32u
+
+typedef _Atomic uint64_t stat_counter;
+
+/* Why bytes that were asked for were copied and not mapped. Order is part of the layout. */
+enum miss_reason {
+	MISS_MISALIGNED,  /* file offset and guest address differ within the page, or part of a page */
+	MISS_SHORT_RUN,   /* fewer contiguous pages than a mapping is worth */
+	MISS_UNLIKELY,    /* likelihood of sharing below the threshold */
+	MISS_BUDGET,      /* the process has no mappings to spare */
+	MISS_WRITABLE,    /* opened for writing, by this VM or somebody else: no lease to be had */
+	MISS_NO_LEASE,    /* the file system gives no lease and nothing else protects the file */
+	MISS_DETACHED,    /* `latent detach`, or a writer came */
+	MISS_EXCLUDED,    /* a device of this VM needs all RAM in one file */
+	MISS_END_OF_FILE, /* beyond the last whole page */
+	MISS_BUFFER,      /* not read into guest RAM: metadata, compressed or encrypted clusters */
+	MISS_FAILED,      /* the kernel refused the mapping, or storage failed */
+	MISS_REASONS
+};
+
+enum volume_state {
+	VOLUME_LEASED,   /* mapped under a read lease */
+	VOLUME_SEALED,   /* mapped: fs-verity, immutable, or a read-only file system */
+	VOLUME_TRUSTED,  /* mapped on the user's word (--trust-image) */
+	VOLUME_WRITABLE, /* copied: somebody has it open for writing */
+	VOLUME_NO_LEASE, /* copied: nothing keeps it from changing */
+	VOLUME_DETACHED, /* copied: detached, by command or because a writer came */
+	VOLUME_STATES
+};
+
+struct volume_stats {
+	char path[256]; /* as the VMM opened it, NUL-terminated, cut at 255 bytes */
+	_Atomic uint64_t dev, ino, pages;
+	_Atomic uint32_t state;   /* enum volume_state */
+	_Atomic uint32_t readers_now; /* VMs of this user attached to it, this one included */
+	_Atomic uint32_t likelihood_permille_now;
+	_Atomic uint32_t min_run_pages_now;
+	stat_counter reads, bytes_asked, bytes_shortcut, bytes_from_storage;
+	stat_counter reads_joined, pages_joined; /* another VM had them in flight */
+	stat_counter maps, pages_mapped_now;
+	stat_counter pages_one_now, pages_many_now; /* locations mapped once / by many, by all VMs */
+	stat_counter copied_one, copied_many;       /* copies on write, by the group at that time */
+	stat_counter pages_dropped;                 /* discarded or overwritten */
+	stat_counter miss_reads[MISS_REASONS], miss_bytes[MISS_REASONS];
+};
+
+struct vm_stats {
+	uint32_t magic, version;
+	char name[64], agent_version[32];
+	_Atomic uint32_t pid; /* 0 until guest RAM is mapped: the agent has not spoken yet */
+	_Atomic uint32_t overlays_allowed;
+	char excluded_by[160]; /* the sentence that says why overlays are not used, or empty */
+	_Atomic uint64_t ram_bytes, started_unix_s;
+	stat_counter maps_ram_now, maps_other_now, maps_budget_now, maps_limit_now;
+	stat_counter pages_base_now, pages_overlay_now, pages_private_now; /* private: copies inside overlays */
+	stat_counter pages_discarded, pages_settled, map_failures;
+	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
+	_Atomic uint32_t volume_count;
+	struct volume_stats volumes[VM_STATS_VOLUMES];
+};
+
+static inline void stat_add(stat_counter *c, uint64_t n)
+{
+	atomic_fetch_add_explicit(c, n, memory_order_relaxed);
+}
+
+static inline void stat_sub(stat_counter *c, uint64_t n)
+{
+	atomic_fetch_sub_explicit(c, n, memory_order_relaxed);
+}
+
+static inline void stat_set(stat_counter *c, uint64_t n)
+{
+	atomic_store_explicit(c, n, memory_order_relaxed);
+}
+
+static inline uint64_t stat_get(const stat_counter *c)
+{
+	return atomic_load_explicit((stat_counter *)c, memory_order_relaxed);
+}
+
+#endif

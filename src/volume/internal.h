@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* What volume.c (files and their leases) and shortcut.c (reads) share. */
+#ifndef LATENT_VOLUME_INTERNAL_H
+#define LATENT_VOLUME_INTERNAL_H
+
+#include "volume/cost.h"
+#include "volume/track.h"
+#include "volume/volume.h"
+
+struct volumes {
+	struct ram *ram;
+	struct volume_options options;
+	struct vm_stats *stats;
+	_Atomic bool allowed;
+	pthread_mutex_t attach_lock; /* protects attaching: list[count] and count's growth */
+	_Atomic uint32_t count;
+	struct volume *list[VM_STATS_VOLUMES];
+};
+
+struct volume {
+	struct volumes *all;
+	uint64_t dev, ino;
+	int fd;            /* our own, read-only; holds the lease. -1: the file could not be reopened */
+	uint64_t pages;    /* whole pages of the file */
+	void *view;        /* for residency; NULL where the kernel does not tell us */
+	unsigned file;     /* index in core */
+	bool has_file;
+	_Atomic uint32_t state; /* enum volume_state; leaves a mapping state under the range lock only */
+	_Atomic bool leased;
+	_Atomic uint64_t next_page; /* where the last read ended: sequential reads are read ahead */
+	struct track *track;        /* NULL: no tracking structure to be had; likelihood is then 0 */
+	struct volume_stats *stats;
+};
+
+static inline bool state_maps(uint32_t state)
+{
+	return state == VOLUME_LEASED || state == VOLUME_SEALED || state == VOLUME_TRUSTED;
+}
+
+/* The volume of a regular file, attached at its first read; NULL: not a file, or too many. */
+struct volume *volumes_attach(struct volumes *all, int fd);
+
+#endif

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Shortcut I/O (US9032181): a read from a disk image into guest RAM is not copied but mapped, when
+ * the image cannot change beneath the mapping, sharing is likely and the run is long enough. The
+ * page cache is the pool that all VMs share.
+ *
+ * Threading: volumes_read from any number of threads; volumes_break, _settle and _release from one
+ * thread at a time; none with the range lock held.
+ */
+#ifndef LATENT_VOLUME_VOLUME_H
+#define LATENT_VOLUME_VOLUME_H
+
+#include "core/ram.h"
+#include "vmdir/stats.h"
+
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+struct volume_options {
+	double share_threshold;    /* 0..1; at 0 the likelihood is not asked */
+	uint32_t min_run_pages;    /* 0: by the cost model and the likelihood */
+	bool trust_images;         /* map what nothing protects */
+	const char *tracks_dir;    /* where the tracking structures are; outlives the volumes */
+	int lease_signal;          /* queued to thread lease_tid when a lease breaks, si_fd: see below */
+	pid_t lease_tid;
+};
+
+struct volumes;
+struct volume;
+
+/* `stats` outlives the volumes. */
+int volumes_create(struct ram *ram, const struct volume_options *options, struct vm_stats *stats,
+		   struct volumes **ret_volumes);
+/* Releases leases and descriptors. No overlay may be left: remove or settle the RAM before. */
+void volumes_destroy(struct volumes *all);
+
+/* Stops or allows mappings for the VM as a whole; what is mapped stays. */
+void volumes_allow(struct volumes *all, bool allowed);
+
+/*
+ * preadv(2) of `fd` into buffers of which at least one part lies in guest RAM: the same result, the
+ * same errno (as a negative number), the same short counts. Pages that it fully overwrites and that
+ * are not mapped anew go back to base where that saves mappings.
+ */
+ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int count, off_t offset);
+
+/* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
+void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
+
+/* The volume that is this file, or NULL if nothing of it was ever read. Takes no lock. */
+struct volume *volumes_by_file(struct volumes *all, const struct stat *st);
+struct volume *volumes_by_path(struct volumes *all, const char *path);
+/* The volume whose lease sits on `fd` (si_fd of the signal), or NULL. */
+struct volume *volumes_by_lease_fd(struct volumes *all, int fd);
+/* The volume with this file index in page entries, or NULL. */
+struct volume *volumes_by_index(struct volumes *all, unsigned file);
+/* The n-th volume, NULL after the last. */
+struct volume *volumes_nth(struct volumes *all, uint32_t n);
+const char *volume_path(const struct volume *v);
+/* Leases that are gone or break without a signal seen (it may have been lost): the first, or NULL. */
+struct volume *volumes_broken_lease(struct volumes *all);
+
+/*
+ * The three steps of giving a file up, for a writer or for `latent detach`:
+ *   break    maps it no more, and makes what is mapped private: the file may then be rewritten, not
+ *            yet truncated. The guest goes on.
+ *   settle   moves what is mapped to base. vCPUs and I/O stopped. Afterwards nothing refers to it.
+ *   release  gives the lease back, so that a waiting writer goes on.
+ * Each does nothing when it has been done. `*ret_settled` (may be NULL) grows.
+ */
+int volume_break(struct volume *v, enum volume_state why);
+int volume_settle(struct volume *v, uint64_t *ret_settled);
+void volume_release(struct volume *v);
+bool volume_is_mapped(struct volume *v);
+
+/* Brings the statistics up to date; `deep` also copies on write and groups, from pagemap. */
+int volumes_refresh(struct volumes *all, bool deep);
+
+#endif

@@ -1,0 +1,393 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Bytes as a sequence of transitions, guest accesses and failures on a small guest RAM, compared with
+ * the model of tests/unit/ram_model.h after each.
+ *
+ * With clang: -fsanitize=fuzzer,address,undefined. With gcc: -DFUZZ_STANDALONE, and then
+ *     fuzz_ram SECONDS [CORPUS FILE OR DIRECTORY…]
+ * runs the corpus once, then random inputs and mutations of the corpus for SECONDS, the same ones each
+ * time unless FUZZ_SEED says otherwise. An input that fails is written to ./crash-ram; FUZZ_TRACE=1
+ * says what each input does.
+ *
+ * Input: a byte of settings, then operations of one to six bytes (see `operations`).
+ */
+#include "../unit/ram_model.h"
+
+#include <dirent.h>
+#include <limits.h>
+#include <signal.h>
+#include <time.h>
+
+#define FILE_PAGES 96
+#define MAX_OPERATIONS 64
+
+static const uint64_t block_pages[RIG_BLOCKS] = { 40, 24 };
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+
+/* ---- reading the input ---------------------------------------------------------------------- */
+
+struct input {
+	const uint8_t *at, *end;
+	struct model *m;
+	bool trace;
+};
+
+static uint8_t next(struct input *in) { return in->at < in->end ? *in->at++ : 0; }
+
+struct part {
+	unsigned block;
+	uint64_t page, pages;
+};
+
+/* Three bytes; always inside the block. */
+static struct part next_part(struct input *in)
+{
+	struct part p = { .block = next(in) % RIG_BLOCKS };
+
+	p.page = next(in) % block_pages[p.block];
+	p.pages = 1 + next(in) % (block_pages[p.block] - p.page);
+	return p;
+}
+
+static void trace(const struct input *in, const char *what, const struct part *p)
+{
+	if (!in->trace)
+		return;
+	if (p)
+		fprintf(stderr, "%s block %u page %" PRIu64 " +%" PRIu64 "\n", what, p->block, p->page, p->pages);
+	else
+		fprintf(stderr, "%s\n", what);
+}
+
+/* ---- operations ----------------------------------------------------------------------------- */
+
+/* The last byte: 0xff: somewhere in the file; else as near to block offset = file offset as to merge. */
+static const char *do_overlay(struct input *in)
+{
+	struct part p = next_part(in);
+	unsigned file = next(in) % RIG_FILES;
+	uint8_t shift = next(in);
+	uint64_t file_page = shift & 0x80 ? shift % FILE_PAGES : p.page + shift % 4;
+
+	trace(in, "overlay", &p);
+	return model_map_overlay(in->m, p.block, p.page, p.pages, file, file_page);
+}
+
+/* Not cut to what is there. */
+static const char *do_wild_overlay(struct input *in)
+{
+	struct part p = { .block = next(in) % RIG_BLOCKS, .page = next(in), .pages = next(in) };
+
+	trace(in, "wild overlay", &p);
+	return model_map_overlay(in->m, p.block, p.page, p.pages, next(in) % RIG_FILES, next(in));
+}
+
+static const char *do_return(struct input *in)
+{
+	struct part p = next_part(in);
+
+	trace(in, "return", &p);
+	return model_return_base(in->m, p.block, p.page, p.pages);
+}
+
+static const char *do_discard(struct input *in)
+{
+	struct part p = next_part(in);
+
+	trace(in, "discard", &p);
+	return model_discard(in->m, p.block, p.page, p.pages);
+}
+
+static const char *do_settle(struct input *in)
+{
+	struct part p = next_part(in);
+
+	trace(in, "settle", &p);
+	return model_settle(in->m, p.block, p.page, p.pages);
+}
+
+static const char *do_privatize(struct input *in)
+{
+	trace(in, "privatize", NULL);
+	return model_privatize(in->m, next(in) % RIG_FILES);
+}
+
+static const char *do_detach(struct input *in)
+{
+	trace(in, "detach", NULL);
+	return model_detach(in->m, next(in) % RIG_FILES);
+}
+
+static const char *do_reconcile(struct input *in)
+{
+	trace(in, "reconcile", NULL);
+	return model_reconcile(in->m);
+}
+
+static const char *do_write(struct input *in)
+{
+	struct part p = { .block = next(in) % RIG_BLOCKS, .pages = 1 };
+
+	p.page = next(in) % block_pages[p.block];
+	trace(in, "write", &p);
+	return model_guest_writes(in->m, p.block, p.page);
+}
+
+static const char *do_read(struct input *in)
+{
+	struct part p = { .block = next(in) % RIG_BLOCKS, .pages = 1 };
+
+	p.page = next(in) % block_pages[p.block];
+	trace(in, "read", &p);
+	return model_guest_reads(in->m, p.block, p.page);
+}
+
+static const char *do_zap(struct input *in)
+{
+	struct part p = next_part(in);
+
+	trace(in, "zap", &p);
+	return model_zap(in->m, p.block, p.page, p.pages);
+}
+
+static const char *do_rewrite(struct input *in)
+{
+	trace(in, "rewrite", NULL);
+	return model_rewrite_file(in->m, next(in) % RIG_FILES);
+}
+
+static const char *do_replug(struct input *in)
+{
+	trace(in, "replug", NULL);
+	return model_replug(in->m, next(in) % RIG_BLOCKS);
+}
+
+static const char *do_advise(struct input *in)
+{
+	static const int advices[] = { MADV_DONTFORK, MADV_DOFORK, MADV_DONTDUMP, MADV_DODUMP };
+
+	trace(in, "advise", NULL);
+	return model_advise(in->m, next(in) % RIG_BLOCKS, advices[next(in) % 4]);
+}
+
+static const char *do_arm(struct input *in)
+{
+	static const int errors[] = { ENOMEM, EAGAIN, EACCES, ENODEV };
+	enum os_fault_point point = (enum os_fault_point)(next(in) % OS_FAULT_STORAGE_READ);
+	uint8_t how = next(in);
+
+	if (in->trace)
+		fprintf(stderr, "arm point %u, call %u\n", point, 1 + how % 4);
+	model_arm(in->m, point, 1 + how % 4, errors[how / 4 % 4]);
+	return NULL;
+}
+
+static const char *do_arm_hole(struct input *in)
+{
+	trace(in, "arm hole", NULL);
+	model_arm_hole(1 + next(in) % 4);
+	return NULL;
+}
+
+/* The number of an operation in an input is its place here, modulo the number of places. */
+static const char *(*const operations[])(struct input *) = {
+	do_overlay, do_return, do_discard, do_settle, do_privatize, do_detach, do_reconcile, do_write,
+	do_read, do_zap, do_rewrite, do_replug, do_advise, do_arm, do_arm_hole, do_wild_overlay,
+};
+#define OPERATIONS (sizeof operations / sizeof operations[0])
+
+/* ---- one input ------------------------------------------------------------------------------ */
+
+/* Mappings that the rig adds to the process: measured once. */
+static uint64_t rig_maps(void)
+{
+	static uint64_t added;
+	static struct model m;
+	uint64_t before;
+	struct ram_counts c;
+
+	if (added)
+		return added;
+	if (os_count_maps(&before))
+		abort();
+	model_open(&m, block_pages, FILE_PAGES, 1);
+	ram_get_counts(m.rig.ram, &c);
+	model_close(&m);
+	return added = c.maps + c.other_maps - before;
+}
+
+/* Bits 1 and 2 of the settings: as many as one likes, or room for few more. */
+static uint64_t budget_of(uint8_t settings)
+{
+	static const uint64_t room[] = { 0, 2, 5, 12 };
+	uint64_t now;
+
+	if (!(settings & 6))
+		return UINT64_C(1) << 40;
+	(void)rig_maps();
+	if (os_count_maps(&now))
+		abort();
+	return now + rig_maps() + room[settings >> 1 & 3];
+}
+
+static void report(const struct input *in, const uint8_t *data, const char *why)
+{
+	fprintf(stderr, "fuzz_ram: after %zu bytes: %s\ninput:", (size_t)(in->at - data), why);
+	for (const uint8_t *at = data; at < in->end; at++)
+		fprintf(stderr, " %02x", *at);
+	fprintf(stderr, "\n");
+	abort();
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+	static struct model m;
+	struct input in = { .at = data, .end = data + bytes, .m = &m, .trace = getenv("FUZZ_TRACE") };
+	uint8_t settings = next(&in);
+	const char *why = NULL;
+
+	model_open(&m, block_pages, FILE_PAGES, budget_of(settings));
+	m.touch_all = settings & 1;
+	for (unsigned n = 0; !why && in.at < in.end && n < MAX_OPERATIONS; n++)
+		why = operations[next(&in) % OPERATIONS](&in);
+	if (!why)
+		why = model_reconcile(&m);
+	if (why)
+		report(&in, data, why);
+	model_close(&m);
+	return 0;
+}
+
+/* ---- without libFuzzer ---------------------------------------------------------------------- */
+
+#ifdef FUZZ_STANDALONE
+
+#define MAX_INPUT_BYTES 256
+#define MAX_CORPUS 512
+
+struct bytes {
+	uint8_t data[MAX_INPUT_BYTES];
+	size_t bytes;
+};
+
+static struct bytes corpus[MAX_CORPUS];
+static size_t corpus_files;
+static uint64_t random_state;
+
+/* Read by on_abort only. */
+static const struct bytes *running;
+
+static uint32_t random_below(uint32_t limit)
+{
+	random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+	return (uint32_t)(random_state >> 33) % limit;
+}
+
+static void on_abort(int signal)
+{
+	int fd = open("crash-ram", O_WRONLY | O_CREAT | O_TRUNC, 0644);
+
+	(void)signal;
+	if (fd >= 0 && running && write(fd, running->data, running->bytes) > 0)
+		fprintf(stderr, "fuzz_ram: the input is in ./crash-ram; FUZZ_TRACE=1 fuzz_ram 0 crash-ram\n");
+	_exit(1);
+}
+
+static void run(const struct bytes *input)
+{
+	running = input;
+	LLVMFuzzerTestOneInput(input->data, input->bytes);
+	running = NULL;
+}
+
+static void load_file(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = -1;
+
+	if (fd >= 0 && corpus_files < MAX_CORPUS)
+		n = read(fd, corpus[corpus_files].data, MAX_INPUT_BYTES);
+	if (fd >= 0)
+		close(fd);
+	if (n < 0) {
+		fprintf(stderr, "fuzz_ram: cannot read %s\n", path);
+		exit(1);
+	}
+	corpus[corpus_files++].bytes = (size_t)n;
+}
+
+static void load(const char *path)
+{
+	DIR *dir = opendir(path);
+	struct dirent *entry;
+	char name[PATH_MAX];
+
+	if (!dir) {
+		load_file(path);
+		return;
+	}
+	while ((entry = readdir(dir))) {
+		if (entry->d_name[0] == '.')
+			continue;
+		snprintf(name, sizeof name, "%s/%s", path, entry->d_name);
+		load_file(name);
+	}
+	closedir(dir);
+}
+
+static void make_random(struct bytes *input)
+{
+	input->bytes = 8 + random_below(MAX_INPUT_BYTES - 8);
+	for (size_t i = 0; i < input->bytes; i++)
+		input->data[i] = (uint8_t)random_below(256);
+}
+
+static void mutate(struct bytes *input)
+{
+	const struct bytes *other = &corpus[random_below((uint32_t)corpus_files)];
+
+	*input = corpus[random_below((uint32_t)corpus_files)];
+	if (!input->bytes)
+		return;
+	for (uint32_t n = 1 + random_below(6); n; n--)
+		input->data[random_below((uint32_t)input->bytes)] = (uint8_t)random_below(256);
+	for (size_t i = 1; random_below(2) && i < other->bytes && input->bytes < MAX_INPUT_BYTES; i++)
+		input->data[input->bytes++] = other->data[i];
+}
+
+static double now_s(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv)
+{
+	double seconds = argc > 1 ? strtod(argv[1], NULL) : 5, end;
+	const char *seed = getenv("FUZZ_SEED");
+	uint64_t runs = 0;
+	struct bytes input;
+
+	random_state = seed ? strtoull(seed, NULL, 10) : 1;
+	signal(SIGABRT, on_abort);
+	signal(SIGSEGV, on_abort);
+	signal(SIGBUS, on_abort);
+	for (int i = 2; i < argc; i++)
+		load(argv[i]);
+	for (size_t i = 0; i < corpus_files; i++)
+		run(&corpus[i]);
+	for (end = now_s() + seconds; now_s() < end; runs++) {
+		if (corpus_files && random_below(2))
+			mutate(&input);
+		else
+			make_random(&input);
+		run(&input);
+	}
+	printf("fuzz_ram: %zu corpus files, %" PRIu64 " random inputs, all agree\n", corpus_files, runs);
+	return 0;
+}
+
+#endif

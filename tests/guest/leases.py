@@ -1,0 +1,254 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""Images that change while they are mapped: the writer waits, the guest keeps what it has read."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from lib import case, latent
+from lib.qmp import QmpError
+from lib.vm import VM, GuestError
+
+DISK_MIB = 32
+EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
+WRITE_FILES = """set -e
+mkdir /new
+for i in $(seq 16); do head -c $((i * 250000)) /dev/urandom > /new/$i; done
+cp -a /usr/share/perl /new/perl
+find /new -type f -print0 | xargs -0 sha256sum > /new.sha256
+sync
+"""
+CHECK_FILES = "sha256sum -c --quiet /new.sha256"
+# What is committed: changed and new blocks over those of the backing file.
+CHANGE_FILES = """set -e
+for i in 3 7 11; do head -c $((i * 250000)) /dev/urandom > /new/$i; done
+cp -a /usr/include/linux /new/linux
+find /new -type f -print0 | xargs -0 sha256sum > /new.sha256
+sync
+"""
+COMMIT_BYTES_PER_S = 6 << 20  # slow enough for reads to meet it
+OPEN_MAX_S = 20  # far below the kernel's lease-break-time, 45 s
+
+
+class DataDisk:
+    """A raw image of random bytes, read as a whole by the guest, which keeps it in its page cache."""
+
+    def __init__(self, directory, name):
+        self.path = latent.random_image(directory / f"{name}.raw", DISK_MIB)
+        self.sha256 = latent.sha256(self.path)
+        self.name = name
+        self.node = None
+
+    def arguments(self, **options):
+        return latent.extra_disk(self.path, self.name, **options)
+
+    def read_in(self, guest, node):
+        """The holder keeps the device open: at the last close the guest drops its pages."""
+        self.node = node
+        guest.sh_start(f"sleep 600 < {node}")
+        return self.hash_in(guest)
+
+    def hash_in(self, guest):
+        return guest.sh(f"sha256sum {self.node}").split()[0]
+
+
+def mapped_pages(guest, disk):
+    return latent.volume(latent.stat(guest), disk.path)["pages_mapped_now"]
+
+
+def state(guest, disk):
+    return latent.volume(latent.stat(guest), disk.path)["state"]
+
+
+def start_with_disks(test, disks, **options):
+    """A guest that has read all the disks; nearly all of it is mapped."""
+    arguments = [word for disk in disks for word in disk.arguments(**options)]
+    guest = VM("reader", latent=EVERYTHING, extra=arguments)
+    for letter, disk in zip("bcdefg", disks):
+        test.check_equal(disk.read_in(guest, f"/dev/vd{letter}"), disk.sha256, f"{disk.name} is read right")
+        pages = mapped_pages(guest, disk)
+        test.check(pages > DISK_MIB * 256 * 0.9, f"{disk.name}: {pages} pages are mapped")
+    return guest
+
+
+def check_given_up(test, guest, disk):
+    test.check_equal(latent.overlay_mappings(guest.pid, disk.path), [], f"{disk.name} is mapped no more")
+    test.check_equal((state(guest, disk), mapped_pages(guest, disk)), ("detached", 0),
+                     f"{disk.name} counts as detached")
+    test.check_equal(disk.hash_in(guest), disk.sha256, f"{disk.name}: what was read is as it was")
+
+
+def check_pause(test, guest):
+    pauses = [float(ms) for ms in re.findall(r"the guest stood for ([\d.]+) ms", guest.qemu_log.read_text())]
+    test.check(pauses and max(pauses) < 2000, f"the guest was stopped for {pauses} ms")
+
+
+def rewrite(path):
+    with open(path, "r+b") as file:
+        for _ in range(DISK_MIB):
+            file.write(os.urandom(1 << 20))
+
+
+def cut(path):
+    os.truncate(path, 0)
+
+
+def change_under_load(test, guest, disk, change, what, load_under):
+    load = latent.start_hash(guest, load_under)
+    time.sleep(0.5)
+    with test.time(f"{disk.name} is {what} by another process") as timer:
+        change(disk.path)
+    test.check(timer.seconds < OPEN_MAX_S, "the writer had to wait for a moment only")
+    check_given_up(test, guest, disk)
+    latent.check_hashes(test, guest, load_under, job=load, what=f"read while an image was {what}")
+    check_pause(test, guest)
+
+
+def new_contents_are_read(test, guest, disk):
+    """After the writer has gone, the guest's next reads get what it has written, by copying."""
+    guest.drop_guest_caches()
+    test.check_equal(disk.hash_in(guest), latent.sha256(disk.path), f"{disk.name}: new reads get new contents")
+    one = latent.volume(latent.stat(guest), disk.path)
+    test.check(one["misses"]["detached"]["bytes"] >= DISK_MIB << 20 and one["pages_mapped_now"] == 0,
+               "they are copied, because the image was detached")
+
+
+def detach_by_command(test, guest, disk):
+    text = latent.run("detach", guest.name, disk.path)
+    test.say(f"latent detach: {text.strip()}")
+    check_given_up(test, guest, disk)
+
+
+def detach_all(test, guest):
+    text = latent.run("detach", guest.name)
+    test.say(f"latent detach: {text.strip()}")
+    figures = latent.stat(guest)
+    test.check_equal((figures["pages_overlay_now"], figures["pages_private_now"]), (0, 0), "all RAM is plain")
+    test.check_equal(guest.ram_kib()["image"]["rss_kib"], 0, "no image is mapped into guest RAM")
+    latent.check_hashes(test, guest, "/usr/lib/", what="after everything was detached")
+
+
+def others_change_images(test, directory):
+    disks = [DataDisk(directory, name) for name in ("rewritten", "cut", "detached")]
+    with start_with_disks(test, disks) as guest:
+        change_under_load(test, guest, disks[0], rewrite, "rewritten", "/usr/lib/")
+        change_under_load(test, guest, disks[1], cut, "truncated", "/usr/share/")
+        detach_by_command(test, guest, disks[2])
+        new_contents_are_read(test, guest, disks[0])
+        detach_all(test, guest)
+        wrong = latent.command("detach", guest.name, directory / "none.raw")
+        test.check(wrong.returncode != 0 and wrong.stderr.count("\n") == 1,
+                   f"an image that is not there: {wrong.stderr.strip()}")
+        guest.shutdown()
+
+
+def start_writer(disk, shared):
+    options = ",share-rw=on" if shared else ""
+    return VM("writer", latent=[], extra=disk.arguments(read_only=False, device_options=options))
+
+
+def refused(test, guest, disk):
+    """QEMU's own image locks: the reader does not share it with writers."""
+    with start_writer(disk, shared=False) as writer:
+        status = writer.process.wait(30)
+        test.check(status == 1 and 'Failed to get "write" lock' in writer.qemu_log.read_text(),
+                   "a second VM cannot open the image for writing, and QEMU says why")
+    test.check_equal(disk.hash_in(guest), disk.sha256, f"{disk.name}: the reader has it as it was")
+
+
+def second_vm_writes(test, directory):
+    alone, shared = DataDisk(directory, "alone"), DataDisk(directory, "shared")
+    with start_with_disks(test, [alone]) as guest:
+        refused(test, guest, alone)
+    with start_with_disks(test, [shared], device_options=",share-rw=on") as guest:
+        with start_writer(shared, shared=True) as writer:
+            writer.sh(f"head -c {DISK_MIB << 20} /dev/urandom > /dev/vdb; sync")
+            check_given_up(test, guest, shared)
+            test.check(latent.sha256(shared.path) != shared.sha256, "the second VM has written the image")
+            writer.shutdown()
+        new_contents_are_read(test, guest, shared)
+
+
+def written_from_the_start(test, directory):
+    disk = DataDisk(directory, "busy")
+    with open(disk.path, "r+b"):
+        with VM("reader", latent=EVERYTHING, extra=disk.arguments()) as guest:
+            test.check_equal(disk.read_in(guest, "/dev/vdb"), disk.sha256, "an image that somebody writes is right")
+            one = latent.volume(latent.stat(guest), disk.path)
+            test.check_equal(one["state"], "writable", "its state says why it is not mapped")
+            test.check(one["misses"]["writable"]["bytes"] >= DISK_MIB << 20 and one["bytes_shortcut"] == 0,
+                       "its reads are counted as copied for that reason")
+
+
+def wait_job(guest, wanted_event, timeout_s=60):
+    try:
+        event = guest.monitor.wait_event(wanted_event, timeout_s)
+    except QmpError as error:
+        raise GuestError(f"no {wanted_event}: {error}; jobs: {guest.qmp('query-block-jobs')}") from error
+    if event["data"].get("error"):
+        raise GuestError(f"{wanted_event}: {event['data']['error']}")
+
+
+def commit_under_load(test, guest, base):
+    load = guest.sh_start(f"while :; do {CHECK_FILES} || exit 1; "
+                          "echo 3 > /proc/sys/vm/drop_caches; [ -e /run/end ] && exit 0; done")
+    hashing = latent.start_hash(guest, "/usr/lib/")
+    with test.time("block-commit into the backing file"):
+        guest.qmp("block-commit", job_id="commit", device="root", base=str(base), speed=COMMIT_BYTES_PER_S)
+        wait_job(guest, "BLOCK_JOB_READY")
+        guest.qmp("block-job-complete", device="commit")
+        wait_job(guest, "BLOCK_JOB_COMPLETED")
+    guest.sh("touch /run/end")
+    load.wait(120)
+    test.say("the guest's files were right during the commit")
+    latent.check_hashes(test, guest, "/usr/lib/", job=hashing, what="read during the commit")
+
+
+def block_commit(test, directory):
+    base = directory / "base.qcow2"
+    with VM("first", latent=[]) as first:
+        first.sh(WRITE_FILES, timeout=120)
+        first.shutdown()
+        shutil.move(first.disk, base)
+    with VM("commit", image=base, latent=EVERYTHING) as guest:
+        guest.sh(CHECK_FILES)
+        guest.sh(CHANGE_FILES, timeout=120)
+        one = latent.volume(latent.stat(guest), base)
+        test.check(one["state"] == "leased" and one["pages_mapped_now"] > 1000,
+                   f"{one['pages_mapped_now']} pages of the backing file are mapped before")
+        commit_under_load(test, guest, base)
+        one = latent.volume(latent.stat(guest), base)
+        test.check_equal((one["state"], one["pages_mapped_now"]), ("detached", 0), "it was given up")
+        guest.drop_guest_caches()
+        guest.sh(f"{CHECK_FILES} && {CHANGE_FILES} {CHECK_FILES}", timeout=120)
+        test.say("the guest's files are right after it, and when they are written again")
+        guest.shutdown()
+    subprocess.run(["qemu-img", "check", "-q", base], check=True)
+    with VM("after", image=base, overlay=False) as guest:
+        guest.sh(CHECK_FILES)
+        latent.check_hashes(test, guest, "/usr/lib/", what="in the image after the commit, by plain QEMU")
+        guest.shutdown()
+
+
+def body(test):
+    test.need_latent()
+    latent.private_run_dir()
+    directory = Path(tempfile.mkdtemp(prefix="latent-leases-"))
+    try:
+        others_change_images(test, directory)
+        written_from_the_start(test, directory)
+        second_vm_writes(test, directory)
+        block_commit(test, directory)
+        latent.run("ps")
+        test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+case.main("A guest keeps what it has read when its images are rewritten, cut or committed into.", body,
+          timeout_s=300)

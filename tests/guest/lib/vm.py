@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""Guests for tests and benchmarks: plain QEMU, or QEMU under `latent run`.
+
+    with VM("a", mem="1G", latent=["--option"]) as vm:
+        vm.wait_ready()
+        print(vm.sh("uname -r"))
+
+Everything a VM needs lives in a directory of its own (vm.dir): its overlay disk,
+serial log, QEMU's messages and sockets. It is removed at the end unless the test
+failed or LATENT_KEEP=1.
+"""
+
+import atexit
+import base64
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from . import host
+from .agent import Agent, GuestError
+from .qmp import Qmp, QmpError
+
+SOURCE_DIR = Path(__file__).resolve().parents[3]
+BUILD_DIR = Path(os.environ.get("LATENT_BUILD") or SOURCE_DIR / "build")
+PORT_NAME = "org.latent.test"
+PR_SET_PDEATHSIG = 1
+LOG_TAIL_LINES = 30
+PUT_CHUNK_BYTES = 60000
+
+live_vms = []  # started and not yet ended; case.py dumps them when a test fails
+_libc = ctypes.CDLL(None)
+_images_dir = None
+
+
+def images_dir():
+    """The directory of the guest images; builds them when they are missing."""
+    global _images_dir
+    if _images_dir is None:
+        result = subprocess.run([SOURCE_DIR / "tests/image/build"], stdout=subprocess.PIPE, text=True)
+        if result.returncode != 0:
+            raise GuestError("tests/image/build failed")
+        _images_dir = Path(result.stdout.strip().splitlines()[-1])
+    return _images_dir
+
+
+def parse_bytes(text):
+    """ "512M" or "2G" in bytes."""
+    number, unit = re.fullmatch(r"(\d+)([MG])", text).groups()
+    return int(number) << {"M": 20, "G": 30}[unit]
+
+
+class Skip(Exception):
+    """The machine cannot run this test; says what is missing."""
+
+
+class VM:
+    """One guest.
+
+    image       name of a built image, or a path; raw or qcow2 by its suffix
+    overlay     True: the guest writes to a qcow2 overlay of its own in vm.dir;
+                False: to the image itself
+    latent      None: plain QEMU; a list: `latent run` with these options
+    extra       more QEMU arguments; drive_opts more options of the root drive
+    append      more words for the kernel command line
+    qemu        the QEMU program; env more environment variables for it
+    """
+
+    def __init__(self, name, image="golden.qcow2", mem="1G", smp=1, latent=None, overlay=True,
+                 extra=(), drive_opts="", append="", qemu="qemu-system-x86_64", env=None, start=True):
+        self.name, self.mem, self.smp, self.latent = name, mem, smp, latent
+        self.extra, self.drive_opts, self.append = list(extra), drive_opts, append
+        self.qemu, self.env = qemu, dict(env or {})
+        self.image = Path(image) if "/" in str(image) else images_dir() / image
+        self.dir = Path(tempfile.mkdtemp(prefix=f"latent-{name}-"))
+        self.disk = self._make_overlay() if overlay else self.image
+        self.serial_log = self.dir / "serial.log"
+        self.qemu_log = self.dir / "qemu.log"
+        self.process = self._pid = self._agent = self._qmp = None
+        self.started_s = None
+        self._diagnosed = False
+        if start:
+            self.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, trace):
+        keep = error_type is not None and not issubclass(error_type, (KeyboardInterrupt, Skip))
+        if keep:
+            self.diagnose()
+        self.close(keep_files=keep)
+
+    # ---- starting ----
+
+    def start(self):
+        """Starts (or, after its end, starts again) QEMU; does not wait for the guest."""
+        if self.process is not None:
+            self.kill9()
+        self._remove_sockets()
+        command = self.command()
+        (self.dir / "command").write_text(shlex.join(command) + "\n")
+        with open(self.qemu_log, "ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            env=dict(os.environ, **self.env),
+                                            preexec_fn=_choose_preexec())
+        self._note_started()
+
+    def adopt(self, process):
+        """Takes over a QEMU that something else started with this VM's sockets (a restore).
+
+        process: its Popen object, or None when the pid file says enough.
+        """
+        self._forget_connections()
+        self.process = process
+        self._note_started()
+
+    def _note_started(self):
+        self.started_s = time.monotonic()
+        self._diagnosed = False
+        if self not in live_vms:
+            live_vms.append(self)
+
+    def command(self):
+        """The whole command line, `latent run` included."""
+        command = [self.qemu, *self.qemu_arguments()]
+        if self.latent is None:
+            return command
+        return [str(BUILD_DIR / "latent"), "run", "--name", self.name, *self.latent, "--", *command]
+
+    def qemu_arguments(self):
+        accel = host.accelerator(images_dir())
+        return [
+            "-name", self.name,
+            "-machine", "q35",
+            *(["-accel", "kvm", "-cpu", "host"] if accel == "kvm" else ["-accel", "tcg"]),
+            "-m", self.mem, "-smp", str(self.smp),
+            "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot",
+            "-pidfile", str(self.dir / "pid"),
+            "-qmp", f"unix:{self.dir}/qmp.sock,server=on,wait=off",
+            *self._console_arguments(), *self._kernel_arguments(), *self._disk_arguments(),
+            "-object", "rng-random,id=rng0,filename=/dev/urandom",
+            "-device", "virtio-rng-pci,rng=rng0",
+            *self.extra,
+        ]
+
+    def _console_arguments(self):
+        return [
+            "-chardev", f"file,id=console,path={self.serial_log},append=on", "-serial", "chardev:console",
+            "-chardev", f"socket,id=agent,path={self.dir}/agent.sock,server=on,wait=off",
+            "-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={PORT_NAME}",
+        ]
+
+    def _kernel_arguments(self):
+        words = f"console=ttyS0 loglevel=6 panic=-1 mitigations=off {self.append}".strip()
+        return ["-kernel", str(images_dir() / "vmlinuz"), "-initrd", str(images_dir() / "initrd.img"),
+                "-append", words]
+
+    def _disk_arguments(self):
+        file_format = "qcow2" if self.disk.suffix == ".qcow2" else "raw"
+        options = f"file={self.disk},if=none,id=root,format={file_format}"
+        if self.drive_opts:
+            options += "," + self.drive_opts
+        return ["-drive", options, "-device", "virtio-blk-pci,drive=root"]
+
+    def _make_overlay(self):
+        overlay = self.dir / "disk.qcow2"
+        backing_format = "qcow2" if self.image.suffix == ".qcow2" else "raw"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", self.image.resolve(),
+                        "-F", backing_format, overlay], check=True)
+        return overlay
+
+    # ---- the guest ----
+
+    def wait_ready(self, timeout=60):
+        """Waits until the guest runs commands; returns the seconds since the start."""
+        deadline_s = time.monotonic() + timeout
+        self._agent = self._connect_agent(deadline_s)
+        self._agent.wait_ready(deadline_s - time.monotonic(), still_alive=self._check_alive)
+        return time.monotonic() - self.started_s
+
+    def sh(self, command, timeout=60, check=True):
+        """Runs a shell command in the guest; returns its output (both streams)."""
+        return self.sh_start(command).wait(timeout, check)
+
+    def sh_start(self, command, on_output=None):
+        """Starts a shell command; returns its Job (agent.py): wait(), kill(), output, status."""
+        if self._agent is None:
+            self.wait_ready()
+        return self._agent.start(command, on_output)
+
+    def drop_guest_caches(self):
+        self.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
+
+    def put(self, data, path):
+        """Writes a small file in the guest."""
+        self.sh(f": > {shlex.quote(path)}")
+        for at in range(0, len(data), PUT_CHUNK_BYTES):
+            text = base64.b64encode(data[at:at + PUT_CHUNK_BYTES]).decode()
+            self.sh(f"echo {text} | base64 -d >> {shlex.quote(path)}")
+
+    def _connect_agent(self, deadline_s):
+        while True:
+            self._check_alive()
+            try:
+                return Agent(self.dir / "agent.sock")
+            except OSError as error:
+                if time.monotonic() > deadline_s:
+                    raise GuestError(f"{self.name}: no agent socket: {error}") from error
+                time.sleep(0.01)
+
+    # ---- QEMU ----
+
+    @property
+    def pid(self):
+        """The process id of QEMU itself (not of `latent run`)."""
+        deadline_s = time.monotonic() + 20
+        while self._pid is None:
+            try:
+                self._pid = int((self.dir / "pid").read_text())
+            except (OSError, ValueError):
+                self._check_alive()
+                if time.monotonic() > deadline_s:
+                    raise GuestError(f"{self.name}: QEMU wrote no pid file") from None
+                time.sleep(0.01)
+        return self._pid
+
+    def alive(self):
+        if self.process is not None:
+            return self.process.poll() is None
+        return self._own_pid() is not None
+
+    def qmp(self, command, **arguments):
+        """Runs a QMP command (`_` in argument names becomes `-`); returns its result."""
+        return self.monitor.command(command, **arguments)
+
+    @property
+    def monitor(self):
+        if self._qmp is None:
+            self._check_alive()
+            self._qmp = Qmp(self.dir / "qmp.sock")
+        return self._qmp
+
+    def ram_hva(self):
+        """The address in QEMU of guest RAM's first byte."""
+        answer = self.monitor.hmp("gpa2hva 0x100000")
+        return int(re.search(r"is (0x[0-9a-f]+)", answer)[1], 16) - 0x100000
+
+    def ram_kib(self):
+        """Guest RAM by what backs it: see host.guest_ram_kib."""
+        return host.guest_ram_kib(self.pid, self.ram_hva(), parse_bytes(self.mem))
+
+    # ---- ending ----
+
+    def shutdown(self, timeout=30):
+        """Powers the guest off; raises when QEMU does not end well."""
+        try:
+            self.sh_start("latent-guest poweroff")
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise GuestError(f"{self.name}: no end {timeout} s after poweroff") from None
+        self._forget()
+        if status != 0:
+            raise GuestError(f"{self.name}: QEMU ended with status {status}")
+
+    def kill9(self):
+        """SIGKILL to QEMU; the disk stays for another start()."""
+        pid = self._own_pid()
+        if pid is not None:
+            _kill(pid)
+        if self.process is not None:
+            if pid is None:
+                self.process.kill()
+            self._reap()
+        self._forget()
+
+    def close(self, keep_files=False):
+        if self.process is not None or self._own_pid() is not None:
+            self.kill9()
+        if not keep_files and os.environ.get("LATENT_KEEP") != "1":
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _reap(self):
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:  # `latent run` did not follow QEMU
+            self.process.kill()
+            self.process.wait(10)
+
+    def _own_pid(self):
+        """QEMU's process id if it lives and is ours (the number may have been used again)."""
+        try:
+            pid = self._pid or int((self.dir / "pid").read_text())
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        return pid if str(self.dir).encode() in words else None
+
+    def _forget(self):
+        self._forget_connections()
+        self.process = None
+        (self.dir / "pid").unlink(missing_ok=True)
+        if self in live_vms:
+            live_vms.remove(self)
+
+    def _forget_connections(self):
+        for connection in (self._agent, self._qmp):
+            if connection is not None:
+                connection.close()
+        self._agent = self._qmp = self._pid = None
+
+    def _remove_sockets(self):
+        for name in ("qmp.sock", "agent.sock", "pid"):
+            (self.dir / name).unlink(missing_ok=True)
+
+    def _check_alive(self):
+        if not self.alive() and self.process is not None:
+            raise GuestError(f"{self.name}: QEMU ended with status {self.process.returncode}: "
+                             f"{tail(self.qemu_log, 5)}")
+
+    # ---- when something went wrong ----
+
+    def diagnose(self, file=sys.stderr):
+        """Prints what helps to find a fault, once; never raises."""
+        if self._diagnosed:
+            return
+        self._diagnosed = True
+        print(f"--- VM {self.name}: {'alive' if self.alive() else 'ended'}; files in {self.dir}", file=file)
+        print(f"    serial log: {self.serial_log}\n    command: {self.dir}/command", file=file)
+        for path in (self.qemu_log, self.serial_log):
+            print(f"--- {path.name}, last lines\n{tail(path, LOG_TAIL_LINES)}", file=file)
+        if self.alive():
+            print(f"--- QEMU\n{self._describe_process()}", file=file)
+
+    def _describe_process(self):
+        lines = []
+        try:
+            for task in sorted(Path(f"/proc/{self.pid}/task").iterdir()):
+                name = (task / "comm").read_text().strip()
+                stack = _read_or_empty(task / "stack").split("\n")[:4]
+                lines.append(f"thread {task.name} {name}: {' '.join(stack)}")
+            lines.append(f"status: {self.qmp('query-status')}")
+        except (OSError, QmpError, GuestError) as error:
+            lines.append(str(error))
+        return "\n".join(lines)
+
+
+def tail(path, n_lines):
+    return "\n".join(_read_or_empty(path).splitlines()[-n_lines:])
+
+
+def _read_or_empty(path):
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _choose_preexec():
+    # The signal comes when the starting *thread* ends: only the main thread may ask for it.
+    return _die_with_parent if threading.current_thread() is threading.main_thread() else None
+
+
+def _die_with_parent():
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@atexit.register
+def _end_all():
+    for vm in list(live_vms):
+        vm.close(keep_files=True)

@@ -75,24 +75,28 @@ def ksmd_pid():
     return None
 
 
-def settle(timeout_s, tick):
-    """Waits for some full scans, and until savings stop growing.
+def merged_pages(pids):
+    """Pages of these processes that are merged."""
+    return sum(int(Path(f"/proc/{pid}/ksm_merging_pages").read_text()) for pid in pids)
 
-    Returns (pages saved, full scans, whether they had stopped growing).
+
+def settle(pids, timeout_s, tick):
+    """Waits for some full scans, and until merged pages of these processes stop growing.
+
+    Returns (full scans, whether they had stopped growing).
     """
-    first_scan = read("full_scans")
+    first_scan = last_scan = read("full_scans")
     deadline_s = time.monotonic() + timeout_s
-    saved = -1
-    last_scan = first_scan
+    merged = 0
     while time.monotonic() < deadline_s:
         time.sleep(POLL_S)
         scans = read("full_scans")
-        now_saved = read("pages_sharing")
-        tick(f"KSM: {scans - first_scan} full scans, {now_saved * 4 >> 10} MiB saved")
+        now_merged = merged_pages(pids)
+        tick(f"KSM: {scans - first_scan} full scans, {now_merged * 4 >> 10} MiB merged")
         if scans == last_scan:
             continue
         last_scan = scans
-        if scans - first_scan >= MIN_FULL_SCANS and now_saved <= saved * (1 + SETTLED_GAIN):
-            return now_saved, scans - first_scan, True
-        saved = now_saved
-    return read("pages_sharing"), read("full_scans") - first_scan, False
+        if scans - first_scan >= MIN_FULL_SCANS and now_merged <= merged * (1 + SETTLED_GAIN):
+            return scans - first_scan, True
+        merged = now_merged
+    return read("full_scans") - first_scan, False

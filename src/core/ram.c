@@ -5,13 +5,10 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
-#include <unistd.h>
 
 #define PRIVATIZE_SLICE_PAGES 512u
 #define RECONCILE_SLICE_PAGES 16384u /* 64 MiB: 0.3 to 1.1 ms under the lock */
@@ -19,7 +16,9 @@
 struct ram_file {
 	bool used;
 	int fd;
-	uint64_t pages, mapped_pages;
+	uint64_t pages;
+	uint64_t overlay_pages; /* entries that name it, */
+	uint64_t mapped_pages;  /* and of those the ones without a copy of their own */
 	struct ram_observer observer;
 };
 
@@ -34,12 +33,6 @@ struct ram {
 	struct ram_counts counts;
 	struct os_pagemap *pagemap; /* used by ram_reconcile's one thread */
 };
-
-#ifdef F_SEAL_FUTURE_WRITE
-#define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
-#else
-#define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
-#endif
 
 /* ---- life ----------------------------------------------------------------------------------- */
 
@@ -121,37 +114,27 @@ static void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
 	atomic_store_explicit(&b->entries[page], entry, memory_order_relaxed);
 }
 
+static size_t table_bytes(const struct ram_block *b)
+{
+	return (size_t)b->pages * sizeof *b->entries;
+}
+
 static int create_entries(struct ram_block *b)
 {
 	char name[RAM_NAME_BYTES + 16];
-	size_t bytes = (size_t)b->pages * sizeof *b->entries;
 	void *table;
 	int r;
 
 	snprintf(name, sizeof name, "latent-entries:%s", b->name);
-	b->entries_fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	if (b->entries_fd < 0)
-		return -errno;
-	if (ftruncate(b->entries_fd, (off_t)bytes))
-		goto failed;
-	table = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, b->entries_fd, 0);
-	if (table == MAP_FAILED)
-		goto failed;
-	/* Whoever is given the descriptor can read the table and neither write nor cut it. */
-	(void)fcntl(b->entries_fd, F_ADD_SEALS, TABLE_SEALS);
-	madvise(table, bytes, MADV_DONTFORK);
-	b->entries = table;
-	return 0;
-failed:
-	r = -errno;
-	close(b->entries_fd);
+	r = os_table_create(name, table_bytes(b), &b->entries_fd, &table);
+	if (!r)
+		b->entries = table;
 	return r;
 }
 
 static void destroy_block(struct ram_block *b)
 {
-	munmap((void *)b->entries, (size_t)b->pages * sizeof *b->entries);
-	close(b->entries_fd);
+	os_table_destroy(b->entries_fd, (void *)b->entries, table_bytes(b));
 	free(b);
 }
 
@@ -204,8 +187,10 @@ static void set_entries(struct ram *ram, struct ram_block *b, uint64_t page, uin
 	for (uint64_t i = 0; i < pages; i++) {
 		uint64_t old = entry_get(b, page + i);
 
-		if (entry_source(old) == ENTRY_OVERLAY)
+		if (entry_source(old) == ENTRY_OVERLAY) {
 			ram->counts.overlay_pages--;
+			ram->files[entry_file(old)].overlay_pages--;
+		}
 		if (entry_is_private(old))
 			ram->counts.private_pages--;
 		if (maps_file(old))
@@ -217,6 +202,7 @@ static void set_entries(struct ram *ram, struct ram_block *b, uint64_t page, uin
 		struct ram_file *f = &ram->files[entry_file(head)];
 
 		ram->counts.overlay_pages += pages;
+		f->overlay_pages += pages;
 		f->mapped_pages += pages;
 		if (f->observer.gained)
 			f->observer.gained(f->observer.ctx, entry_file_page(head), pages);
@@ -386,7 +372,7 @@ int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_obser
 void ram_drop_file(struct ram *ram, unsigned file)
 {
 	assert_locked(ram);
-	assert(file < ENTRY_FILES && !ram->files[file].mapped_pages);
+	assert(file < ENTRY_FILES && !ram->files[file].overlay_pages);
 	ram->files[file].used = false;
 }
 
@@ -423,8 +409,8 @@ static uint64_t memfd_at(const struct ram_block *b, uint64_t page)
 }
 
 /*
- * After a failed mapping call on a kernel that leaves a hole (before 6.12): base must come back, or
- * the guest dies at the next touch. It needs no more mappings than there were before the call, so
+ * After a failed mapping call that has left a hole: base must come back, or the guest dies at the
+ * next touch. It needs no more mappings than there were before the call, so
  * only a passing lack of kernel memory can stop it. True if there was a hole, and base is there now.
  */
 static bool fill_hole(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
@@ -651,21 +637,9 @@ int ram_privatize(struct ram *ram, unsigned file)
 /* Copies what the mapping shows into the memfd beneath it. */
 static int write_base(struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	size_t done = 0, bytes = os_bytes(pages);
 	int r = os_fault(OS_FAULT_SETTLE_WRITE);
 
-	while (!r && done < bytes) {
-		ssize_t n = pwrite(b->memfd, b->hva + os_bytes(page) + done, bytes - done,
-				   (off_t)(memfd_at(b, page) + done));
-
-		if (n > 0)
-			done += (size_t)n;
-		else if (n == 0)
-			r = -EIO;
-		else if (errno != EINTR)
-			r = -errno;
-	}
-	return r;
+	return r ? r : os_write_all(b->memfd, page_hva(b, page), os_bytes(pages), memfd_at(b, page));
 }
 
 static int settle_range(struct ram *ram, struct ram_block *b, const struct ram_range *range,
@@ -741,8 +715,9 @@ static int reconcile_slice(struct ram *ram, size_t slot, uint64_t page, bool *re
 		pages = c.block->pages - page;
 		if (pages > RECONCILE_SLICE_PAGES)
 			pages = RECONCILE_SLICE_PAGES;
-		r = os_pagemap_private_runs(ram->pagemap, page_hva(c.block, page), pages,
-					    found_private, &c);
+		if (ram_has_overlay(c.block, page, pages))
+			r = os_pagemap_private_runs(ram->pagemap, page_hva(c.block, page), pages,
+						    found_private, &c);
 	}
 	ram_unlock(ram);
 	return r;

@@ -126,15 +126,22 @@ bool os_has_data(int fd, uint64_t offset, size_t bytes)
 	return (uint64_t)at < offset + bytes;
 }
 
-void *os_view_file(int fd, size_t bytes)
+void *os_view_file(int fd, size_t bytes, bool writable)
 {
-	long view = syscall(SYS_mmap, NULL, bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+	int prot = PROT_READ | (writable ? PROT_WRITE : 0);
+	long view = syscall(SYS_mmap, NULL, bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, (off_t)0);
 
 	if (view == -1)
 		return NULL;
 	advise((void *)view, bytes, MADV_DONTFORK);
 	advise((void *)view, bytes, MADV_DONTDUMP);
 	return (void *)view;
+}
+
+bool os_replace_view(void *view, size_t bytes)
+{
+	return syscall(SYS_mmap, view, bytes, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, (off_t)0) != -1;
 }
 
 void os_unview_file(void *view, size_t bytes)
@@ -174,6 +181,55 @@ int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
 		return r;
 	}
 	return fd;
+}
+
+#ifdef F_SEAL_FUTURE_WRITE
+#define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
+#else
+#define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+#endif
+
+int os_table_create(const char *name, size_t bytes, int *ret_fd, void **ret_table)
+{
+	int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	void *table = NULL;
+	int r = fd < 0 || ftruncate(fd, (off_t)bytes) ? -errno : 0;
+
+	if (!r) {
+		table = os_view_file(fd, bytes, true);
+		r = table ? 0 : -ENOMEM;
+	}
+	if (!r && fcntl(fd, F_ADD_SEALS, TABLE_SEALS))
+		r = -errno;
+	if (r) {
+		os_table_destroy(fd, table, bytes);
+		return r;
+	}
+	*ret_fd = fd;
+	*ret_table = table;
+	return 0;
+}
+
+void os_table_destroy(int fd, void *table, size_t bytes)
+{
+	os_unview_file(table, bytes);
+	if (fd >= 0)
+		close(fd);
+}
+
+int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset)
+{
+	for (size_t done = 0; done < bytes;) {
+		ssize_t n = pwrite(fd, (const uint8_t *)from + done, bytes - done, (off_t)(offset + done));
+
+		if (n > 0)
+			done += (size_t)n;
+		else if (n == 0)
+			return -EIO;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
 }
 
 int os_count_maps(uint64_t *ret_maps)

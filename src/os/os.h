@@ -36,8 +36,8 @@ unsigned os_mark_of_advice(int advice, unsigned *ret_clears);
 /*
  * Maps `bytes` of `fd` from `offset` over [hva, hva+bytes): the VM's own memfd (shared), or a file
  * (private: writes become copies). The new mapping has no marks yet. -ENOMEM (too many mappings, no
- * memory), -EAGAIN, -EACCES, -ENODEV: then the old mapping is whole on kernels from 6.12 on, and may
- * have become a hole on earlier ones: ask os_is_mapped.
+ * memory), -EAGAIN, -EACCES, -ENODEV: then the old mapping is whole, or has become a hole (a failure
+ * within the file's own mmap; any failure before Linux 6.12): ask os_is_mapped.
  */
 int os_map_base_over(void *hva, size_t bytes, int fd, uint64_t offset);
 int os_map_file_over(void *hva, size_t bytes, int fd, uint64_t offset);
@@ -60,9 +60,13 @@ int os_punch_hole(int fd, uint64_t offset, size_t bytes);
  * descriptor's file position. */
 bool os_has_data(int fd, uint64_t offset, size_t bytes);
 
-/* A read-only shared view of a file, for os_resident. NULL on failure. */
-void *os_view_file(int fd, size_t bytes);
+/* A shared view of a file from its beginning, which children do not inherit and core dumps leave out.
+ * NULL on failure. os_unview_file takes NULL. */
+void *os_view_file(int fd, size_t bytes, bool writable);
 void os_unview_file(void *view, size_t bytes);
+
+/* Puts zeroed private memory in the place of a view; async-signal-safe. */
+bool os_replace_view(void *view, size_t bytes);
 
 /* How many pages of [view+offset, +pages) are in the page cache (mincore). The kernel tells the
  * truth only to who owns the file or may write it; else everything seems resident. */
@@ -70,6 +74,14 @@ uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 
 /* A memfd, not close-on-exec when `inherit`. Returns the descriptor or a negative errno. */
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit);
+
+/* Shared memory of this process that others may be given to read: a memfd and a writable view of it,
+ * sealed so that nobody else can write it or change its size. */
+int os_table_create(const char *name, size_t bytes, int *ret_fd, void **ret_table);
+void os_table_destroy(int fd, void *table, size_t bytes);
+
+/* Copies memory into a file, all of it. -EFAULT: the memory could not be read; -ENOSPC, -EIO. */
+int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset);
 
 /* Mappings of this process now, and the limit (vm.max_map_count). */
 int os_count_maps(uint64_t *ret_maps);

@@ -135,7 +135,7 @@ static void probe_page(char *page)
 static void probe_page_tables(void)
 {
 	long page = syscall(SYS_mmap, NULL, OS_PAGE_BYTES, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, (off_t)0);
 
 	features.page_idle = exists("/sys/kernel/mm/page_idle/bitmap");
 	features.damon = exists("/sys/kernel/mm/damon/admin");

@@ -96,7 +96,8 @@ static int open_pagemaps(struct bench *b)
 
 static int open_window(struct bench *b)
 {
-	long at = syscall(SYS_mmap, NULL, os_bytes(PAGES), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	long at = syscall(SYS_mmap, NULL, os_bytes(PAGES), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+			  (off_t)0);
 
 	if (at == -1)
 		return -errno;

@@ -233,15 +233,21 @@ static int start(struct agent *a)
 	return 0;
 }
 
-static int add_block(struct agent *a, void *hva, size_t bytes, uint64_t offset)
+/* The kernel joins mappings of one opening of a file only: base has to be mapped from the VMM's own,
+ * or what returns to base never becomes one mapping with what has always been there. */
+static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t offset)
 {
-	int r;
+	int same_opening = fcntl(fd, F_DUPFD_CLOEXEC, 0), r;
 
+	if (same_opening < 0)
+		return -errno;
 	ram_lock(a->ram);
-	r = ram_add_block(a->ram, a->config.block_name, hva, bytes >> OS_PAGE_SHIFT, a->config.ram_fd, offset,
+	r = ram_add_block(a->ram, a->config.block_name, hva, bytes >> OS_PAGE_SHIFT, same_opening, offset,
 			  NULL);
 	ram_unlock(a->ram);
-	if (!r) {
+	if (r) {
+		close(same_opening);
+	} else {
 		a->ram_bytes += bytes;
 		a->stats->ram_bytes = a->ram_bytes;
 		a->stats->pid = (uint32_t)getpid();
@@ -249,7 +255,7 @@ static int add_block(struct agent *a, void *hva, size_t bytes, uint64_t offset)
 	return r;
 }
 
-void agent_ram_mapped(void *hva, size_t bytes, uint64_t offset)
+void agent_ram_mapped(void *hva, size_t bytes, int fd, uint64_t offset)
 {
 	struct agent *a = &the_agent;
 	int r;
@@ -257,7 +263,7 @@ void agent_ram_mapped(void *hva, size_t bytes, uint64_t offset)
 	pthread_mutex_lock(&start_lock);
 	r = agent_get() ? 0 : start(a);
 	if (!r)
-		r = add_block(a, hva, bytes, offset);
+		r = add_block(a, hva, bytes, fd, offset);
 	pthread_mutex_unlock(&start_lock);
 	if (r)
 		agent_say("guest RAM is not managed: %s", strerror(-r));
@@ -268,12 +274,14 @@ void agent_ram_unmapped(void *hva, size_t bytes)
 	struct agent *a = agent_get();
 	struct ram_block *b;
 
-	if (!a)
+	if (!a || !ram_find(a->ram, hva, OS_PAGE_BYTES))
 		return;
 	ram_lock(a->ram);
 	b = ram_find(a->ram, hva, OS_PAGE_BYTES);
-	if (b && b->hva == hva && os_bytes(b->pages) <= bytes)
+	if (b && b->hva == hva && os_bytes(b->pages) <= bytes) {
+		close(b->memfd);
 		ram_remove_block(a->ram, b);
+	}
 	ram_unlock(a->ram);
 }
 

@@ -40,8 +40,8 @@ bool agent_is_configured(void);
 /* Is `fd` the memfd behind guest RAM? */
 bool agent_is_ram(int fd);
 
-/* Guest RAM has been mapped at hva (from mmap's hook); starts the agent at the first time. */
-void agent_ram_mapped(void *hva, size_t bytes, uint64_t offset);
+/* Guest RAM has been mapped at hva from fd (from mmap's hook); starts the agent at the first time. */
+void agent_ram_mapped(void *hva, size_t bytes, int fd, uint64_t offset);
 void agent_ram_unmapped(void *hva, size_t bytes);
 
 /*

@@ -71,7 +71,7 @@ static void *map(void *addr, size_t bytes, int prot, int flags, int fd, off_t of
 
 	if (at != MAP_FAILED && fd >= 0 && (flags & MAP_TYPE) != MAP_PRIVATE && (prot & PROT_WRITE) &&
 	    agent_is_ram(fd))
-		agent_ram_mapped(at, bytes, (uint64_t)offset);
+		agent_ram_mapped(at, bytes, fd, (uint64_t)offset);
 	return at;
 }
 

@@ -24,7 +24,8 @@
 #include <unistd.h>
 
 #define TICK_MS 1000
-#define DEEP_TICKS 5     /* copies on write are counted every so many ticks */
+#define DEEP_US 5000000  /* copies on write are counted that often, */
+#define DEEP_SHARE 100   /* and seldom enough to take no more than this part of a processor */
 #define RECOUNT_TICKS 60 /* and the process's mappings */
 #define CLIENTS 16
 
@@ -34,6 +35,7 @@ struct service {
 	int listen_fd, signal_fd;
 	int clients[CLIENTS]; /* -1: free */
 	pid_t tid;
+	uint64_t next_deep_us;
 	sem_t ready;
 };
 
@@ -228,6 +230,20 @@ static void on_connect(struct service *s)
 
 /* ---- the loop --------------------------------------------------------------------------------- */
 
+/* Copies on write are found by a walk through the page tables, whose length grows with RAM. */
+static void refresh(struct service *s)
+{
+	uint64_t begin_us = now_us();
+	bool deep = begin_us >= s->next_deep_us;
+
+	(void)volumes_refresh(s->agent->volumes, deep);
+	if (deep) {
+		uint64_t took_us = now_us() - begin_us;
+
+		s->next_deep_us = begin_us + (took_us * DEEP_SHARE > DEEP_US ? took_us * DEEP_SHARE : DEEP_US);
+	}
+}
+
 static void tick(struct service *s, uint64_t ticks)
 {
 	struct volume *v;
@@ -236,7 +252,7 @@ static void tick(struct service *s, uint64_t ticks)
 		give_way(s, v);
 	if (ticks % RECOUNT_TICKS == 1)
 		(void)ram_recount_maps(s->agent->ram);
-	(void)volumes_refresh(s->agent->volumes, ticks % DEEP_TICKS == 0);
+	refresh(s);
 }
 
 enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_CLIENTS };

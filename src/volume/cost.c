@@ -114,8 +114,8 @@ static void measure(void)
 			   .file = os_memfd_create("latent-cost-file", bytes, false) };
 
 	if (b.base >= 0 && b.file >= 0) {
-		b.view = os_view_file(b.file, bytes);
-		b.ram = os_view_file(b.base, bytes);
+		b.view = os_view_file(b.file, bytes, false);
+		b.ram = os_view_file(b.base, bytes, true);
 		if (b.view && b.ram && !os_map_base_over(b.ram, bytes, b.base, 0))
 			measure_with(&b);
 		os_unview_file(b.view, bytes);

@@ -6,11 +6,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -79,6 +79,19 @@ static void forget_mapping(uintptr_t from)
 	}
 }
 
+/* QEMU blocks SIGBUS in most of its threads, and a fault whose signal is blocked ends the process. */
+static void accept_faults(void)
+{
+	static _Thread_local bool accepted;
+	sigset_t bus;
+
+	if (accepted)
+		return;
+	sigemptyset(&bus);
+	sigaddset(&bus, SIGBUS);
+	accepted = !pthread_sigmask(SIG_UNBLOCK, &bus, NULL);
+}
+
 bool track_absorb_fault(const void *addr)
 {
 	uintptr_t at = (uintptr_t)addr;
@@ -87,8 +100,7 @@ bool track_absorb_fault(const void *addr)
 		uintptr_t from = mapped[i].from, to = mapped[i].to;
 
 		if (from && at >= from && at < to)
-			return syscall(SYS_mmap, from, to - from, PROT_READ | PROT_WRITE,
-				       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != -1;
+			return os_replace_view((void *)from, to - from);
 	}
 	return false;
 }
@@ -116,8 +128,7 @@ static int claim_slot(struct track *t)
 			continue;
 		t->slot = slot;
 		/* What a dead VM left there. */
-		(void)fallocate(t->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-				(off_t)(OS_PAGE_BYTES + slot * t->row_bytes), (off_t)t->row_bytes);
+		(void)os_punch_hole(t->fd, OS_PAGE_BYTES + slot * t->row_bytes, t->row_bytes);
 		return 0;
 	}
 	return -EUSERS;
@@ -198,12 +209,10 @@ static int check_file(int fd, size_t bytes)
 
 static int map_file(struct track *t)
 {
-	void *at = mmap(NULL, t->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, t->fd, 0);
+	void *at = os_view_file(t->fd, t->bytes, true);
 
-	if (at == MAP_FAILED)
-		return -errno;
-	madvise(at, t->bytes, MADV_DONTFORK);
-	madvise(at, t->bytes, MADV_DONTDUMP);
+	if (!at)
+		return -ENOMEM;
 	t->header = at;
 	t->rows = (uint8_t *)at + OS_PAGE_BYTES;
 	remember_mapping((uintptr_t)at, t->bytes);
@@ -231,6 +240,7 @@ int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, stru
 		track_close(t);
 		return r;
 	}
+	accept_faults();
 	t->header->magic = TRACK_MAGIC;
 	t->header->version = TRACK_VERSION;
 	t->header->pages = pages;
@@ -247,7 +257,7 @@ void track_close(struct track *t)
 		return;
 	if (t->header) {
 		forget_mapping((uintptr_t)t->header);
-		munmap(t->header, t->bytes);
+		os_unview_file(t->header, t->bytes);
 	}
 	if (t->fd >= 0)
 		close(t->fd); /* lets the slot's lock go */
@@ -292,6 +302,7 @@ double track_likelihood(struct track *t, uint64_t page, uint64_t pages)
 {
 	uint64_t others = other_slots(t), known = 0;
 
+	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		known += (word_get(t, t->slot, page + i) & WORD_COUNT) || known_elsewhere(t, others, page + i);
 	if (known == pages)
@@ -304,6 +315,7 @@ void track_note_read(struct track *t, uint64_t page, uint64_t pages)
 	struct track_slot *mine = &t->header->slots[t->slot];
 	uint64_t others = other_slots(t);
 
+	accept_faults();
 	for (uint64_t i = 0; i < pages; i++) {
 		if (word_get(t, t->slot, page + i) & WORD_READ)
 			continue;
@@ -324,6 +336,7 @@ uint64_t track_begin_flight(struct track *t, uint64_t page, uint64_t pages)
 {
 	uint64_t others = other_slots(t), joined = 0;
 
+	accept_faults();
 	for (uint64_t i = 0; i < pages; i++) {
 		atomic_fetch_or_explicit(word_of(t, t->slot, page + i), WORD_FLIGHT, memory_order_relaxed);
 		FOR_SLOTS(slot, others) {
@@ -338,18 +351,21 @@ uint64_t track_begin_flight(struct track *t, uint64_t page, uint64_t pages)
 
 void track_end_flight(struct track *t, uint64_t page, uint64_t pages)
 {
+	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		atomic_fetch_and_explicit(word_of(t, t->slot, page + i), ~WORD_FLIGHT, memory_order_relaxed);
 }
 
 void track_add_maps(struct track *t, uint64_t page, uint64_t pages)
 {
+	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		atomic_fetch_add_explicit(word_of(t, t->slot, page + i), 1, memory_order_relaxed);
 }
 
 void track_drop_maps(struct track *t, uint64_t page, uint64_t pages)
 {
+	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		if (word_get(t, t->slot, page + i) & WORD_COUNT) /* it may have been tampered with */
 			atomic_fetch_sub_explicit(word_of(t, t->slot, page + i), 1, memory_order_relaxed);
@@ -366,6 +382,7 @@ static uint64_t count_maps(struct track *t, uint64_t slots, uint64_t page)
 
 uint64_t track_maps(struct track *t, uint64_t page)
 {
+	accept_faults();
 	return count_maps(t, alive_slots(t), page);
 }
 
@@ -388,6 +405,7 @@ void track_groups(struct track *t, uint64_t *ret_one, uint64_t *ret_many)
 {
 	uint64_t one = 0, many = 0, alive = alive_slots(t);
 
+	accept_faults();
 	for (uint64_t first = 0; first < t->pages; first += OS_PAGE_BYTES / sizeof(track_word)) {
 		uint64_t slots = slots_with_data(t, alive, first);
 		uint64_t end = first + OS_PAGE_BYTES / sizeof(track_word);

@@ -262,7 +262,7 @@ static void prepare_mapping(struct volume *v)
 		return;
 	}
 	if (v->pages && residency_is_told(v->fd, &st))
-		v->view = os_view_file(v->fd, os_bytes(v->pages));
+		v->view = os_view_file(v->fd, os_bytes(v->pages), false);
 	r = track_open(v->all->options.tracks_dir, v->dev, v->ino, v->pages, &v->track);
 	if (r)
 		os_log("%s is not tracked, and so not shared: %s", volume_path(v), strerror(-r));

@@ -131,7 +131,7 @@ static const char *do_write(struct input *in)
 
 	p.page = next(in) % block_pages[p.block];
 	trace(in, "write", &p);
-	return model_guest_writes(in->m, p.block, p.page);
+	return model_guest_writes(in->m, p.block, p.page, 1);
 }
 
 static const char *do_read(struct input *in)

@@ -64,6 +64,22 @@ struct model {
 static uint32_t hole_at, hole_calls;
 static bool hole_done;
 
+/* Called once, when pages are about to be made private copies: what else may happen just then. */
+static void (*before_populate)(void);
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+static inline void call_before_populate(void)
+{
+	void (*call)(void) = before_populate;
+
+	before_populate = NULL;
+	if (call)
+		call();
+}
+
 static inline bool hole_is_due(void)
 {
 	hole_done = ++hole_calls == hole_at;
@@ -85,6 +101,8 @@ __attribute__((no_sanitize_address)) long syscall(long number, ...)
 	va_end(args);
 	if (!real)
 		real = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+	if (number == SYS_madvise && (int)a[2] == MADV_POPULATE_WRITE)
+		call_before_populate();
 	if (number == SYS_mmap && (a[3] & MAP_FIXED) && hole_at && hole_is_due()) {
 		real(SYS_munmap, a[0], a[1]);
 		errno = ENOMEM;
@@ -510,15 +528,17 @@ static RIG_UNUSED const char *model_reconcile(struct model *m)
 	return model_compare(m, true);
 }
 
-static RIG_UNUSED const char *model_guest_writes(struct model *m, unsigned block, uint64_t page)
+static RIG_UNUSED const char *model_guest_writes(struct model *m, unsigned block, uint64_t page, uint64_t pages)
 {
-	struct model_page *p = &m->pages[block][page];
-
 	model_keep_all(m);
-	p->tag = ++m->next_tag;
-	p->written = model_is_overlay(p);
-	m->splits_allowed |= p->written;
-	rig_write(rig_hva(&m->rig, block, page), p->tag);
+	for (uint64_t i = page; i < page + pages; i++) {
+		struct model_page *p = &m->pages[block][i];
+
+		p->tag = ++m->next_tag;
+		p->written = model_is_overlay(p);
+		m->splits_allowed |= p->written;
+		rig_write(rig_hva(&m->rig, block, i), p->tag);
+	}
 	return model_compare(m, false);
 }
 

@@ -260,7 +260,7 @@ static void test_resident_pages(void **state)
 {
 	const uint64_t pages = 600; /* more than one mincore call asks for */
 	int fd = temporary_file(pages);
-	void *view = os_view_file(fd, os_bytes(pages));
+	void *view = os_view_file(fd, os_bytes(pages), false);
 	char byte;
 
 	(void)state;
@@ -282,7 +282,7 @@ static void test_resident_pages(void **state)
 	}
 	os_unview_file(view, os_bytes(pages));
 	os_unview_file(NULL, os_bytes(pages));
-	assert_null(os_view_file(-1, OS_PAGE_BYTES));
+	assert_null(os_view_file(-1, OS_PAGE_BYTES, false));
 	close(fd);
 }
 

@@ -333,12 +333,17 @@ class VM:
         if self._diagnosed:
             return
         self._diagnosed = True
-        print(f"--- VM {self.name}: {'alive' if self.alive() else 'ended'}; files in {self.dir}", file=file)
+        print(f"--- VM {self.name}: {self._describe_end()}; files in {self.dir}", file=file)
         print(f"    serial log: {self.serial_log}\n    command: {self.dir}/command", file=file)
         for path in (self.qemu_log, self.serial_log):
             print(f"--- {path.name}, last lines\n{tail(path, LOG_TAIL_LINES)}", file=file)
         if self.alive():
             print(f"--- QEMU\n{self._describe_process()}", file=file)
+
+    def _describe_end(self):
+        if self.alive():
+            return "alive"
+        return f"ended with status {self.process.returncode}" if self.process else "ended"
 
     def _describe_process(self):
         lines = []

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""Shortcut I/O: CPU and wall time per GiB read, cost per mapping, fractions, bytes from storage."""
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+
+from common import guests as common
+from common.guests import GuestError, host, vm
+from common.result import spread
+
+GUEST_MEM = "1G"
+DISK_MIB = 64
+FULL_OPTIONS = ["--min-run", "1", "--share-threshold", "0"]
+
+# Guests are fresh for the first read of an episode only; later ones follow an emptied guest cache.
+SETTINGS = {
+    "full": {"episodes": ("cold", "warm", "cold", "warm"), "n_guests": 4, "file_rounds": 3,
+             "disk_rounds": 5, "map_rounds": 15},
+    "quick": {"episodes": ("cold",), "n_guests": 2, "file_rounds": 2, "disk_rounds": 5, "map_rounds": 3},
+}
+
+PLAIN, LATENT = "plain", "latent"
+FILE_LIST = "/run/file-list"
+READ_FILES = f"xargs -0 -a {FILE_LIST} cat > /dev/null"
+
+
+def run(result):
+    settings = SETTINGS["quick" if result.quick else "full"]
+    with common.scratch_dir() as directory:
+        bench = Bench(result, settings, directory)
+        bench.run_map_cost()
+        for number, first_read in enumerate(settings["episodes"]):
+            result.say(f"episode {number + 1} of {len(settings['episodes'])}: "
+                       f"{settings['n_guests']} guests of each kind, the first read {first_read}")
+            bench.run_episode(first_read)
+        bench.run_full()
+    bench.report()
+
+
+class Bench:
+    def __init__(self, result, settings, directory):
+        self.result, self.settings, self.directory = result, settings, directory
+        self.expected = common.golden_sums()
+        self.image = common.copy_image("golden.qcow2", directory)
+        self.samples = {}    # what was read: list of {PLAIN: sample, LATENT: sample}
+        self.fractions = {"default": [], "full": []}
+        self.misses = {}
+        self.storage = []    # one entry per episode
+        self.map_cost = None
+
+    # ---- cost of a mapping ----
+
+    def run_map_cost(self):
+        program = vm.BUILD_DIR / "bench/map_cost"
+        if not os.access(program, os.X_OK):
+            self.result.missing.add("map_cost (not built)")
+            return
+        self.result.say("cost of a mapping by length")
+        done = subprocess.run([program, "--json", self.image, str(self.settings["map_rounds"])],
+                              stdout=subprocess.PIPE, text=True)
+        self.map_cost = json.loads(done.stdout) if done.stdout else None
+        self.result.check(done.returncode == 0 and self.map_cost,
+                          "what was mapped and what was read is what the file holds")
+
+    # ---- an episode: guests of both kinds, from their boot to their end ----
+
+    def run_episode(self, first_read):
+        disks = Disks(self.directory, self.settings["disk_rounds"])
+        n_guests = self.settings["n_guests"]
+        plains = [self.new_guest(f"plain-{i + 1}", None, disks) for i in range(n_guests)]
+        latents = [self.new_guest(f"latent-{i + 1}", [], disks) for i in range(n_guests)]
+        with common.running(*latents, *plains):
+            pair = {PLAIN: plains[0], LATENT: latents[0]}
+            for guest in pair.values():
+                guest.sh(f"find / -xdev -type f -not -path '/lost+found/*' -print0 > {FILE_LIST}")
+            self.read_files_first(pair, first_read)
+            self.note_fraction("default", latents[0])
+            self.read_files_warm(pair)
+            self.check_files(pair.values())
+            self.read_disks_warm(pair, disks)
+            self.read_disks_cold(pair, disks)
+            self.count_storage(latents, plains, disks)
+        disks.remove()
+
+    def new_guest(self, name, latent, disks):
+        return vm.VM(f"shortcut-{name}", image=self.image, mem=GUEST_MEM, latent=latent,
+                     extra=disks.arguments(), start=False)
+
+    def read_files_first(self, pair, first_read):
+        """The first read in fresh guests; plain first: what Latent maps cannot be dropped again."""
+        samples = {}
+        for side in (PLAIN, LATENT):
+            pair[side].drop_guest_caches()
+            if first_read == "cold":
+                stay = drop_unmapped(self.image)
+                self.result.say(f"all files, first read, cold ({side}; {stay * 4 >> 10} MiB of the image stay "
+                                "cached, mapped by guests since their boot)")
+            else:
+                host.fill_page_cache(self.image)
+                self.result.say(f"all files, first read, warm ({side})")
+            samples[side] = read_measured(pair[side], READ_FILES, "vda")
+        self.add(f"all files, fresh guest, {first_read}", samples)
+
+    def read_files_warm(self, pair):
+        host.fill_page_cache(self.image)
+        for round_number in range(self.settings["file_rounds"]):
+            self.result.say(f"all files again, page cache warm, round {round_number + 1} of "
+                            f"{self.settings['file_rounds']}")
+            samples = {}
+            for side in in_turn(round_number):
+                pair[side].drop_guest_caches()
+                samples[side] = read_measured(pair[side], READ_FILES, "vda")
+            self.add("all files, warm", samples)
+
+    def check_files(self, guests):
+        """The files as the last measured read left them in the guests' caches."""
+        guests = list(guests)
+        self.result.say("hashes of all files")
+        for guest, output in zip(guests, common.run_all(guests, common.HASH_ALL_FILES)):
+            wrong = common.wrong_files(output, self.expected)
+            self.result.check(not wrong, f"{guest.name}: every file is as built (wrong: {wrong[:5]})")
+
+    def read_disks_warm(self, pair, disks):
+        self.result.say(f"a disk of {DISK_MIB} MiB, page cache warm, {self.settings['disk_rounds']} rounds")
+        host.fill_page_cache(disks.path("warm"))
+        for what, flags in (("disk, warm", ""), ("disk, warm, O_DIRECT", "iflag=direct")):
+            for round_number in range(self.settings["disk_rounds"]):
+                samples = {}
+                for side in in_turn(round_number):
+                    pair[side].drop_guest_caches()
+                    samples[side] = self.read_disk(pair[side], disks, "warm", flags)
+                self.add(what, samples)
+
+    def read_disks_cold(self, pair, disks):
+        """Each disk is read once and by one guest: what Latent maps cannot be dropped again."""
+        self.result.say(f"disks of {DISK_MIB} MiB, page cache cold, {self.settings['disk_rounds']} rounds")
+        for round_number in range(self.settings["disk_rounds"]):
+            samples = {}
+            for side in in_turn(round_number):
+                name = f"{side}-{round_number}"
+                host.drop_from_page_cache(disks.path(name))
+                samples[side] = self.read_disk(pair[side], disks, name, "")
+            self.add("disk, cold", samples)
+
+    def read_disk(self, guest, disks, name, flags):
+        device = disks.device(name)
+        sample = read_measured(guest, f"dd if=/dev/{device} of=/dev/null bs=1M {flags} 2>&1", device)
+        self.check_disk(guest, disks, name)
+        return sample
+
+    def check_disk(self, guest, disks, name):
+        found = guest.sh(f"latent-guest hash /dev/{disks.device(name)}").split()[0]
+        self.result.check(found == disks.hash(name), f"{guest.name}: the disk {name} is read right")
+
+    # ---- bytes from storage ----
+
+    def count_storage(self, latents, plains, disks):
+        n_guests = self.settings["n_guests"]
+        self.result.say(f"bytes from storage: one guest, and {n_guests} at once")
+        figures = {}
+        for what, guests, name in (
+                ("Latent", latents, "storage-latent"), ("plain QEMU, page cache", plains, "storage-plain"),
+                ("plain QEMU, cache=none", plains, "storage-none")):
+            figures[what] = (self.storage_bytes(guests[:1], disks, f"{name}-1"),
+                             self.storage_bytes(guests, disks, f"{name}-n"))
+        self.storage.append(figures)
+
+    def storage_bytes(self, guests, disks, name):
+        host.drop_from_page_cache(disks.path(name))
+        before = [common.storage_read_bytes(guest.pid) for guest in guests]
+        common.run_all(guests, f"dd if=/dev/{disks.device(name)} of=/dev/null bs=1M 2>&1")
+        after = [common.storage_read_bytes(guest.pid) for guest in guests]
+        for guest in guests:
+            self.check_disk(guest, disks, name)
+        return sum(after) - sum(before)
+
+    # ---- how much is shortcut ----
+
+    def note_fraction(self, which, guest):
+        stat = common.latent_stat(guest.name)
+        volume = next(v for v in stat["volumes"] if v["path"] == str(self.image))
+        self.fractions[which].append(volume["bytes_shortcut"] / volume["bytes_asked"])
+        self.misses[which] = {reason: miss["bytes"] for reason, miss in volume["misses"].items() if miss["bytes"]}
+        self.misses[which]["asked"] = volume["bytes_asked"]
+        self.misses[which]["maps"] = volume["maps"]
+        self.misses[which]["mapped"] = volume["bytes_shortcut"]
+
+    def run_full(self):
+        self.result.say(f"one guest with {' '.join(FULL_OPTIONS)}")
+        guest = vm.VM("shortcut-full", image=self.image, mem=GUEST_MEM, latent=FULL_OPTIONS, start=False)
+        with common.running(guest):
+            self.check_files([guest])
+            self.note_fraction("full", guest)
+
+    # ---- what came out ----
+
+    def add(self, what, samples):
+        self.samples.setdefault(what, []).append(samples)
+
+    def column(self, what, side, key):
+        return [pair[side][key] for pair in self.samples[what]]
+
+    def report(self):
+        result = self.result
+        self.report_times()
+        self.report_fractions()
+        self.report_storage()
+        self.report_map_cost()
+        for kind in ("cpu", "wall"):
+            result.ratio(f"plain_{kind}_over_latent_{kind}_warm",
+                         *(self.column("all files, warm", side, f"{kind}_s") for side in (PLAIN, LATENT)))
+        result.ratio("plain_wall_over_latent_wall_cold",
+                     *(self.column("disk, cold", side, "wall_s") for side in (PLAIN, LATENT)))
+
+    def report_times(self):
+        def per_gib(what, side, key):
+            return spread([pair[side][key] / pair[side]["gib"] for pair in self.samples[what]], 2)
+
+        def median_ratio(what, key):
+            pairs = [p / l for p, l in zip(self.column(what, PLAIN, key), self.column(what, LATENT, key))]
+            return spread(pairs, 2)
+
+        self.result.table(
+            "Seconds per GiB read by the guest: median (lowest-highest) of pairs",
+            ["", "pairs", "CPU plain", "CPU Latent", "plain/Latent", "wall plain", "wall Latent", "plain/Latent"],
+            [[what, len(pairs), per_gib(what, PLAIN, "cpu_s"), per_gib(what, LATENT, "cpu_s"),
+              median_ratio(what, "cpu_s"), per_gib(what, PLAIN, "wall_s"), per_gib(what, LATENT, "wall_s"),
+              median_ratio(what, "wall_s")] for what, pairs in self.samples.items()])
+        self.result.note("CPU is that of the whole QEMU process, the guest's own work (reading, and emulation under\n"
+                         "TCG) included. The warm ratios are those of \"all files, warm\", the cold one of \"disk, cold\".")
+
+    def report_fractions(self):
+        rows = []
+        for which, misses in self.misses.items():
+            reasons = ", ".join(f"{reason} {bytes_ / misses['asked'] * 100:.2f} %"
+                                for reason, bytes_ in misses.items() if reason not in ("asked", "maps", "mapped"))
+            rows.append([f"{which} options", spread([f * 100 for f in self.fractions[which]], 2) + " %",
+                         f"{misses['asked'] >> 20}", misses["maps"],
+                         f"{misses['mapped'] / 4096 / misses['maps']:.1f}" if misses["maps"] else "", reasons])
+        self.result.table("Bytes of the image shortcut by a fresh guest, boot and all files",
+                          ["", "shortcut", "MiB asked", "mappings", "pages each", "not shortcut"], rows)
+        for which, fractions in self.fractions.items():
+            self.result.metric(f"shortcut_fraction_{which}", common.median(fractions))
+
+    def report_storage(self):
+        n_guests = self.settings["n_guests"]
+
+        def row(what):
+            one = common.median([figures[what][0] for figures in self.storage])
+            n = common.median([figures[what][1] for figures in self.storage])
+            return [what, f"{one / 2**20:.1f}", f"{n / 2**20:.1f}", f"{n / one:.2f}" if one else ""]
+
+        self.result.table(f"MiB read from storage when a cold disk of {DISK_MIB} MiB is read",
+                          ["", "by one guest", f"by {n_guests} guests at once", f"{n_guests} / 1"],
+                          [row(what) for what in self.storage[0]])
+        self.result.metric("storage_bytes_n_over_one", common.median(
+            [figures["Latent"][1] / figures["Latent"][0] for figures in self.storage]))
+
+    def report_map_cost(self):
+        if not self.map_cost:
+            return
+        kinds = [("map_untouched", "map, untouched"), ("map_touched", "map, touched"),
+                 ("map_overlay", "map, overlay"), ("first_look", "first look"),
+                 ("read_untouched", "read, untouched"), ("read_touched", "read, touched")]
+        lengths = self.map_cost["lengths_pages"]
+        self.result.table(
+            "Microseconds for a run of pages: median (10 %-90 %)", ["pages", *(title for _, title in kinds)],
+            [[n, *("{1:.1f} ({0:.1f}-{2:.1f})".format(*self.map_cost[f"{key}_us"][i]) for key, _ in kinds)]
+             for i, n in enumerate(lengths)])
+        self.result.note("map: ram_map_overlay, over RAM that holds nothing, that the guest has written, or that is an\n"
+                         "overlay already; first look: the guest's first access to each page; read: pread of the same.")
+        self.result.metric("map_us_median", common.median(
+            [self.map_cost["map_untouched_us"][i][1] for i, n in enumerate(lengths) if n <= 4]))
+        self.result.line_plot("Cost of a run by its length", "pages", "us", lengths,
+                              {title: [q[1] for q in self.map_cost[f"{key}_us"]] for key, title in kinds})
+
+
+# ---- disks full of random data ----
+
+class Disks:
+    """Read-only disks for guests: each is read cold once. Attached in the order of their making."""
+
+    def __init__(self, directory, n_rounds):
+        self.directory = directory
+        names = ["warm", *(f"{side}-{i}" for i in range(n_rounds) for side in (PLAIN, LATENT))]
+        names += [f"storage-{what}-{many}" for what in ("latent", "plain", "none") for many in "1n"]
+        self.names = names
+        self.hashes = {}
+        for name in names:
+            self._make(name)
+
+    def _make(self, name):
+        with open(self.path(name), "wb") as file:
+            file.write(os.urandom(DISK_MIB << 20))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def path(self, name):
+        return self.directory / f"{name}.raw"
+
+    def device(self, name):
+        """The guest's name for it: vda is the root."""
+        return "vd" + "bcdefghijklmnopqrstuvwxyz"[self.names.index(name)]
+
+    def hash(self, name):
+        """By the guest's program, on the host."""
+        if name not in self.hashes:
+            output = subprocess.run([common.golden("latent-guest"), "hash", self.path(name)],
+                                    stdout=subprocess.PIPE, text=True, check=True).stdout
+            self.hashes[name] = output.split()[0]
+        return self.hashes[name]
+
+    def arguments(self):
+        words = []
+        for name in self.names:
+            cache = ",cache=none" if name.startswith("storage-none") else ""
+            words += ["-drive", f"file={self.path(name)},if=none,id={name},format=raw,readonly=on{cache}",
+                      "-device", f"virtio-blk-pci,drive={name}"]
+        return words
+
+    def remove(self):
+        for name in self.names:
+            with contextlib.suppress(OSError):
+                self.path(name).unlink()
+
+
+# ---- helpers ----
+
+def in_turn(round_number):
+    return (PLAIN, LATENT) if round_number % 2 == 0 else (LATENT, PLAIN)
+
+
+def read_measured(guest, command, device):
+    """CPU and wall time of QEMU around a guest's read, and what the guest read from its disk."""
+    sectors_before = sectors_read(guest, device)
+    cpu_before_s, start_s = common.cpu_clock_s(guest.pid), time.monotonic()
+    guest.sh(command, timeout=300)
+    cpu_s, wall_s = common.cpu_clock_s(guest.pid) - cpu_before_s, time.monotonic() - start_s
+    gib = (sectors_read(guest, device) - sectors_before) * 512 / 2**30
+    if gib <= 0:
+        raise GuestError(f"{guest.name} read nothing from {device}: was its cache not empty?")
+    return {"cpu_s": cpu_s, "wall_s": wall_s, "gib": gib}
+
+
+def sectors_read(guest, device):
+    return int(guest.sh(f"cat /sys/block/{device}/stat").split()[2])
+
+
+def drop_unmapped(path):
+    """Drops what can go; returns the pages that stay."""
+    host.drop_from_page_cache(path, may_remain_pages=1 << 60)
+    return host.cached_pages(path)

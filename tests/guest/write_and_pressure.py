@@ -1,0 +1,155 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""Guests that write, cut and overwrite files, use their memory again and again, and drop caches."""
+
+import os
+import time
+
+from lib import case, host, latent, vm
+from lib.vm import VM
+
+FILES = "/usr/lib/"
+EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
+TINY_BUDGET = 600  # mappings; QEMU itself has about 300
+PRESSURE_MEM = "512M"  # far less than the files that are read: pages are used again and again
+
+# Copies of files of the image are changed in all ways; the manifest is made by other means (from
+# standard input, not from the files), so that a wrong page is no part of the expectation.
+WRITES = r"""set -e
+rm -rf /work && mkdir /work
+cp -a /usr/lib/python3.11 /work/copy
+cd /work/copy
+for f in $(ls *.py | head -60); do
+    head -c 5000 /usr/bin/perl | dd of=$f bs=1 seek=1000 count=3000 conv=notrunc status=none   # inside
+done
+for f in $(ls *.py | sed -n 61,90p); do truncate -s 700 $f; truncate -s 9000 $f; done           # cut, grown
+for f in $(ls *.py | sed -n 91,120p); do cat /usr/include/stdio.h > $f; done                    # overwritten
+for f in $(ls *.py | sed -n 121,140p); do cat /usr/include/stdlib.h >> $f; done                 # appended
+for f in $(ls *.py | sed -n 141,160p); do rm $f; cp /usr/bin/env $f; done                       # replaced
+for i in $(seq 8); do head -c 3000000 /dev/urandom | tee /work/r$i | sha256sum | sed "s|-|/work/r$i|" ; done > /work.sums
+"""
+WRITTEN_SUMS = "cd /work && find copy -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum"
+CHECK_RANDOM = "sha256sum -c --quiet /work.sums"
+
+
+def mappings(figures):
+    return figures["maps_ram_now"] + figures["maps_other_now"]
+
+
+def check_budget(test, guest, what):
+    figures = latent.stat(guest)
+    real = sum(1 for _ in open(f"/proc/{guest.pid}/maps"))
+    test.check(mappings(figures) <= figures["maps_budget_now"] and figures["map_failures"] == 0,
+               f"{what}: {figures['maps_ram_now']} + {figures['maps_other_now']} mappings (the kernel says {real}), "
+               f"budget {figures['maps_budget_now']}")
+    test.check(abs(real - mappings(figures)) < 100 + real // 10, "the count of mappings is about right")
+    return figures
+
+
+def writes(test, guest, expected):
+    """The same writes as under plain QEMU give the same files, before and after caches are dropped."""
+    guest.sh(WRITES, timeout=120)
+    for what in ("in the page cache", "from the disk"):
+        found = latent.parse_sums(guest.sh(WRITTEN_SUMS, timeout=60))
+        test.check_equal([path for path in expected if found.get(path) != expected[path]], [],
+                         f"{len(expected)} files that were written are right {what}")
+        guest.sh(CHECK_RANDOM)
+        guest.drop_guest_caches()
+
+
+def expect_writes():
+    """What the writes give in a guest without Latent."""
+    with VM("plain") as guest:
+        guest.sh(WRITES, timeout=120)
+        guest.drop_guest_caches()
+        sums = latent.parse_sums(guest.sh(WRITTEN_SUMS, timeout=60))
+        guest.shutdown()
+    return sums
+
+
+def drop_on_the_host(test, guest):
+    """The image's clean pages go wherever they are mapped; the guest's next touch brings them back."""
+    path = vm.images_dir() / "golden.qcow2"
+    before = host.cached_pages(path)
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("3\n")
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    test.say(f"dropped on the host: {before} pages of the image were cached, now {host.cached_pages(path)}")
+    latent.check_hashes(test, guest, FILES, what="after the host dropped its caches")
+
+
+def churn(test, guest, mib, seconds, what):
+    """Memory is filled and rewritten while files are read over and over: pages change their use."""
+    guest.sh(f"latent-guest mem hold churn {mib} 5 mixed", timeout=60)
+    churning = guest.sh_start(f"latent-guest mem churn churn 0 {mib * 256} {seconds} 0")
+    rounds, end_s = 0, time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        differing = latent.differing_hashes(latent.start_hash(guest, FILES), FILES)
+        if differing:
+            test.check_equal(differing, [], f"files are right {what}")
+        rounds += 1
+    churning.wait(60)
+    test.check(guest.sh("latent-guest mem check churn").startswith("ok"),
+               f"{mib} MiB of memory and {rounds} rounds of files are right {what}")
+    guest.sh("latent-guest mem free churn")
+
+
+def mappings_fall(test, guest):
+    """What is overwritten returns to plain memory: zeros, then reads by an image that is not mapped."""
+    latent.check_hashes(test, guest, FILES)
+    before = check_budget(test, guest, "files mapped")
+    one = latent.volume(before, vm.images_dir() / "golden.qcow2")
+    latent.run("detach", guest.name)
+    after = check_budget(test, guest, "detached")
+    test.check(after["maps_ram_now"] < 50 and after["pages_overlay_now"] == 0,
+               f"from {before['maps_ram_now']} mappings of {one['pages_mapped_now']} pages to {after['maps_ram_now']}")
+
+
+def overwritten(test, guest):
+    """Pages of mapped files get the contents of a file that is copied (a cold one of /work)."""
+    guest.sh("head -c 300000000 /dev/zero > /zeros; sync")
+    guest.drop_guest_caches()
+    latent.check_hashes(test, guest, FILES)
+    before = latent.stat(guest)
+    guest.drop_guest_caches()
+    guest.sh("cat /zeros > /dev/null", timeout=60)
+    after = latent.stat(guest)
+    test.check(after["pages_overlay_now"] < before["pages_overlay_now"] * 3 // 4,
+               f"reads that are copied over mapped pages: {before['pages_overlay_now']} pages were mapped, "
+               f"now {after['pages_overlay_now']}; {before['maps_ram_now']} mappings, now {after['maps_ram_now']}")
+    test.check(after["maps_ram_now"] < before["maps_ram_now"], "mappings fall again")
+    guest.sh("rm /zeros")
+
+
+def body(test):
+    test.need_latent()
+    latent.private_run_dir()
+    expected = expect_writes()
+    with VM("writes", latent=EVERYTHING) as guest:
+        writes(test, guest, expected)
+        latent.check_hashes(test, guest, FILES, what="beside the writes")
+        drop_on_the_host(test, guest)
+        overwritten(test, guest)
+        check_budget(test, guest, "after writes")
+        guest.shutdown()
+    with VM("pressure", latent=EVERYTHING, mem=PRESSURE_MEM) as guest:
+        churn(test, guest, 200, 12, "under pressure")
+        check_budget(test, guest, "under pressure")
+        writes(test, guest, expected)
+        mappings_fall(test, guest)
+        guest.shutdown()
+    with VM("tiny", latent=[*EVERYTHING, "--max-maps", str(TINY_BUDGET)], mem=PRESSURE_MEM) as guest:
+        churn(test, guest, 200, 8, f"with at most {TINY_BUDGET} mappings")
+        figures = check_budget(test, guest, "with few mappings")
+        one = latent.volume(figures, vm.images_dir() / "golden.qcow2")
+        test.check(one["misses"]["budget"]["bytes"] > 1 << 20, "reads beyond the budget are copied, and counted")
+        writes(test, guest, expected)
+        latent.check_hashes(test, guest, FILES, what="in the end")
+        check_budget(test, guest, "in the end")
+        guest.shutdown()
+    test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
+
+
+case.main("Files and memory are right when guests write and run out of memory, and mappings stay few.", body,
+          timeout_s=300)

@@ -38,10 +38,7 @@ int cli_next_option(struct cli_parser *parser)
 	return CLI_END;
 }
 
-int cli_end_status(int ended)
-{
-	return ended == CLI_DONE ? CLI_OK : CLI_USAGE;
-}
+int cli_end_status(int ended) { return ended == CLI_DONE ? CLI_OK : CLI_USAGE; }
 
 void cli_print_help(const struct cli_command *command)
 {
@@ -53,8 +50,9 @@ void cli_print_help(const struct cli_command *command)
 		char left[64];
 
 		snprintf(left, sizeof left,
-			 option->argument == CLI_FLAG ? "--%s"
-			 : option->argument == CLI_VALUE ? "--%s %s" : "--%s[=%s]",
+			 option->argument == CLI_FLAG    ? "--%s"
+			 : option->argument == CLI_VALUE ? "--%s %s"
+							 : "--%s[=%s]",
 			 option->name, option->value);
 		printf("  %-24s %s\n", left, option->help);
 	}

@@ -14,25 +14,25 @@
  * statuses these do not collide with. */
 enum cli_status {
 	CLI_OK = 0,
-	CLI_LACKING = 1,       /* doctor: something that Latent needs is missing */
-	CLI_USAGE = 64,        /* an unknown option, a missing argument */
-	CLI_REFUSED = 65,      /* a command line of QEMU's that Latent cannot serve */
-	CLI_NO_IMAGE = 66,     /* an image that is missing or cannot be read */
-	CLI_NO_VM = 67,        /* no VM of this name */
-	CLI_NO_AGENT = 69,     /* the VMM does not load the agent, or is no QEMU */
-	CLI_SYSTEM = 71,       /* the system refused something: memory, descriptors */
-	CLI_RUN_DIR = 73,      /* the run directory cannot be used */
-	CLI_NAME_IN_USE = 74,  /* a live VM has this name */
-	CLI_NO_ANSWER = 75,    /* the VM's agent does not answer, or could not do it */
+	CLI_LACKING = 1,      /* doctor: something that Latent needs is missing */
+	CLI_USAGE = 64,       /* an unknown option, a missing argument */
+	CLI_REFUSED = 65,     /* a command line of QEMU's that Latent cannot serve */
+	CLI_NO_IMAGE = 66,    /* an image that is missing or cannot be read */
+	CLI_NO_VM = 67,       /* no VM of this name */
+	CLI_NO_AGENT = 69,    /* the VMM does not load the agent, or is no QEMU */
+	CLI_SYSTEM = 71,      /* the system refused something: memory, descriptors */
+	CLI_RUN_DIR = 73,     /* the run directory cannot be used */
+	CLI_NAME_IN_USE = 74, /* a live VM has this name */
+	CLI_NO_ANSWER = 75,   /* the VM's agent does not answer, or could not do it */
 	CLI_NOT_EXECUTABLE = 126,
 	CLI_NOT_FOUND = 127,
 };
 
 struct cli_command {
 	const char *name;
-	const char *arguments; /* "[OPTIONS] NAME" */
-	const char *summary;   /* one line */
-	const char *details;   /* NULL or what --help says below */
+	const char *arguments;            /* "[OPTIONS] NAME" */
+	const char *summary;              /* one line */
+	const char *details;              /* NULL or what --help says below */
 	const struct cli_option *options; /* ends with a NULL name */
 	int (*run)(const struct cli_command *command, int argc, char **argv);
 };
@@ -44,9 +44,9 @@ extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_docto
 enum cli_argument { CLI_FLAG, CLI_VALUE, CLI_NUMBER_IF_ANY };
 
 struct cli_option {
-	const char *name;     /* without the dashes */
+	const char *name; /* without the dashes */
 	enum cli_argument argument;
-	const char *value;    /* what --help calls the argument */
+	const char *value; /* what --help calls the argument */
 	const char *help;
 };
 
@@ -60,9 +60,9 @@ struct cli_parser {
 	const char *value; /* of the option just returned, or NULL */
 };
 
-#define CLI_END (-1)    /* no more options */
-#define CLI_DONE (-2)   /* --help was printed: exit with CLI_OK */
-#define CLI_WRONG (-3)  /* the sentence was printed: exit with CLI_USAGE */
+#define CLI_END (-1)   /* no more options */
+#define CLI_DONE (-2)  /* --help was printed: exit with CLI_OK */
+#define CLI_WRONG (-3) /* the sentence was printed: exit with CLI_USAGE */
 
 /* The index of the next option in the command's table, or one of the above. */
 int cli_next_option(struct cli_parser *parser);

@@ -37,13 +37,14 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		return cli_end_status(option);
 	if (parser.operands < 1 || parser.operands > 2)
 		return cli_fail(CLI_USAGE, "detach: give a VM's name, and at most one image (see latent "
-				"detach --help)");
+					   "detach --help)");
 	status = vm_view_find(argv[1], &view);
 	if (status)
 		return status;
 	/* The agent may have another working directory. */
 	if (parser.operands == 2 && !(image = realpath(argv[2], NULL)))
-		status = cli_fail(CLI_NO_IMAGE, "the image %s cannot be found: %s", argv[2], strerror(errno));
+		status = cli_fail(CLI_NO_IMAGE, "the image %s cannot be found: %s", argv[2],
+				  strerror(errno));
 	if (!status)
 		status = detach(&view, image);
 	free(image);
@@ -58,10 +59,11 @@ static int detach(const struct vm_view *view, const char *image)
 	int r = vm_view_ask(view, CONTROL_DETACH, image, ANSWER_TIMEOUT_MS, &reply);
 
 	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name, strerror(-r));
+		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
+				strerror(-r));
 	if (reply.error)
-		return cli_fail(reply.error == -ENOENT ? CLI_NO_IMAGE : CLI_NO_ANSWER, "%s: %s", view->name,
-				reply.text[0] ? reply.text : strerror(-reply.error));
+		return cli_fail(reply.error == -ENOENT ? CLI_NO_IMAGE : CLI_NO_ANSWER, "%s: %s",
+				view->name, reply.text[0] ? reply.text : strerror(-reply.error));
 	printf("%s: %ju pages (%s) are plain RAM now; the guest was stopped for %.1f ms\n", view->name,
 	       (uintmax_t)reply.pages, cli_size(reply.pages * PAGE_BYTES, size),
 	       (double)reply.paused_us / 1000);

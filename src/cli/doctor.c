@@ -77,7 +77,7 @@ static int examine(int images, char **paths, bool json)
 	}
 	if (json)
 		puts(json_object_to_json_string_ext(whole, JSON_C_TO_STRING_PRETTY |
-							   JSON_C_TO_STRING_NOSLASHESCAPE));
+								   JSON_C_TO_STRING_NOSLASHESCAPE));
 	json_object_put(whole);
 	return status;
 }
@@ -119,8 +119,9 @@ static const char *status_word(enum check_status status)
 
 static void print_checks(const char *title, const struct check_list *list)
 {
-	static const char *const marks[] = { [CHECK_OK] = "ok", [CHECK_LIMITED] = "LIMITED",
-					     [CHECK_MISSING] = "MISSING" };
+	static const char *const marks[] = {
+		[CHECK_OK] = "ok", [CHECK_LIMITED] = "LIMITED", [CHECK_MISSING] = "MISSING"
+	};
 
 	printf("%s\n", title);
 	for (size_t i = 0; i < list->count; i++) {
@@ -144,7 +145,8 @@ static struct json_object *checks_to_json(const struct check_list *list)
 		struct json_object *json = json_object_new_object();
 
 		json_object_object_add(json, "name", json_object_new_string(check->name));
-		json_object_object_add(json, "status", json_object_new_string(status_word(check->status)));
+		json_object_object_add(json, "status",
+				       json_object_new_string(status_word(check->status)));
 		json_object_object_add(json, "found", json_object_new_string(check->found));
 		json_object_object_add(json, "enables", json_object_new_string(check->enables));
 		json_object_object_add(json, "remedy", json_object_new_string(check->remedy));

@@ -62,8 +62,8 @@ int doctor_check_image(struct check_list *list, const char *path)
 	int r = fd < 0 ? -errno : 0;
 
 	if (!r) {
-		const char *const argv[] = { QEMU_IMG, "info", "-U", "--backing-chain", "--output=json",
-					     absolute, NULL };
+		const char *const argv[] = { QEMU_IMG,        "info",   "-U", "--backing-chain",
+					     "--output=json", absolute, NULL };
 
 		close(fd);
 		image.chain = ask_qemu_img(argv, INFO_TIMEOUT_S, 0);
@@ -91,7 +91,9 @@ static void check_format(struct image *image)
 	if (fd >= 0)
 		close(fd);
 	snprintf(image->format, sizeof image->format, "%s",
-		 format ? format : memcmp(magic, "QFI\xfb", 4) ? "raw" : "qcow2");
+		 format                        ? format
+		 : memcmp(magic, "QFI\xfb", 4) ? "raw"
+					       : "qcow2");
 	if (strcmp(image->format, "raw") && strcmp(image->format, "qcow2")) {
 		check_found(check, CHECK_LIMITED, "%s: nobody has tried it", image->format);
 		check_remedy(check, "qemu-img convert -O qcow2, for a format that is known to do");
@@ -121,8 +123,8 @@ static void check_encryption(struct image *image, struct json_object *data)
 
 static void check_compression(struct image *image)
 {
-	const char *const argv[] = { QEMU_IMG, "check", "-U", "-f", "qcow2", "--output=json", image->path,
-				     NULL };
+	const char *const argv[] = { QEMU_IMG, "check",         "-U",        "-f",
+				     "qcow2",  "--output=json", image->path, NULL };
 	struct json_object *json = ask_qemu_img(argv, CHECK_TIMEOUT_S, CHECK_MAX_STATUS);
 	struct json_object *clusters;
 	int64_t all, compressed = 0;
@@ -135,8 +137,10 @@ static void check_compression(struct image *image)
 		compressed = json_object_get_int64(clusters);
 	check = check_add(image->list, "compression", "mapping what the guest reads");
 	if (compressed > 0 && all > 0) {
-		check_found(check, CHECK_LIMITED, "%.0f %% of the clusters are compressed: reads of them are "
-			    "copied", 100 * (double)compressed / (double)all);
+		check_found(check, CHECK_LIMITED,
+			    "%.0f %% of the clusters are compressed: reads of them are "
+			    "copied",
+			    100 * (double)compressed / (double)all);
 		check_remedy(check, "qemu-img convert -O qcow2 without -c");
 	} else {
 		check_found(check, CHECK_OK, "no compressed clusters");
@@ -182,12 +186,14 @@ static void check_layer(struct image *image, const char *path, bool top)
 	} else if (r == -EAGAIN) {
 		find_writers(path, writers, sizeof writers);
 		check_found(check, CHECK_LIMITED, "open for writing by %s", writers);
-		check_remedy(check, "share it as a backing file or with readonly=on, and end who writes it");
+		check_remedy(check,
+			     "share it as a backing file or with readonly=on, and end who writes it");
 	} else {
 		check_found(check, CHECK_LIMITED, "no lease to be had on %.150s: %s", path,
 			    r == -EACCES ? "it is another user's" : "its file system has none");
-		check_remedy(check, "own it, chattr +i it, or put it on a read-only mount; or vouch for it "
-				    "with --trust-image");
+		check_remedy(check,
+			     "own it, chattr +i it, or put it on a read-only mount; or vouch for it "
+			     "with --trust-image");
 	}
 }
 
@@ -258,7 +264,8 @@ static void check_alignment(struct image *image)
 	    (uint64_t)st.st_size % OS_PAGE_BYTES) {
 		struct check *check = check_add(image->list, "length", "mapping the last page");
 
-		check_found(check, CHECK_LIMITED, "not a multiple of 4096 bytes: the last part is copied");
+		check_found(check, CHECK_LIMITED,
+			    "not a multiple of 4096 bytes: the last part is copied");
 		check_remedy(check, "truncate -s %%4096 it");
 	}
 	memset(head, 0, sizeof head);
@@ -268,10 +275,13 @@ static void check_alignment(struct image *image)
 	count = list_partitions(head, starts);
 	for (size_t i = 0; i < count; i++) {
 		if (starts[i] % OS_PAGE_BYTES) {
-			struct check *check = check_add(image->list, "partition", "mapping what the guest reads");
+			struct check *check =
+				check_add(image->list, "partition", "mapping what the guest reads");
 
-			check_found(check, CHECK_LIMITED, "partition %zu begins at byte %ju, within a page: all "
-				    "reads from it are copied", i + 1, (uintmax_t)starts[i]);
+			check_found(check, CHECK_LIMITED,
+				    "partition %zu begins at byte %ju, within a page: all "
+				    "reads from it are copied",
+				    i + 1, (uintmax_t)starts[i]);
 			check_remedy(check, "make partitions begin at multiples of 1 MiB");
 			continue;
 		}
@@ -284,10 +294,7 @@ static uint32_t le32(const uint8_t *at)
 	return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
 }
 
-static uint64_t le64(const uint8_t *at)
-{
-	return le32(at) | (uint64_t)le32(at + 4) << 32;
-}
+static uint64_t le64(const uint8_t *at) { return le32(at) | (uint64_t)le32(at + 4) << 32; }
 
 /* ext2 to ext4: the block size is 1024 << s_log_block_size. Of others nothing is said. */
 static void check_file_system(struct image *image, uint64_t start_byte, bool *found)
@@ -302,8 +309,10 @@ static void check_file_system(struct image *image, uint64_t start_byte, bool *fo
 	*found = true;
 	check = check_add(image->list, "block size", "mapping what the guest reads");
 	if (le32(super + 24) < 2) {
-		check_found(check, CHECK_LIMITED, "ext4 with blocks of %u bytes: only about 21 %% of what is read "
-			    "is aligned to pages", 1024u << le32(super + 24));
+		check_found(check, CHECK_LIMITED,
+			    "ext4 with blocks of %u bytes: only about 21 %% of what is read "
+			    "is aligned to pages",
+			    1024u << le32(super + 24));
 		check_remedy(check, "make the file system again with mkfs.ext4 -b 4096");
 	} else {
 		check_found(check, CHECK_OK, "ext4 with blocks of %u bytes", 1024u << le32(super + 24));
@@ -344,8 +353,9 @@ static void check_reading(struct image *image)
 {
 	struct check *check = check_add(image->list, "drive option", "mapping what the guest reads");
 
-	check_found(check, CHECK_OK, "leave aio=threads (QEMU's default): reads by aio=native and io_uring are "
-				     "copied");
+	check_found(check, CHECK_OK,
+		    "leave aio=threads (QEMU's default): reads by aio=native and io_uring are "
+		    "copied");
 }
 
 /* What a guest finds there: the file's own bytes, or what qemu-img makes of them. Whole sectors. */
@@ -370,11 +380,15 @@ static bool extract(const struct image *image, uint64_t offset, size_t bytes, in
 {
 	char *path = props_escape(image->path), *source = NULL, *output = NULL;
 	char target[40];
-	const char *argv[] = { QEMU_IMG, "convert", "-U", "--image-opts", "-O", "raw", NULL, target, NULL };
+	const char *argv[] = {
+		QEMU_IMG, "convert", "-U", "--image-opts", "-O", "raw", NULL, target, NULL
+	};
 
 	snprintf(target, sizeof target, "/proc/self/fd/%d", fd);
-	if (path && asprintf(&source, "driver=raw,offset=%ju,size=%zu,file.driver=%s,file.file.driver=file,"
-			     "file.file.filename=%s", (uintmax_t)offset, bytes, image->format, path) < 0)
+	if (path && asprintf(&source,
+			     "driver=raw,offset=%ju,size=%zu,file.driver=%s,file.file.driver=file,"
+			     "file.file.filename=%s",
+			     (uintmax_t)offset, bytes, image->format, path) < 0)
 		source = NULL;
 	argv[6] = source;
 	if (source)

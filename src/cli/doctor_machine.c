@@ -53,15 +53,17 @@ void doctor_check_machine(struct check_list *list)
 
 static void check_kernel(struct check_list *list, const struct os_features *features)
 {
-	struct check *check = check_add(list, "kernel", "5.15: mapping images; 5.19: write-protection of "
-						       "guest RAM; 6.7: PAGEMAP_SCAN; 6.8: moving pages");
+	struct check *check = check_add(list, "kernel",
+					"5.15: mapping images; 5.19: write-protection of "
+					"guest RAM; 6.7: PAGEMAP_SCAN; 6.8: moving pages");
 	unsigned version = features->kernel_major * 1000 + features->kernel_minor;
 
 	if (version < 5015) {
 		check_found(check, CHECK_MISSING, "%s, older than 5.15", features->kernel_release);
 		check_remedy(check, "use a kernel from 5.15 on; 6.7 or later is best");
 	} else if (version < 6007) {
-		check_found(check, CHECK_LIMITED, "%s: everything, some of it slower", features->kernel_release);
+		check_found(check, CHECK_LIMITED, "%s: everything, some of it slower",
+			    features->kernel_release);
 		check_remedy(check, "a kernel from 6.7 on finds copied pages faster");
 	} else {
 		check_found(check, CHECK_OK, "%s", features->kernel_release);
@@ -77,13 +79,18 @@ static void check_rules(struct check_list *list)
 	if (r)
 		check_found(check, CHECK_LIMITED, "the self-test could not run: %s", strerror(-r));
 	else if (!os_selftest_sound(&result))
-		check_found(check, CHECK_MISSING, "the self-test failed: this kernel does not keep them");
-	else if (result.early_failure_leaves == OS_AFTER_HOLE || result.late_failure_leaves == OS_AFTER_HOLE)
-		check_found(check, CHECK_OK, "kept; a mapping that fails leaves a hole, which is mended");
+		check_found(check, CHECK_MISSING,
+			    "the self-test failed: this kernel does not keep them");
+	else if (result.early_failure_leaves == OS_AFTER_HOLE ||
+		 result.late_failure_leaves == OS_AFTER_HOLE)
+		check_found(check, CHECK_OK,
+			    "kept; a mapping that fails leaves a hole, which is mended");
 	else
 		check_found(check, CHECK_OK, "kept");
 	if (check->status == CHECK_MISSING)
-		check_remedy(check, "run VMs with --no-overlays, and report this kernel with latent doctor --json");
+		check_remedy(
+			check,
+			"run VMs with --no-overlays, and report this kernel with latent doctor --json");
 }
 
 static void check_pagemap(struct check_list *list, const struct os_features *features)
@@ -109,13 +116,15 @@ static void check_populate(struct check_list *list, const struct os_features *fe
 		check_found(check, CHECK_OK, "MADV_POPULATE_READ and _WRITE");
 		return;
 	}
-	check_found(check, CHECK_MISSING, "no MADV_POPULATE_%s", features->populate_read ? "WRITE" : "READ");
+	check_found(check, CHECK_MISSING, "no MADV_POPULATE_%s",
+		    features->populate_read ? "WRITE" : "READ");
 	check_remedy(check, "a kernel from 5.14 on, without a security policy that forbids it");
 }
 
 static void check_leases(struct check_list *list, const struct os_features *features)
 {
-	struct check *check = check_add(list, "leases", "mapping images that a writer may come to change");
+	struct check *check =
+		check_add(list, "leases", "mapping images that a writer may come to change");
 
 	if (features->cap_lease) {
 		check_found(check, CHECK_OK, "on everybody's files; a writer waits up to %d s",
@@ -124,8 +133,9 @@ static void check_leases(struct check_list *list, const struct os_features *feat
 	}
 	check_found(check, CHECK_LIMITED, "on your own files only; a writer waits up to %d s",
 		    features->lease_break_s);
-	check_remedy(check, "for images of other users: own them, make them immutable (chattr +i) or put "
-			    "them on a read-only mount");
+	check_remedy(check,
+		     "for images of other users: own them, make them immutable (chattr +i) or put "
+		     "them on a read-only mount");
 }
 
 static void check_max_maps(struct check_list *list, const struct os_features *features)
@@ -140,16 +150,17 @@ static void check_max_maps(struct check_list *list, const struct os_features *fe
 
 static void check_userfaultfd(struct check_list *list, const struct os_features *features)
 {
-	struct check *check = check_add(list, "userfaultfd", "save, restore and migration of a running guest; "
-							     "mapping images does not need it");
+	struct check *check = check_add(list, "userfaultfd",
+					"save, restore and migration of a running guest; "
+					"mapping images does not need it");
 
 	if (features->uffd_syscall || features->uffd_device) {
 		check_found(check, CHECK_OK, "for all faults%s",
 			    features->uffd_features & OS_UFFD_WP_ASYNC ? ", with WP_ASYNC" : "");
 		return;
 	}
-	check_found(check, CHECK_LIMITED, features->uffd_user_only ? "for faults of user space only"
-								   : "not to be had");
+	check_found(check, CHECK_LIMITED,
+		    features->uffd_user_only ? "for faults of user space only" : "not to be had");
 	check_remedy(check, "sysctl vm.unprivileged_userfaultfd=1, or give yourself /dev/userfaultfd "
 			    "(setfacl -m u:$USER:rw /dev/userfaultfd)");
 }
@@ -179,7 +190,8 @@ static void check_overcommit(struct check_list *list)
 	if (file)
 		fclose(file);
 	if (mode == 2) {
-		check_found(check, CHECK_LIMITED, "vm.overcommit_memory is 2: copies of pages may be refused");
+		check_found(check, CHECK_LIMITED,
+			    "vm.overcommit_memory is 2: copies of pages may be refused");
 		check_remedy(check, "sysctl vm.overcommit_memory=0");
 	} else {
 		check_found(check, CHECK_OK, "vm.overcommit_memory is %d", mode);
@@ -188,16 +200,17 @@ static void check_overcommit(struct check_list *list)
 
 static void check_memlock(struct check_list *list)
 {
-	struct check *check = check_add(list, "locked memory", "nothing: Latent locks no memory, and "
-							       "-overcommit mem-lock=on turns it off");
+	struct check *check = check_add(list, "locked memory",
+					"nothing: Latent locks no memory, and "
+					"-overcommit mem-lock=on turns it off");
 	struct rlimit limit;
 	char size[CLI_SIZE_TEXT];
 
 	if (getrlimit(RLIMIT_MEMLOCK, &limit))
 		check_found(check, CHECK_OK, "limit unknown; not needed");
 	else
-		check_found(check, CHECK_OK, "limit %s; not needed", limit.rlim_cur == RLIM_INFINITY
-				    ? "none" : cli_size(limit.rlim_cur, size));
+		check_found(check, CHECK_OK, "limit %s; not needed",
+			    limit.rlim_cur == RLIM_INFINITY ? "none" : cli_size(limit.rlim_cur, size));
 }
 
 static void check_kvm(struct check_list *list, const struct os_features *features)
@@ -205,15 +218,17 @@ static void check_kvm(struct check_list *list, const struct os_features *feature
 	struct check *check = check_add(list, "KVM", "guests at the processor's speed; TCG works too");
 
 	if (features->kvm_device) {
-		check_found(check, CHECK_OK, "/dev/kvm opens; whether an ordinary guest boots on it only a "
-					     "try tells");
+		check_found(check, CHECK_OK,
+			    "/dev/kvm opens; whether an ordinary guest boots on it only a "
+			    "try tells");
 		return;
 	}
-	check_found(check, CHECK_LIMITED, access("/dev/kvm", F_OK) ? "there is no /dev/kvm"
-								   : "/dev/kvm cannot be opened");
-	check_remedy(check, access("/dev/kvm", F_OK) ? "enable virtualization in the firmware, or nested "
-						       "virtualization of this VM, and load kvm_intel or kvm_amd"
-						     : "join the group kvm: adduser $USER kvm");
+	check_found(check, CHECK_LIMITED,
+		    access("/dev/kvm", F_OK) ? "there is no /dev/kvm" : "/dev/kvm cannot be opened");
+	check_remedy(check, access("/dev/kvm", F_OK)
+				    ? "enable virtualization in the firmware, or nested "
+				      "virtualization of this VM, and load kvm_intel or kvm_amd"
+				    : "join the group kvm: adduser $USER kvm");
 }
 
 static void check_run_dir(struct check_list *list)

@@ -37,12 +37,12 @@ static void remember(const char *root, const char *key, const char *version);
 static int ask(const char *vmm_path, const char *agent_path, struct answer *answer);
 static int judge(const char *vmm_path, const struct answer *answer, char *version, char *why);
 static const char *why_not_loaded(const char *vmm_path);
+static bool has_qemu_name(const char *path);
 static bool is_script(const char *path);
 static bool is_static(const char *path);
 static _Noreturn void become_vmm(const char *vmm_path, const char *agent_path, int output, int hello);
 static void collect(int output, int hello, struct answer *answer);
-static int explain(int error, char *why, const char *format, ...)
-	__attribute__((format(printf, 3, 4)));
+static int explain(int error, char *why, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 int preflight(const char *vmm_path, const char *agent_path, const char *root,
 	      char ret_version[PREFLIGHT_VERSION_BYTES], char why[PREFLIGHT_WHY_BYTES])
@@ -59,8 +59,10 @@ int preflight(const char *vmm_path, const char *agent_path, const char *root,
 	}
 	/* A script's interpreter would load the agent and not hand it on. */
 	if (is_script(vmm_path))
-		return explain(-ENOEXEC, why, "%s is a script, and the agent would end up in its "
-			       "interpreter: give the QEMU program that it starts", vmm_path);
+		return explain(-ENOEXEC, why,
+			       "%s is a script, and the agent would end up in its "
+			       "interpreter: give the QEMU program that it starts",
+			       vmm_path);
 	r = ask(vmm_path, agent_path, &answer);
 	if (r)
 		return explain(r, why, "%s -version could not be tried: %s", vmm_path, strerror(-r));
@@ -184,18 +186,24 @@ static int ask(const char *vmm_path, const char *agent_path, struct answer *answ
 static int judge(const char *vmm_path, const struct answer *answer, char *version, char *why)
 {
 	if (answer->timed_out)
-		return explain(-ETIMEDOUT, why, "%s -version did not end within %d s: is it a QEMU system "
-			       "emulator?", vmm_path, ANSWER_TIMEOUT_MS / 1000);
+		return explain(-ETIMEDOUT, why,
+			       "%s -version did not end within %d s: is it a QEMU system "
+			       "emulator?",
+			       vmm_path, ANSWER_TIMEOUT_MS / 1000);
 	if (strncmp(answer->output, VERSION_BEGINS, strlen(VERSION_BEGINS)) ||
 	    sscanf(answer->output + strlen(VERSION_BEGINS), "%63s", version) != 1)
-		return explain(-ENOEXEC, why, "%s is no QEMU system emulator (-version does not begin "
-			       "with '" VERSION_BEGINS "'); programs like nice or taskset go before latent",
+		return explain(-ENOEXEC, why,
+			       "%s is no QEMU system emulator (-version does not begin "
+			       "with '" VERSION_BEGINS
+			       "'); programs like nice or taskset go before latent",
 			       vmm_path);
 	if (!strcmp(answer->hello, AGENT_HELLO_TEXT))
 		return 0;
 	if (answer->hello[0])
-		return explain(-EPROTO, why, "%s loads an agent of another version; install latent and "
-			       "latent-qemu.so from one build", vmm_path);
+		return explain(-EPROTO, why,
+			       "%s loads an agent of another version; install latent and "
+			       "latent-qemu.so from one build",
+			       vmm_path);
 	return explain(-ENOEXEC, why, "%s does not load the agent: %s", vmm_path,
 		       why_not_loaded(vmm_path));
 }
@@ -210,8 +218,21 @@ static const char *why_not_loaded(const char *vmm_path)
 		return "it has file capabilities, so LD_PRELOAD is ignored; use a copy without";
 	if (is_static(vmm_path))
 		return "it is a static program; use one that is linked dynamically";
+	if (!has_qemu_name(vmm_path))
+		return "the agent keeps out of programs without 'qemu' in their names; name it so";
 	return "it may be of another architecture or C library than the agent, start another program, "
 	       "or a security policy forbids LD_PRELOAD";
+}
+
+/* As the agent sees it: without symbolic links. */
+static bool has_qemu_name(const char *path)
+{
+	char *real = realpath(path, NULL);
+	const char *slash = real ? strrchr(real, '/') : NULL;
+	bool has = slash && strstr(slash, "qemu");
+
+	free(real);
+	return has;
 }
 
 static bool is_script(const char *path)
@@ -276,7 +297,8 @@ static uint64_t now_ms(void)
 /* Until both pipes are at their end. What does not fit is read and dropped. */
 static void collect(int output, int hello, struct answer *answer)
 {
-	struct pollfd pipes[2] = { { .fd = output, .events = POLLIN }, { .fd = hello, .events = POLLIN } };
+	struct pollfd pipes[2] = { { .fd = output, .events = POLLIN },
+				   { .fd = hello, .events = POLLIN } };
 	char *const into[2] = { answer->output, answer->hello };
 	const size_t room[2] = { sizeof answer->output - 1, sizeof answer->hello - 1 };
 	uint64_t deadline_ms = now_ms() + ANSWER_TIMEOUT_MS;
@@ -299,7 +321,8 @@ static void collect(int output, int hello, struct answer *answer)
 			if (n <= 0 && !(n < 0 && errno == EINTR))
 				pipes[i].fd = -1;
 			if (n > 0 && used[i] < room[i]) {
-				size_t fits = (size_t)n < room[i] - used[i] ? (size_t)n : room[i] - used[i];
+				size_t fits =
+					(size_t)n < room[i] - used[i] ? (size_t)n : room[i] - used[i];
 
 				memcpy(into[i] + used[i], part, fits);
 				used[i] += fits;

@@ -72,11 +72,12 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		r = vmdir_for_each(root, json ? add_object : print_line, &list);
 	if (json) {
 		puts(json_object_to_json_string_ext(list.array, JSON_C_TO_STRING_PRETTY |
-								JSON_C_TO_STRING_NOSLASHESCAPE));
+									JSON_C_TO_STRING_NOSLASHESCAPE));
 		json_object_put(list.array);
 	}
 	if (r && r != -ENOENT)
-		return cli_fail(CLI_RUN_DIR, "the run directory %s cannot be read: %s", root, strerror(-r));
+		return cli_fail(CLI_RUN_DIR, "the run directory %s cannot be read: %s", root,
+				strerror(-r));
 	return CLI_OK;
 }
 
@@ -87,7 +88,9 @@ static void gather(const struct vm_view *view, struct row *row)
 
 	*row = (struct row){
 		.name = view->name,
-		.state = !stats->pid ? "starting" : stats->overlays_allowed ? "sharing" : "plain",
+		.state = !stats->pid               ? "starting"
+			 : stats->overlays_allowed ? "sharing"
+						   : "plain",
 		.excluded_by = stats->excluded_by,
 		.pid = stats->pid,
 		.ram_bytes = stats->ram_bytes,
@@ -124,8 +127,7 @@ static int print_line(void *ctx, const char *name)
 	snprintf(maps, sizeof maps, "%ju/%ju", (uintmax_t)row.maps, (uintmax_t)row.maps_budget);
 	printf("%-20s %7s %-8s %9s %9s %9s %8s %13s %8s\n", row.name, pid, row.state,
 	       cli_size(row.ram_bytes, ram), cli_size(row.mapped_bytes, mapped),
-	       cli_size(row.copied_bytes, copied), percent, maps,
-	       cli_age(row.started_unix_s, up));
+	       cli_size(row.copied_bytes, copied), percent, maps, cli_age(row.started_unix_s, up));
 	vm_view_close(&view);
 	return 0;
 }

@@ -48,12 +48,12 @@ static int take_name(struct scan *scan, const struct props *props);
 static int take_global(struct scan *scan, const struct props *props);
 
 static const struct group groups[] = {
-	{ "memory", "size", take_memory },   { "machine", "type", take_machine },
-	{ "object", "qom-type", take_object }, { "device", "driver", take_device },
-	{ "netdev", "type", take_netdev },   { "nic", "type", take_netdev },
-	{ "net", "type", take_netdev },      { "numa", "type", take_numa },
+	{ "memory", "size", take_memory },       { "machine", "type", take_machine },
+	{ "object", "qom-type", take_object },   { "device", "driver", take_device },
+	{ "netdev", "type", take_netdev },       { "nic", "type", take_netdev },
+	{ "net", "type", take_netdev },          { "numa", "type", take_numa },
 	{ "overcommit", NULL, take_overcommit }, { "drive", NULL, take_block },
-	{ "blockdev", "driver", take_block }, { "name", "guest", take_name },
+	{ "blockdev", "driver", take_block },    { "name", "guest", take_name },
 	{ "global", NULL, take_global },
 };
 #define GROUPS (sizeof groups / sizeof groups[0])
@@ -116,8 +116,8 @@ static int scan_words(struct scan *scan, int argc, const char *const *argv)
 
 static int take_option(struct scan *scan, const char *option, const char *value)
 {
-	static const char *const disks[] = { "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb",
-					     "sd",  "mtdblock", "pflash" };
+	static const char *const disks[] = { "hda", "hdb", "hdc", "hdd",      "cdrom",
+					     "fda", "fdb", "sd",  "mtdblock", "pflash" };
 	const struct group *group;
 	struct props props = { 0 };
 	int r;
@@ -161,9 +161,11 @@ static int take_machine(struct scan *scan, const struct props *props)
 	const char *backend = props_get(props, "memory-backend");
 
 	if (backend)
-		return refuse(scan, "-machine memory-backend=%.64s puts guest RAM into a memory backend of "
-				    "yours, and Latent needs it in its own: leave it and its -object out, "
-				    "and give the size with -m", backend);
+		return refuse(scan,
+			      "-machine memory-backend=%.64s puts guest RAM into a memory backend of "
+			      "yours, and Latent needs it in its own: leave it and its -object out, "
+			      "and give the size with -m",
+			      backend);
 	if (type) {
 		snprintf(scan->machine_type, sizeof scan->machine_type, "%s", type);
 		look_up(scan, COMPAT_MACHINE, type, props);
@@ -178,8 +180,10 @@ static int take_object(struct scan *scan, const struct props *props)
 	const char *type = props_get(props, "qom-type"), *id = props_get(props, "id");
 
 	if (id && (!strcmp(id, DEFAULT_BLOCK) || !strcmp(id, MICROVM_BLOCK)))
-		return refuse(scan, "-object id=%s is a name that Latent gives to guest RAM: choose "
-				    "another one", id);
+		return refuse(scan,
+			      "-object id=%s is a name that Latent gives to guest RAM: choose "
+			      "another one",
+			      id);
 	if (type)
 		look_up(scan, COMPAT_OBJECT, type, props);
 	return 0;
@@ -209,8 +213,10 @@ static int take_numa(struct scan *scan, const struct props *props)
 
 	if (!backend)
 		return 0;
-	return refuse(scan, "-numa memdev=%.64s puts guest RAM into a memory backend of yours, and Latent "
-			    "needs it in its own: leave memdev out, and give the size with -m", backend);
+	return refuse(scan,
+		      "-numa memdev=%.64s puts guest RAM into a memory backend of yours, and Latent "
+		      "needs it in its own: leave memdev out, and give the size with -m",
+		      backend);
 }
 
 static int take_overcommit(struct scan *scan, const struct props *props)
@@ -275,8 +281,10 @@ static int take_config(struct scan *scan, const char *path)
 	int r;
 
 	if (!text)
-		return refuse(scan, "-readconfig %.200s cannot be read, or is no ordinary file that can be "
-				    "read twice", path);
+		return refuse(scan,
+			      "-readconfig %.200s cannot be read, or is no ordinary file that can be "
+			      "read twice",
+			      path);
 	r = take_config_text(scan, text, path);
 	free(text);
 	return r;
@@ -347,13 +355,47 @@ static const struct group *find_group(const char *name)
 static bool option_has_value(const char *option)
 {
 	static const char *const without[] = {
-		"S", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "curses", "daemonize",
-		"enable-fips", "enable-hax", "enable-hvf", "enable-kvm", "enable-sync-profile",
-		"full-screen", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-frame",
-		"no-hpet", "no-kvm", "no-kvm-irqchip", "no-quit", "no-reboot", "no-shutdown",
-		"no-user-config", "nodefaults", "nographic", "only-migratable", "portrait", "preconfig",
-		"s", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack",
-		"xen-attach", "xen-domid-restrict",
+		"S",
+		"alt-grab",
+		"async-teardown",
+		"audio-help",
+		"ctrl-grab",
+		"curses",
+		"daemonize",
+		"enable-fips",
+		"enable-hax",
+		"enable-hvf",
+		"enable-kvm",
+		"enable-sync-profile",
+		"full-screen",
+		"h",
+		"help",
+		"mem-prealloc",
+		"no-acpi",
+		"no-fd-bootchk",
+		"no-frame",
+		"no-hpet",
+		"no-kvm",
+		"no-kvm-irqchip",
+		"no-quit",
+		"no-reboot",
+		"no-shutdown",
+		"no-user-config",
+		"nodefaults",
+		"nographic",
+		"only-migratable",
+		"portrait",
+		"preconfig",
+		"s",
+		"sdl",
+		"semihosting",
+		"singlestep",
+		"snapshot",
+		"usb",
+		"version",
+		"win2k-hack",
+		"xen-attach",
+		"xen-domid-restrict",
 	};
 
 	for (size_t i = 0; i < sizeof without / sizeof without[0]; i++)
@@ -404,10 +446,7 @@ wrong:
 	return refuse(scan, "'%.64s' is no size of guest RAM", text);
 }
 
-static const char *get_property(void *ctx, const char *property)
-{
-	return props_get(ctx, property);
-}
+static const char *get_property(void *ctx, const char *property) { return props_get(ctx, property); }
 
 /* The first thing that excludes anything is the one that the user is told of. */
 static void look_up(struct scan *scan, enum compat_subject subject, const char *name,

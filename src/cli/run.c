@@ -81,7 +81,8 @@ struct launch {
 	size_t vmm_argc;
 };
 
-static int parse_options(const struct cli_command *command, struct launch *launch, int argc, char **argv);
+static int parse_options(const struct cli_command *command, struct launch *launch, int argc,
+			 char **argv);
 static int parse_option(struct launch *launch, int option, const char *value);
 static int plan(struct launch *launch);
 static int find_vmm(struct launch *launch);
@@ -106,9 +107,13 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	struct launch launch = {
 		.share_threshold = DEFAULT_SHARE_THRESHOLD,
 		.dir = { .lock_fd = -1, .stats_fd = -1 },
-		.ram_fd = -1, .qmp_agent_fd = -1, .qmp_vmm_fd = -1, .monitor_fd = -1, .config_fd = -1,
+		.ram_fd = -1,
+		.qmp_agent_fd = -1,
+		.qmp_vmm_fd = -1,
+		.monitor_fd = -1,
+		.config_fd = -1,
 	};
-	static int (*const steps[])(struct launch *launch) = {
+	static int (*const steps[])(struct launch *) = {
 		plan, find_vmm, check_vmm, claim, prepare, become_vmm,
 	};
 	int status = parse_options(command, &launch, argc, argv);
@@ -125,7 +130,10 @@ static int run(const struct cli_command *command, int argc, char **argv)
 static int parse_options(const struct cli_command *command, struct launch *launch, int argc, char **argv)
 {
 	struct cli_parser parser = {
-		.command = command, .argc = argc, .argv = argv, .stop_at_operand = true,
+		.command = command,
+		.argc = argc,
+		.argv = argv,
+		.stop_at_operand = true,
 	};
 	int option, status;
 
@@ -137,7 +145,8 @@ static int parse_options(const struct cli_command *command, struct launch *launc
 	if (option != CLI_END)
 		return cli_end_status(option);
 	if (parser.next >= argc)
-		return cli_fail(CLI_USAGE, "run: QEMU's command line is missing (see latent run --help)");
+		return cli_fail(CLI_USAGE,
+				"run: QEMU's command line is missing (see latent run --help)");
 	launch->argc = argc - parser.next;
 	launch->argv = argv + parser.next;
 	return CLI_OK;
@@ -148,26 +157,34 @@ static int parse_option(struct launch *launch, int option, const char *value)
 	switch (option) {
 	case OPT_NAME:
 		if (!vmdir_name_ok(value))
-			return cli_fail(CLI_USAGE, "run: '%.80s' is no name for a VM: up to 63 letters, "
-					"digits, '_', '.' and '-', the first a letter or digit, and not '"
-					VMDIR_VOLUMES "'", value);
+			return cli_fail(CLI_USAGE,
+					"run: '%.80s' is no name for a VM: up to 63 letters, "
+					"digits, '_', '.' and '-', the first a letter or digit, and not "
+					"'" VMDIR_VOLUMES "'",
+					value);
 		launch->name = value;
 		return CLI_OK;
 	case OPT_THRESHOLD:
 		if (!cli_parse_real(value, 0, 1, &launch->share_threshold))
-			return cli_fail(CLI_USAGE, "run: --share-threshold takes a number from 0 to 1, not "
-					"'%.80s'", value);
+			return cli_fail(CLI_USAGE,
+					"run: --share-threshold takes a number from 0 to 1, not "
+					"'%.80s'",
+					value);
 		return CLI_OK;
 	case OPT_MIN_RUN:
 		if (!cli_parse_unsigned(value, MAX_RUN_PAGES, &launch->min_run_pages) ||
 		    !launch->min_run_pages)
-			return cli_fail(CLI_USAGE, "run: --min-run takes a number of pages from 1 to %d, "
-					"not '%.80s'", MAX_RUN_PAGES, value);
+			return cli_fail(CLI_USAGE,
+					"run: --min-run takes a number of pages from 1 to %d, "
+					"not '%.80s'",
+					MAX_RUN_PAGES, value);
 		return CLI_OK;
 	case OPT_MAX_MAPS:
 		if (!cli_parse_unsigned(value, UINT32_MAX, &launch->budget_maps) || !launch->budget_maps)
-			return cli_fail(CLI_USAGE, "run: --max-maps takes a number of mappings, not "
-					"'%.80s'", value);
+			return cli_fail(CLI_USAGE,
+					"run: --max-maps takes a number of mappings, not "
+					"'%.80s'",
+					value);
 		return CLI_OK;
 	case OPT_TRUST:
 		launch->trust_images = true;
@@ -224,11 +241,14 @@ static int check_vmm(struct launch *launch)
 	char why[WHY_BYTES];
 
 	if (cli_agent_path(launch->agent_path, sizeof launch->agent_path))
-		return cli_fail(CLI_NO_AGENT, "the agent latent-qemu.so is not where latent is: say where "
+		return cli_fail(CLI_NO_AGENT,
+				"the agent latent-qemu.so is not where latent is: say where "
 				"with LATENT_AGENT");
 	if (strpbrk(launch->agent_path, ": \t\n"))
-		return cli_fail(CLI_NO_AGENT, "the agent's path %s has a blank or a colon, which LD_PRELOAD "
-				"cannot say: move it", launch->agent_path);
+		return cli_fail(CLI_NO_AGENT,
+				"the agent's path %s has a blank or a colon, which LD_PRELOAD "
+				"cannot say: move it",
+				launch->agent_path);
 	if (vmdir_root(true, launch->root, why))
 		return cli_fail(CLI_RUN_DIR, "%s", why);
 	if (preflight(launch->vmm_path, launch->agent_path, launch->root, launch->vmm_version, why))
@@ -312,8 +332,9 @@ static int make_descriptors(struct launch *launch)
  */
 static int make_monitor_config(void)
 {
-	static const char text[] = "[mon \"latent-qmp\"]\n  chardev = \"latent-qmp\"\n  mode = \"control\"\n"
-				   "[mon \"latent-agent\"]\n  chardev = \"latent-agent\"\n  mode = \"control\"\n";
+	static const char text[] =
+		"[mon \"latent-qmp\"]\n  chardev = \"latent-qmp\"\n  mode = \"control\"\n"
+		"[mon \"latent-agent\"]\n  chardev = \"latent-agent\"\n  mode = \"control\"\n";
 	int fd = os_memfd_create("latent-monitors", 0, true);
 	int r = fd < 0 ? fd : write_all(fd, text, sizeof text - 1);
 
@@ -364,8 +385,8 @@ static int make_agent_config(const struct launch *launch)
 /* Whom the file is about, for `latent ps` before the agent has spoken. */
 static void begin_stats(const struct launch *launch)
 {
-	struct vm_stats *stats = mmap(NULL, sizeof *stats, PROT_READ | PROT_WRITE, MAP_SHARED,
-				      launch->dir.stats_fd, 0);
+	struct vm_stats *stats =
+		mmap(NULL, sizeof *stats, PROT_READ | PROT_WRITE, MAP_SHARED, launch->dir.stats_fd, 0);
 
 	if (stats == MAP_FAILED)
 		return;
@@ -397,8 +418,8 @@ static int write_json(const struct launch *launch)
 	json_object_object_add(json, "qemu", json_object_new_string(launch->vmm_path));
 	json_object_object_add(json, "qemu_version", json_object_new_string(launch->vmm_version));
 	json_object_object_add(json, "command", words);
-	text = json_object_to_json_string_ext(json, JSON_C_TO_STRING_PRETTY |
-						    JSON_C_TO_STRING_NOSLASHESCAPE);
+	text = json_object_to_json_string_ext(json,
+					      JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE);
 	if (!text)
 		goto out;
 	r = vmdir_path(launch->root, launch->dir.name, VMDIR_JSON, path);
@@ -483,7 +504,8 @@ static int become_vmm(struct launch *launch)
 
 	snprintf(number, sizeof number, "%d", launch->config_fd);
 	if (preflight_set_preload(launch->agent_path) || setenv(AGENT_CONFIG_ENV, number, 1))
-		return cli_fail(CLI_SYSTEM, "the environment for QEMU cannot be made: %s", strerror(errno));
+		return cli_fail(CLI_SYSTEM, "the environment for QEMU cannot be made: %s",
+				strerror(errno));
 	if (launch->plan.excludes & COMPAT_OVERLAYS)
 		cli_say("%s: %s; its RAM stays plain", launch->dir.name, launch->plan.excluded_by);
 	execv(launch->vmm_path, launch->vmm_argv);

@@ -106,8 +106,10 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 			request->watch = true;
 		if (option == OPT_WATCH && parser.value &&
 		    !cli_parse_real(parser.value, 0.1, 86400, &request->interval_s))
-			return cli_fail(CLI_USAGE, "stat: --watch takes seconds from 0.1 to 86400, not "
-					"'%.80s'", parser.value);
+			return cli_fail(CLI_USAGE,
+					"stat: --watch takes seconds from 0.1 to 86400, not "
+					"'%.80s'",
+					parser.value);
 	}
 	if (option != CLI_END)
 		return cli_end_status(option);
@@ -172,7 +174,8 @@ static bool refresh(const struct vm_view *view, char *why, size_t why_bytes)
 	else if (!view->stats->pid)
 		snprintf(why, why_bytes, "the agent has not spoken yet");
 	else if (r == -ETIMEDOUT)
-		snprintf(why, why_bytes, "the agent does not answer within %d s", REFRESH_TIMEOUT_MS / 1000);
+		snprintf(why, why_bytes, "the agent does not answer within %d s",
+			 REFRESH_TIMEOUT_MS / 1000);
 	else
 		snprintf(why, why_bytes, "the agent does not answer: %s", strerror(-r));
 	return false;
@@ -196,8 +199,10 @@ static void print_vm(const struct vm_view *view)
 	if (!stats->overlays_allowed && stats->pid)
 		printf("maps no images: %.160s\n", stats->excluded_by);
 	printf("\nMemory by source\n");
-	printf("  %-34s %9s  %5.1f %%\n", "its own, or not touched yet", cli_size(base, a), percent(base, stats->ram_bytes));
-	printf("  %-34s %9s  %5.1f %%\n", "images", cli_size(mapped, a), percent(mapped, stats->ram_bytes));
+	printf("  %-34s %9s  %5.1f %%\n", "its own, or not touched yet", cli_size(base, a),
+	       percent(base, stats->ram_bytes));
+	printf("  %-34s %9s  %5.1f %%\n", "images", cli_size(mapped, a),
+	       percent(mapped, stats->ram_bytes));
 	printf("  %-34s %9s  %5.1f %%\n", "copies of image pages", cli_size(copies, a),
 	       percent(copies, stats->ram_bytes));
 	printf("  discarded %ju pages, settled %ju pages, mapping calls that failed %ju\n",
@@ -205,7 +210,8 @@ static void print_vm(const struct vm_view *view)
 	       (uintmax_t)stat_get(&stats->map_failures));
 	printf("\nMappings: %ju of guest RAM + %ju others, budget %ju, limit of the kernel %ju\n",
 	       (uintmax_t)stat_get(&stats->maps_ram_now), (uintmax_t)stat_get(&stats->maps_other_now),
-	       (uintmax_t)stat_get(&stats->maps_budget_now), (uintmax_t)stat_get(&stats->maps_limit_now));
+	       (uintmax_t)stat_get(&stats->maps_budget_now),
+	       (uintmax_t)stat_get(&stats->maps_limit_now));
 	for (uint32_t i = 0; i < volume_count(stats); i++)
 		print_volume(&stats->volumes[i]);
 }
@@ -218,16 +224,18 @@ static void print_volume(const struct volume_stats *volume)
 
 	printf("\n%.255s\n  %s; VMs that have it: %u\n", volume->path, states[volume_state(volume)].text,
 	       volume->readers_now);
-	printf("  asked      %9s in %ju reads\n", cli_size(asked, a), (uintmax_t)stat_get(&volume->reads));
-	printf("  shortcut   %9s  %5.1f %%, in %ju mappings\n", cli_size(shortcut, a), percent(shortcut, asked),
-	       (uintmax_t)stat_get(&volume->maps));
+	printf("  asked      %9s in %ju reads\n", cli_size(asked, a),
+	       (uintmax_t)stat_get(&volume->reads));
+	printf("  shortcut   %9s  %5.1f %%, in %ju mappings\n", cli_size(shortcut, a),
+	       percent(shortcut, asked), (uintmax_t)stat_get(&volume->maps));
 	printf("  storage    %9s  %5.1f %%\n", cli_size(storage, a), percent(storage, asked));
 	printf("  joined     %9s in %ju reads that another VM had in flight\n",
 	       cli_size(stat_get(&volume->pages_joined) * PAGE_BYTES, a),
 	       (uintmax_t)stat_get(&volume->reads_joined));
 	printf("  mapped now %9s here; pages mapped once %ju, by many %ju, by all VMs\n",
 	       cli_size(stat_get(&volume->pages_mapped_now) * PAGE_BYTES, a),
-	       (uintmax_t)stat_get(&volume->pages_one_now), (uintmax_t)stat_get(&volume->pages_many_now));
+	       (uintmax_t)stat_get(&volume->pages_one_now),
+	       (uintmax_t)stat_get(&volume->pages_many_now));
 	printf("  copied on write: %ju pages mapped once, %ju by many; dropped %s\n",
 	       (uintmax_t)stat_get(&volume->copied_one), (uintmax_t)stat_get(&volume->copied_many),
 	       cli_size(stat_get(&volume->pages_dropped) * PAGE_BYTES, b));
@@ -241,7 +249,8 @@ static void print_misses(const struct volume_stats *volume)
 	bool first = true;
 
 	for (unsigned i = 0; i < MISS_REASONS; i++) {
-		uint64_t reads = stat_get(&volume->miss_reads[i]), bytes = stat_get(&volume->miss_bytes[i]);
+		uint64_t reads = stat_get(&volume->miss_reads[i]),
+			 bytes = stat_get(&volume->miss_bytes[i]);
 		char size[CLI_SIZE_TEXT];
 
 		if (!reads && !bytes)
@@ -249,7 +258,8 @@ static void print_misses(const struct volume_stats *volume)
 		if (first)
 			printf("  not shortcut:\n");
 		first = false;
-		printf("    %9s in %8ju reads  %s\n", cli_size(bytes, size), (uintmax_t)reads, reasons[i].text);
+		printf("    %9s in %8ju reads  %s\n", cli_size(bytes, size), (uintmax_t)reads,
+		       reasons[i].text);
 	}
 }
 
@@ -273,7 +283,8 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	json_object_object_add(json, "refreshed", json_object_new_boolean(refreshed));
 	add_text(json, "agent_version", stats->agent_version, sizeof stats->agent_version);
 	add_number(json, "pid", stats->pid);
-	json_object_object_add(json, "overlays_allowed", json_object_new_boolean(stats->overlays_allowed != 0));
+	json_object_object_add(json, "overlays_allowed",
+			       json_object_new_boolean(stats->overlays_allowed != 0));
 	add_text(json, "excluded_by", stats->excluded_by, sizeof stats->excluded_by);
 	add_number(json, "ram_bytes", stats->ram_bytes);
 	add_number(json, "started_unix_s", stats->started_unix_s);

@@ -56,14 +56,17 @@ int vm_view_find(const char *name, struct vm_view *ret_view)
 		return cli_fail(CLI_NO_VM, "no VM named '%.80s' is running", name);
 	if (r == -EPROTO)
 		return cli_fail(CLI_NO_ANSWER, "%s was started by another version of Latent", name);
-	return r ? cli_fail(CLI_RUN_DIR, "the statistics of %s cannot be read: %s", name, strerror(-r)) : 0;
+	return r ? cli_fail(CLI_RUN_DIR, "the statistics of %s cannot be read: %s", name, strerror(-r))
+		 : 0;
 }
 
 int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
 		struct control_reply *ret_reply)
 {
 	struct control_request request = {
-		.magic = CONTROL_MAGIC, .version = CONTROL_VERSION, .op = (uint32_t)op,
+		.magic = CONTROL_MAGIC,
+		.version = CONTROL_VERSION,
+		.op = (uint32_t)op,
 	};
 	struct control_reply reply;
 	char socket_path[VMDIR_PATH_BYTES];
@@ -95,7 +98,8 @@ int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path
 
 uint64_t vm_view_clean_pages(const struct vm_stats *stats)
 {
-	uint64_t overlay = stat_get(&stats->pages_overlay_now), copied = stat_get(&stats->pages_private_now);
+	uint64_t overlay = stat_get(&stats->pages_overlay_now),
+		 copied = stat_get(&stats->pages_private_now);
 
 	/* Read at two moments. */
 	return overlay > copied ? overlay - copied : 0;
@@ -132,7 +136,8 @@ static int connect_to(const char *path, unsigned timeout_ms)
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int fd, r = 0;
 
-	if (snprintf(address.sun_path, sizeof address.sun_path, "%s", path) >= (int)sizeof address.sun_path)
+	if (snprintf(address.sun_path, sizeof address.sun_path, "%s", path) >=
+	    (int)sizeof address.sun_path)
 		return -ENAMETOOLONG;
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0)

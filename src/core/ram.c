@@ -468,13 +468,14 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 {
 	struct ram_file *f = &ram->files[file];
 	uint64_t head = entry_overlay(file, file_page), before, after;
-	void *hva = page_hva(b, page);
+	void *hva;
 	int r;
 
 	assert_locked(ram);
 	if (!pages || page >= b->pages || pages > b->pages - page || file_page >= f->pages ||
 	    pages > f->pages - file_page)
 		return -ERANGE;
+	hva = page_hva(b, page);
 	before = count_starts(b, page, page + pages);
 	after = count_starts_if(b, page, pages, head);
 	if (after > before && !within_budget(ram, after - before))

@@ -7,7 +7,8 @@
 
 #define BOTH (COMPAT_OVERLAYS | COMPAT_MASKS)
 
-#define OTHER_PROCESS "another process maps guest RAM from its one file and would miss what is mapped over it"
+#define OTHER_PROCESS                                                                                   \
+	"another process maps guest RAM from its one file and would miss what is mapped over it"
 #define PINNED "its DMA goes on to the pages that were there when guest RAM was pinned"
 #define ENCRYPTED "the processor encrypts guest RAM, so a page of an image means nothing to the guest"
 #define LOCKED "locked memory turns every page of an image into a private copy at once"

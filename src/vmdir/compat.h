@@ -32,7 +32,7 @@ struct compat_rule {
 	const char *name;     /* a pattern as in fnmatch(3) */
 	const char *property; /* NULL, or: only where this property is set and not off */
 	unsigned excludes;
-	const char *why;      /* the end of a sentence that begins with the name */
+	const char *why; /* the end of a sentence that begins with the name */
 };
 
 /* The value of a property of the thing that is looked up, or NULL. */

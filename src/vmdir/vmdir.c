@@ -25,8 +25,7 @@ static int take_lock(const char *path, int *ret_fd);
 static int create_stats(struct vmdir *dir);
 static int remove_if_dead(const char *root, const char *name);
 static void clean_up_after(const char *root, const char *name);
-static int dead_end(int error, char *why, const char *format, ...)
-	__attribute__((format(printf, 3, 4)));
+static int dead_end(int error, char *why, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 bool vmdir_name_ok(const char *name)
 {
@@ -60,22 +59,21 @@ int vmdir_root(bool create, char ret_root[VMDIR_PATH_BYTES], char why[VMDIR_WHY_
 	return r;
 }
 
-int vmdir_claim(const char *root, const char *name, struct vmdir *ret_dir,
-		char why[VMDIR_WHY_BYTES])
+int vmdir_claim(const char *root, const char *name, struct vmdir *ret_dir, char why[VMDIR_WHY_BYTES])
 {
 	struct vmdir dir = { .lock_fd = -1, .stats_fd = -1 };
 	char socket_path[VMDIR_PATH_BYTES];
 	int root_lock, r;
 
 	if (!vmdir_name_ok(name))
-		return dead_end(-EINVAL, why,
-				"'%.80s' is no name for a VM: use up to 63 letters, digits, '_', '.' and "
-				"'-', the first a letter or digit, and not '" VMDIR_VOLUMES "'",
-				name);
+		return dead_end(
+			-EINVAL, why,
+			"'%.80s' is no name for a VM: use up to 63 letters, digits, '_', '.' and "
+			"'-', the first a letter or digit, and not '" VMDIR_VOLUMES "'",
+			name);
 	snprintf(dir.name, sizeof dir.name, "%s", name);
-	if (vmdir_path(root, name, "", dir.path) ||
-	    vmdir_path(root, name, VMDIR_CONTROL, socket_path) ||
-	    strlen(socket_path) >= sizeof ((struct sockaddr_un *)0)->sun_path)
+	if (vmdir_path(root, name, "", dir.path) || vmdir_path(root, name, VMDIR_CONTROL, socket_path) ||
+	    strlen(socket_path) >= sizeof((struct sockaddr_un *)0)->sun_path)
 		return dead_end(-ENAMETOOLONG, why,
 				"the run directory %s/%s is too long a path for a socket: use a shorter "
 				"name, or a shorter LATENT_RUNTIME_DIR",
@@ -152,10 +150,7 @@ bool vmdir_is_live(const char *root, const char *name)
 	return live;
 }
 
-static int is_vm_name(const struct dirent *entry)
-{
-	return vmdir_name_ok(entry->d_name);
-}
+static int is_vm_name(const struct dirent *entry) { return vmdir_name_ok(entry->d_name); }
 
 int vmdir_for_each(const char *root, int (*each)(void *ctx, const char *name), void *ctx)
 {
@@ -205,8 +200,10 @@ static int make_private_dir(const char *path, char *why)
 	if (!mkdir(path, 0700) || errno == EEXIST)
 		return check_private_dir(path, why);
 	if (errno == ENOENT)
-		return dead_end(-ENOENT, why, "the run directory %s cannot be created: the directory "
-				"above it does not exist", path);
+		return dead_end(-ENOENT, why,
+				"the run directory %s cannot be created: the directory "
+				"above it does not exist",
+				path);
 	return dead_end(-errno, why, "the run directory %s cannot be created: %s", path,
 			strerror(errno));
 }
@@ -225,8 +222,10 @@ static int check_private_dir(const char *path, char *why)
 		return dead_end(-EPERM, why, "the run directory %s belongs to user %u and not to you",
 				path, (unsigned)st.st_uid);
 	if (st.st_mode & 077)
-		return dead_end(-EPERM, why, "the run directory %s is open to others (mode %04o): "
-				"chmod 700 it", path, st.st_mode & 07777u);
+		return dead_end(-EPERM, why,
+				"the run directory %s is open to others (mode %04o): "
+				"chmod 700 it",
+				path, st.st_mode & 07777u);
 	return 0;
 }
 

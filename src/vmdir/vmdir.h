@@ -51,8 +51,7 @@ int vmdir_root(bool create, char ret_root[VMDIR_PATH_BYTES], char why[VMDIR_WHY_
 
 /* Creates the directory of a VM, with lock and stats; one that a dead VM left is emptied first.
  * -EEXIST: a live VM has this name. Nothing is left behind on failure. */
-int vmdir_claim(const char *root, const char *name, struct vmdir *ret_dir,
-		char why[VMDIR_WHY_BYTES]);
+int vmdir_claim(const char *root, const char *name, struct vmdir *ret_dir, char why[VMDIR_WHY_BYTES]);
 
 /* Gives a claimed directory up: removes it and closes the descriptors. */
 void vmdir_abandon(struct vmdir *dir);

@@ -84,11 +84,49 @@ static uint64_t random_state = 1;
 
 /* Words that a random byte would hardly ever hit. */
 static const char *const tokens[] = {
-	"-m", "-machine", "-M", "-object", "-device", "-netdev", "-numa", "-readconfig", "-global", "-drive",
-	"-blockdev", "-overcommit", "-name", "-incoming", "-hda", "size=", "memory.size=", "memdev=", "id=",
-	"type=", "driver=", "qom-type=", "blob=on", "mem-lock=on", "vfio-pci", "vhost-user", "microvm",
-	"{\"driver\":", "{\"qom-type\":\"", "\"}", "[memory]\n", "[object \"", "\"]\n", " = \"", ",,", ",", "=",
-	"0x", "1.5G", "18446744073709551615", "nvme://", ".file.driver=", "pc.ram",
+	"-m",
+	"-machine",
+	"-M",
+	"-object",
+	"-device",
+	"-netdev",
+	"-numa",
+	"-readconfig",
+	"-global",
+	"-drive",
+	"-blockdev",
+	"-overcommit",
+	"-name",
+	"-incoming",
+	"-hda",
+	"size=",
+	"memory.size=",
+	"memdev=",
+	"id=",
+	"type=",
+	"driver=",
+	"qom-type=",
+	"blob=on",
+	"mem-lock=on",
+	"vfio-pci",
+	"vhost-user",
+	"microvm",
+	"{\"driver\":",
+	"{\"qom-type\":\"",
+	"\"}",
+	"[memory]\n",
+	"[object \"",
+	"\"]\n",
+	" = \"",
+	",,",
+	",",
+	"=",
+	"0x",
+	"1.5G",
+	"18446744073709551615",
+	"nvme://",
+	".file.driver=",
+	"pc.ram",
 };
 
 static uint32_t random_below(uint32_t limit)
@@ -175,11 +213,14 @@ int main(int argc, char **argv)
 	time_t end = time(NULL) + (argc > 1 ? atoi(argv[1]) : 5);
 	uint64_t runs = 0;
 
-	random_state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 	signal(SIGABRT, on_failure);
 	signal(SIGSEGV, on_failure);
-	for (int i = 3; i < argc; i++)
-		load(argv[i]);
+	for (int i = 2; i < argc; i++) {
+		if (i == 2 && !argv[i][strspn(argv[i], "0123456789")])
+			random_state = strtoull(argv[i], NULL, 10);
+		else
+			load(argv[i]);
+	}
 	for (size_t i = 0; i < corpus_inputs; i++) {
 		current = corpus[i];
 		LLVMFuzzerTestOneInput(current.data, current.bytes);
@@ -188,7 +229,8 @@ int main(int argc, char **argv)
 		mutate();
 		LLVMFuzzerTestOneInput(current.data, current.bytes);
 	}
-	printf("fuzz_qemu_args: %zu corpus files, %ju mutations, all sound\n", corpus_inputs, (uintmax_t)runs);
+	printf("fuzz_qemu_args: %zu corpus files, %ju mutations, all sound\n", corpus_inputs,
+	       (uintmax_t)runs);
 	return 0;
 }
 

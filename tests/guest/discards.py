@@ -15,6 +15,8 @@ MIB = 1 << 20
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
 BALLOON_MIB = 320  # what is left to the guest, of 1 GiB
 HELD_MIB = 64
+FEW_MAPS = 1500
+OWN_GROWTH = 200  # by which QEMU's own mappings may grow between two counts of them
 
 # With init_on_free the guest's kernel zeroes pages when it frees them, and gives them out as zeros
 # without another look. Pages that it has reported as free in between must come back as zeros.
@@ -87,6 +89,24 @@ def balloon(test):
         guest.shutdown()
 
 
+def balloon_with_few_mappings(test):
+    """A discard in the middle of a mapping would split it: over the budget it must not."""
+    with VM("few", latent=[*EVERYTHING, "--max-maps", str(FEW_MAPS)], append=RELIES_ON_ZEROS,
+            extra=["-device", "virtio-balloon-pci"]) as guest:
+        guest.put(TOUCH_AND_CHECK.encode(), "/run/check.py")
+        latent.check_hashes(test, guest, "/usr/lib/")
+        worst = 0
+        for mib in (900, 700, 500, 300):
+            test.check(balloon_to(test, guest, mib), f"the balloon inflates to {mib} MiB")
+            worst = max(worst, sum(1 for _ in open(f"/proc/{guest.pid}/maps")))
+        test.check(worst <= FEW_MAPS + OWN_GROWTH, f"at most {worst} mappings, budget {FEW_MAPS}")
+        test.check(balloon_to(test, guest, 1024), "the balloon deflates")
+        wrong = guest.sh("python3 /run/check.py 300", timeout=120).strip()
+        test.check_equal(wrong, "0", "pages that the guest takes for zeros are zeros")
+        latent.check_hashes(test, guest, "/usr/lib/", what="after it")
+        guest.shutdown()
+
+
 def reporting(test, name, append, check_mib):
     """Free page reporting: pages that held files are reported, and come back as zeros."""
     with VM(name, latent=EVERYTHING, append=f"{RELIES_ON_ZEROS} {append}",
@@ -143,6 +163,7 @@ def body(test):
     directory = Path(tempfile.mkdtemp(prefix="latent-discards-"))
     try:
         balloon(test)
+        balloon_with_few_mappings(test)
         reporting(test, "report", "", 500)
         reporting(test, "report1", "page_reporting.page_reporting_order=0", 500)
         disk_discards(test, directory)

@@ -85,15 +85,31 @@ static void sizes(void **state)
 		const char *m;
 		uint64_t bytes;
 	} known[] = {
-		{ "512", 512 * MIB },	  { "2G", 2048 * MIB },	   { "1.5G", 1536 * MIB },
-		{ "size=2048M", 2048 * MIB }, { "2G,slots=2,maxmem=8G", 2048 * MIB },
-		{ "slots=2,maxmem=8G,size=1G", 1024 * MIB }, { "100k", 106496 }, { "100K", 106496 },
-		{ "8193b", 16384 },	  { "0x20", 32 * MIB },	   { "0x20M", 32 * MIB },
-		{ "0x2f", 8192 },	  { "1T", 1ull << 40 },	   { "1.7k", 8192 },
-		{ "5.M", 5 * MIB },	  { "5.", 8192 },	   { "1.0", 1 * MIB },
-		{ "+5", 5 * MIB },	  { " 5", 5 * MIB },	   { "64m,size=96M", 96 * MIB },
-		{ "0", 128 * MIB },	  { "", 128 * MIB },	   { "slots=1,maxmem=1G", 128 * MIB },
-		{ "6144", 6144 * MIB },	  { "1P", 1ull << 50 },
+		{ "512", 512 * MIB },
+		{ "2G", 2048 * MIB },
+		{ "1.5G", 1536 * MIB },
+		{ "size=2048M", 2048 * MIB },
+		{ "2G,slots=2,maxmem=8G", 2048 * MIB },
+		{ "slots=2,maxmem=8G,size=1G", 1024 * MIB },
+		{ "100k", 106496 },
+		{ "100K", 106496 },
+		{ "8193b", 16384 },
+		{ "0x20", 32 * MIB },
+		{ "0x20M", 32 * MIB },
+		{ "0x2f", 8192 },
+		{ "1T", 1ull << 40 },
+		{ "1.7k", 8192 },
+		{ "5.M", 5 * MIB },
+		{ "5.", 8192 },
+		{ "1.0", 1 * MIB },
+		{ "+5", 5 * MIB },
+		{ " 5", 5 * MIB },
+		{ "64m,size=96M", 96 * MIB },
+		{ "0", 128 * MIB },
+		{ "", 128 * MIB },
+		{ "slots=1,maxmem=1G", 128 * MIB },
+		{ "6144", 6144 * MIB },
+		{ "1P", 1ull << 50 },
 	};
 
 	(void)state;
@@ -107,8 +123,9 @@ static void sizes(void **state)
 
 static void wrong_sizes(void **state)
 {
-	static const char *const wrong[] = { "1.5", "1e3", "1.5e1M", ".5G", "-1", "abc", "12Q", "1GB",
-					     "16E", "99999999999999999999", "0x", "size=1.5", "8E" };
+	static const char *const wrong[] = { "1.5", "1e3",      "1.5e1M", ".5G", "-1",
+					     "abc", "12Q",      "1GB",    "16E", "99999999999999999999",
+					     "0x",  "size=1.5", "8E" };
 
 	(void)state;
 	for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++)
@@ -123,7 +140,8 @@ static void size_from_several_places(void **state)
 	assert_int_equal(accepted(WORDS("-m", "1G", "-m", "slots=2,maxmem=8G")).ram_bytes, 1024 * MIB);
 	assert_int_equal(accepted(WORDS("-m", "1G", "-m", "2G")).ram_bytes, 2048 * MIB);
 	assert_int_equal(accepted(WORDS("-M", "q35,memory.size=256M")).ram_bytes, 256 * MIB);
-	assert_int_equal(accepted(WORDS("-m", "512", "-machine", "memory.size=256M")).ram_bytes, 512 * MIB);
+	assert_int_equal(accepted(WORDS("-m", "512", "-machine", "memory.size=256M")).ram_bytes,
+			 512 * MIB);
 	/* The value of another option, and an option after a missing value. */
 	assert_int_equal(accepted(WORDS("-append", "-m", "-m", "256")).ram_bytes, 256 * MIB);
 	assert_int_equal(accepted(WORDS("-nographic", "-m", "256")).ram_bytes, 256 * MIB);
@@ -137,8 +155,10 @@ static void block_names(void **state)
 	assert_string_equal(accepted(WORDS("-S")).block_name, "pc.ram");
 	assert_string_equal(accepted(WORDS("-M", "q35")).block_name, "pc.ram");
 	assert_string_equal(accepted(WORDS("-M", "microvm")).block_name, "microvm.ram");
-	assert_string_equal(accepted(WORDS("-machine", "type=microvm,accel=kvm")).block_name, "microvm.ram");
-	assert_string_equal(accepted(WORDS("-M", "microvm", "-M", "accel=tcg")).block_name, "microvm.ram");
+	assert_string_equal(accepted(WORDS("-machine", "type=microvm,accel=kvm")).block_name,
+			    "microvm.ram");
+	assert_string_equal(accepted(WORDS("-M", "microvm", "-M", "accel=tcg")).block_name,
+			    "microvm.ram");
 	assert_string_equal(accepted(WORDS("-M", "microvm", "-M", "pc")).block_name, "pc.ram");
 }
 
@@ -162,9 +182,11 @@ static void memory_of_the_users_own(void **state)
 	assert_refused(WORDS("-mem-path", "/dev/hugepages"), "-mem-path");
 	assert_refused(WORDS("--mem-prealloc"), "-mem-prealloc");
 	assert_refused(WORDS("-object", "memory-backend-ram,id=pc.ram,size=1G"), "pc.ram");
-	assert_refused(WORDS("-object", "{\"qom-type\":\"memory-backend-ram\",\"id\":\"pc.ram\"}"), "pc.ram");
+	assert_refused(WORDS("-object", "{\"qom-type\":\"memory-backend-ram\",\"id\":\"pc.ram\"}"),
+		       "pc.ram");
 	/* Not guest RAM: for a DIMM, or shared between VMs. */
-	assert_fine(WORDS("-object", "memory-backend-ram,id=d1,size=1G", "-device", "pc-dimm,memdev=d1"));
+	assert_fine(
+		WORDS("-object", "memory-backend-ram,id=d1,size=1G", "-device", "pc-dimm,memdev=d1"));
 	assert_fine(WORDS("-numa", "node,nodeid=0", "-numa", "dist,src=0,dst=1,val=20"));
 }
 
@@ -174,9 +196,11 @@ static void devices(void **state)
 
 	(void)state;
 	assert_fine(WORDS("-device", "virtio-blk-pci,drive=d", "-netdev", "tap,id=n,vhost=on", "-device",
-			  "nvme,serial=1", "-chardev", "socket,id=c,path=/x", "-device", "virtio-balloon"));
+			  "nvme,serial=1", "-chardev", "socket,id=c,path=/x", "-device",
+			  "virtio-balloon"));
 	assert_excluded(WORDS("-device", "vfio-pci,host=01:00.0"), both, "vfio-pci: ");
-	assert_excluded(WORDS("-device", "{\"driver\":\"vfio-pci\",\"host\":\"0000:01:00.0\"}"), both, "vfio-pci: ");
+	assert_excluded(WORDS("-device", "{\"driver\":\"vfio-pci\",\"host\":\"0000:01:00.0\"}"), both,
+			"vfio-pci: ");
 	assert_excluded(WORDS("-device", "driver=vhost-user-fs-pci,chardev=c"), COMPAT_OVERLAYS,
 			"vhost-user-fs-pci: ");
 	assert_excluded(WORDS("-netdev", "vhost-user,id=n,chardev=c"), COMPAT_OVERLAYS, "vhost-user: ");
@@ -198,10 +222,11 @@ static void properties(void **state)
 	(void)state;
 	assert_excluded(WORDS("-device", "virtio-gpu-pci,blob=true"), COMPAT_OVERLAYS, "blob: ");
 	assert_excluded(WORDS("-device", "virtio-vga-gl,blob"), COMPAT_OVERLAYS, "blob: ");
-	assert_excluded(WORDS("-device", "{\"driver\":\"virtio-vga\",\"blob\":true}"), COMPAT_OVERLAYS, "blob: ");
-	assert_excluded(WORDS("-global", "virtio-gpu-pci.blob=on"), COMPAT_OVERLAYS, "blob: ");
-	assert_excluded(WORDS("-global", "driver=virtio-gpu-device,property=blob,value=on"), COMPAT_OVERLAYS,
+	assert_excluded(WORDS("-device", "{\"driver\":\"virtio-vga\",\"blob\":true}"), COMPAT_OVERLAYS,
 			"blob: ");
+	assert_excluded(WORDS("-global", "virtio-gpu-pci.blob=on"), COMPAT_OVERLAYS, "blob: ");
+	assert_excluded(WORDS("-global", "driver=virtio-gpu-device,property=blob,value=on"),
+			COMPAT_OVERLAYS, "blob: ");
 	assert_fine(WORDS("-device", "virtio-gpu-pci,blob=off"));
 	assert_fine(WORDS("-device", "virtio-gpu-pci,noblob"));
 	assert_fine(WORDS("-device", "virtio-gpu-pci", "-global", "PIIX4_PM.disable_s3=0"));
@@ -209,10 +234,12 @@ static void properties(void **state)
 	assert_excluded(WORDS("-overcommit", "cpu-pm=on,mem-lock"), both, "mem-lock: ");
 	assert_fine(WORDS("-overcommit", "mem-lock=off"));
 	assert_fine(WORDS("-overcommit", "cpu-pm=on"));
-	assert_excluded(WORDS("-M", "q35,confidential-guest-support=sev0"), both, "confidential-guest-support: ");
+	assert_excluded(WORDS("-M", "q35,confidential-guest-support=sev0"), both,
+			"confidential-guest-support: ");
 	assert_excluded(WORDS("-machine", "memory-encryption=sev0"), both, "memory-encryption: ");
 	assert_excluded(WORDS("-object", "sev-guest,id=sev0"), both, "sev-guest: ");
-	assert_excluded(WORDS("-object", "{\"qom-type\":\"tdx-guest\",\"id\":\"t\"}"), both, "tdx-guest: ");
+	assert_excluded(WORDS("-object", "{\"qom-type\":\"tdx-guest\",\"id\":\"t\"}"), both,
+			"tdx-guest: ");
 	assert_excluded(WORDS("-M", "x-remote,vfio-user=on"), COMPAT_OVERLAYS, "x-remote: ");
 }
 
@@ -224,18 +251,21 @@ static void block_drivers(void **state)
 	assert_fine(WORDS("-drive", "file=/images/nvme.qcow2,if=virtio", "-hda", "nvme.img", "a:b.img"));
 	assert_excluded(WORDS("-drive", "file=nvme://0000:01:00.0/1,if=none"), both, "nvme: ");
 	assert_excluded(WORDS("-hda", "nvme://0000:01:00.0/1"), both, "nvme: ");
-	assert_excluded(WORDS("-blockdev", "driver=nvme,device=0000:01:00.0,namespace=1,node-name=n"), both,
-			"nvme: ");
-	assert_excluded(WORDS("-blockdev", "{\"driver\":\"qcow2\",\"file\":{\"driver\":\"nvme\"}}"), both, "nvme: ");
+	assert_excluded(WORDS("-blockdev", "driver=nvme,device=0000:01:00.0,namespace=1,node-name=n"),
+			both, "nvme: ");
+	assert_excluded(WORDS("-blockdev", "{\"driver\":\"qcow2\",\"file\":{\"driver\":\"nvme\"}}"),
+			both, "nvme: ");
 	assert_excluded(WORDS("-blockdev", "{\"driver\":\"quorum\",\"children\":[{\"driver\":\"file\"},"
-					   "{\"driver\":\"nvme\"}]}"), both, "nvme: ");
+					   "{\"driver\":\"nvme\"}]}"),
+			both, "nvme: ");
 }
 
 static void config_files(void **state)
 {
 	(void)state;
-	config_text = "# comment\n[memory]\n  size = \"1G\"\n\n[device \"gpu\"]\n  driver = \"vfio-pci\"\n"
-		      "[name]\n  guest = \"db1\"\n[machine]\n  type = \"microvm\"\n";
+	config_text =
+		"# comment\n[memory]\n  size = \"1G\"\n\n[device \"gpu\"]\n  driver = \"vfio-pci\"\n"
+		"[name]\n  guest = \"db1\"\n[machine]\n  type = \"microvm\"\n";
 	assert_excluded(WORDS("-readconfig", "f"), COMPAT_OVERLAYS | COMPAT_MASKS, "vfio-pci: ");
 	assert_int_equal(accepted(WORDS("-readconfig", "f")).ram_bytes, 1024 * MIB);
 	assert_string_equal(accepted(WORDS("-readconfig", "f")).guest_name, "db1");

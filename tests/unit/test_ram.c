@@ -569,8 +569,17 @@ static void test_budget(void **unused)
 	assert_int_equal(c.failures, 0);
 	rig_close(&rig);
 
-	/* Room for exactly two more. */
-	rig_open(&rig, block_pages, FILE_PAGES, c.maps + c.other_maps + 2);
+	/* Room for exactly two more. The rest of the process may map something meanwhile (a sanitizer
+	 * does): then once more. */
+	for (int tries = 0; tries < 20; tries++) {
+		uint64_t budget = c.maps + c.other_maps + 2;
+
+		rig_open(&rig, block_pages, FILE_PAGES, budget);
+		c = counts(&rig);
+		if (c.maps + c.other_maps + 2 == budget)
+			break;
+		rig_close(&rig);
+	}
 	assert_int_equal(overlay(&rig, 8, 8, 0, 0), 0);
 	assert_int_equal(overlay(&rig, 40, 8, 0, 0), -EDQUOT);
 	assert_int_equal(overlay(&rig, 16, 8, 0, 8), 0);  /* merges */

@@ -112,6 +112,10 @@ const char *cli_size(uint64_t bytes, char text[CLI_SIZE_TEXT])
 	double value = (double)bytes / 1024;
 	size_t unit = 0;
 
+	if (bytes < 1024) {
+		snprintf(text, CLI_SIZE_TEXT, "%u B", (unsigned)bytes);
+		return text;
+	}
 	while (value >= 1000 && unit + 1 < sizeof units / sizeof units[0]) {
 		value /= 1024;
 		unit++;

@@ -84,7 +84,7 @@ int cli_fail(int status, const char *format, ...) __attribute__((format(printf, 
 /* "latent: SENTENCE" to stderr, and nothing fails. */
 void cli_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* "1.5 GiB" */
+/* "512 B", "1.5 GiB" */
 #define CLI_SIZE_TEXT 16
 const char *cli_size(uint64_t bytes, char text[CLI_SIZE_TEXT]);
 

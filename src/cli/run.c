@@ -26,7 +26,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define DEFAULT_SHARE_THRESHOLD 0.1
 #define MAX_RUN_PAGES 65536
 #define MAX_CONFIG_BYTES (1 << 20)
 #define WHY_BYTES 512
@@ -105,7 +104,7 @@ static char *read_config(void *ctx, const char *path);
 static int run(const struct cli_command *command, int argc, char **argv)
 {
 	struct launch launch = {
-		.share_threshold = DEFAULT_SHARE_THRESHOLD,
+		.share_threshold = AGENT_SHARE_THRESHOLD,
 		.dir = { .lock_fd = -1, .stats_fd = -1 },
 		.ram_fd = -1,
 		.qmp_agent_fd = -1,

@@ -170,12 +170,12 @@ uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)
 
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
 {
-	int fd = memfd_create(name, inherit ? 0 : MFD_CLOEXEC);
+	int fd = memfd_create(name, MFD_ALLOW_SEALING | (inherit ? 0 : MFD_CLOEXEC));
 	int r;
 
 	if (fd < 0)
 		return -errno;
-	if (ftruncate(fd, (off_t)bytes)) {
+	if (bytes && (ftruncate(fd, (off_t)bytes) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))) {
 		r = -errno;
 		close(fd);
 		return r;

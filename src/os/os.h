@@ -72,7 +72,8 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 
-/* A memfd, not close-on-exec when `inherit`. Returns the descriptor or a negative errno. */
+/* A memfd, its size sealed unless it is 0, not close-on-exec when `inherit`. Returns the descriptor or a negative
+ * errno. */
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit);
 
 /* Shared memory of this process that others may be given to read: a memfd and a writable view of it,

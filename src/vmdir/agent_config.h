@@ -14,6 +14,7 @@
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
 #define AGENT_CONFIG_VERSION 1u
+#define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
 #define AGENT_HELLO_TEXT "latent agent " LATENT_VERSION_TEXT "\n"
@@ -31,8 +32,6 @@ struct agent_config {
 	uint32_t budget_maps;    /* mappings that the whole process may have; 0: half of the limit */
 	uint32_t trust_images;   /* map images that nothing protects */
 	uint32_t overlays_allowed;
-	uint32_t keep_attached;  /* reserved, 0 */
-	uint32_t reserved;
 	char excluded_by[160];   /* with overlays_allowed == 0: the sentence that says why */
 	char block_name[64];     /* stock QEMU's name of the RAM block: "pc.ram" */
 	char name[64];

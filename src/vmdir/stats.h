@@ -69,7 +69,8 @@ struct vm_stats {
 	char excluded_by[160]; /* the sentence that says why overlays are not used, or empty */
 	_Atomic uint64_t ram_bytes, started_unix_s;
 	stat_counter maps_ram_now, maps_other_now, maps_budget_now, maps_limit_now;
-	stat_counter pages_base_now, pages_overlay_now, pages_private_now; /* private: copies inside overlays */
+	/* All of RAM is base or overlay; private pages are copies inside overlays, and counted there too. */
+	stat_counter pages_base_now, pages_overlay_now, pages_private_now;
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
 	_Atomic uint32_t volume_count;

@@ -19,7 +19,7 @@ PRESSURE_MEM = "512M"  # far less than the files that are read: pages are used a
 # standard input, not from the files), so that a wrong page is no part of the expectation.
 WRITES = r"""set -e
 rm -rf /work && mkdir -p /work/copy
-cp /usr/lib/python3.11/*.py /usr/lib/python3.11/asyncio/*.py /work/copy
+cp /usr/lib/python3.11/*.py /work/copy
 cd /work/copy
 for f in $(ls *.py | head -60); do
     head -c 3000 /usr/bin/perl | dd of=$f bs=1000 seek=1 conv=notrunc status=none                # inside

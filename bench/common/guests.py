@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ sys.path.insert(0, str(SOURCE_DIR / "tests/guest"))
 from lib import host, vm  # noqa: E402
 from lib.agent import GuestError  # noqa: E402
 
+END_TIMEOUT_S = 5
 HASH_ALL_FILES = "latent-guest hash -r /"
 # What the file system makes, and what a test may have written.
 NOT_OF_THE_IMAGE = ("/lost+found/", "/new/")
@@ -91,8 +93,20 @@ def running(*guests):
             guest.diagnose()
         raise
     finally:
-        for guest in guests:
-            guest.close()
+        end_all(guests)
+
+
+def end_all(guests):
+    """QEMU may clean up after itself (its run-time directory); what does not end is killed."""
+    for guest in guests:
+        if guest.alive() and guest.process is not None:
+            with contextlib.suppress(OSError, GuestError):
+                os.kill(guest.pid, signal.SIGTERM)
+    for guest in guests:
+        if guest.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                guest.process.wait(END_TIMEOUT_S)
+        guest.close()
 
 
 def start_all(guests, command, on_output=None):

@@ -9,8 +9,9 @@ SYSFS = Path("/sys/kernel/mm/ksm")
 # merge_across_nodes and max_page_sharing can only be changed while nothing is merged: left alone.
 SETTINGS = ("pages_to_scan", "sleep_millisecs")
 MIN_FULL_SCANS = 3
-SETTLED_GAIN = 0.01
-POLL_S = 1.0
+SETTLED_S = 5.0      # without
+SETTLED_GAIN = 0.005 # such growth
+POLL_S = 0.5
 RUN_STOP, RUN_SCAN, RUN_UNMERGE = 0, 1, 2
 
 
@@ -85,18 +86,16 @@ def settle(pids, timeout_s, tick):
 
     Returns (full scans, whether they had stopped growing).
     """
-    first_scan = last_scan = read("full_scans")
+    first_scan = read("full_scans")
     deadline_s = time.monotonic() + timeout_s
-    merged = 0
+    level, level_since_s = 0, time.monotonic()
     while time.monotonic() < deadline_s:
         time.sleep(POLL_S)
-        scans = read("full_scans")
-        now_merged = merged_pages(pids)
-        tick(f"KSM: {scans - first_scan} full scans, {now_merged * 4 >> 10} MiB merged")
-        if scans == last_scan:
-            continue
-        last_scan = scans
-        if scans - first_scan >= MIN_FULL_SCANS and now_merged <= merged * (1 + SETTLED_GAIN):
-            return scans - first_scan, True
-        merged = now_merged
+        n_scans = read("full_scans") - first_scan
+        merged = merged_pages(pids)
+        tick(f"KSM: {n_scans} full scans, {merged * 4 >> 10} MiB merged")
+        if abs(merged - level) > level * SETTLED_GAIN:
+            level, level_since_s = merged, time.monotonic()
+        elif n_scans >= MIN_FULL_SCANS and time.monotonic() - level_since_s >= SETTLED_S:
+            return n_scans, True
     return read("full_scans") - first_scan, False

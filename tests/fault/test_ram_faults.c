@@ -262,9 +262,14 @@ static void test_file_that_cannot_be_mapped(void **state)
 /* Block 0's memory may be neither mapped, written nor punched any more: all of it fails, for good. */
 static void test_memfd_sealed_under_us(void **state)
 {
+	const struct os_features *kernel = os_features_get();
 	static struct model m;
 
 	(void)state;
+	/* Before 6.12 the refusal comes after the old mapping is gone, and base, being sealed, cannot come
+	 * back: nothing could mend that, and nobody but this test seals guest RAM. */
+	if (kernel->kernel_major < 6 || (kernel->kernel_major == 6 && kernel->kernel_minor < 12))
+		skip();
 	open_model(&m);
 	m.real_failures = m.punch_fails = true;
 	for (size_t i = 0; i < STEPS; i++) {

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """Shortcut I/O on real guests: every hash right, and how much of what was read was mapped."""
 
+import contextlib
+
 from lib import case, latent, vm
 from lib.vm import VM
 
@@ -67,8 +69,8 @@ def compressed(test):
 
 def many_at_once(test):
     image = vm.images_dir() / "golden.qcow2"
-    guests = [VM(f"many{i}", latent=[]) for i in range(AT_ONCE)]
-    try:
+    with contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(VM(f"many{i}", latent=[])) for i in range(AT_ONCE)]
         latent.check_hashes(test, guests[0], what="in the first guest, at defaults")
         show(test, guests[0])
         latent.check_hashes(test, guests[1], what="in the second guest, at defaults")
@@ -87,9 +89,6 @@ def many_at_once(test):
         test.check(many > 10 * one, f"most pages are mapped by many ({many}), few by one ({one})")
         for guest in guests:
             guest.shutdown()
-    finally:
-        for guest in guests:
-            guest.close()
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 

@@ -98,7 +98,7 @@ def churn(test, guest, mib, seconds, what):
 
 
 def mappings_fall(test, guest):
-    """What is overwritten returns to plain memory: zeros, then reads by an image that is not mapped."""
+    """When all is given up, guest RAM is one mapping again."""
     latent.check_hashes(test, guest, FILES)
     before = check_budget(test, guest, "files mapped")
     one = latent.volume(before, vm.images_dir() / "golden.qcow2")
@@ -109,7 +109,7 @@ def mappings_fall(test, guest):
 
 
 def overwritten(test, guest):
-    """Pages of mapped files get the contents of a file that is copied (a cold one of /work)."""
+    """The guest reads a file of its own, which is copied, into pages that map the image."""
     guest.sh("head -c 300000000 /dev/zero > /zeros; sync")
     guest.drop_guest_caches()
     latent.check_hashes(test, guest, FILES)

@@ -7,6 +7,7 @@
  * After every operation guest RAM must be whole: see tests/unit/ram_model.h.
  */
 #include "../unit/ram_model.h"
+#include "os/probe.h"
 
 #include <setjmp.h>
 #include <signal.h>

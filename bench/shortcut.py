@@ -239,11 +239,13 @@ class Bench:
             [[what, len(pairs), per_gib(what, PLAIN, "cpu_s"), per_gib(what, LATENT, "cpu_s"),
               median_ratio(what, "cpu_s"), per_gib(what, PLAIN, "wall_s"), per_gib(what, LATENT, "wall_s"),
               median_ratio(what, "wall_s")] for what, pairs in self.samples.items()])
-        self.result.note(f"""CPU is that of the whole QEMU process, the guest's own work (reading, hashing, and emulation under
-TCG) included. The ratios "warm" are those of "{AGAIN_WARM}", "warm_fresh_guest" those of "{FRESH_WARM}",
-"cold" that of "{COLD}". Cold files: some pages of the image stay cached, as the boot mapped them.
-Debian's kernel zeroes a page when it allocates it (init_on_alloc): in RAM that maps the image, each page that is
-read again costs a copy on write first. O_DIRECT reads go to the same, scattered pages of one buffer.""")
+        self.result.note(f"""\
+CPU is that of the whole QEMU process, the guest's own work (reading, hashing, emulation under TCG)
+included. The ratios "warm" are those of "{AGAIN_WARM}", "warm_fresh_guest" those of
+"{FRESH_WARM}", "cold" that of "{COLD}". Cold files: some pages of the image
+stay cached, as the boot mapped them.
+Debian's kernel zeroes a page when it allocates it (init_on_alloc): in RAM that maps the image, each
+page that is read again costs a copy on write first. O_DIRECT reads go to the same, scattered pages.""")
 
     def report_fractions(self):
         rows = []
@@ -283,8 +285,9 @@ read again costs a copy on write first. O_DIRECT reads go to the same, scattered
             "Microseconds for a run of pages: median (10 %-90 %)", ["pages", *(title for _, title in kinds)],
             [[n, *("{1:.1f} ({0:.1f}-{2:.1f})".format(*self.map_cost[f"{key}_us"][i]) for key, _ in kinds)]
              for i, n in enumerate(lengths)])
-        self.result.note("map: ram_map_overlay, over RAM that holds nothing, that the guest has written, or that is an\n"
-                         "overlay already; first look: the guest's first access to each page; read: pread of the same.")
+        self.result.note("""\
+map: ram_map_overlay, over RAM that holds nothing, that the guest has written, or that is an overlay
+already; first look: the guest's first access to each page; read: pread of the same.""")
         self.result.metric("map_us_median", common.median(
             [self.map_cost["map_untouched_us"][i][1] for i, n in enumerate(lengths) if n <= 4]))
         self.result.line_plot("Cost of a run by its length", "pages", "us", lengths,

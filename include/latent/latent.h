@@ -67,10 +67,11 @@ void latent_vm_destroy(struct latent_vm *vm);
 int latent_ram_add(struct latent_vm *vm, const char *name, void *hva, size_t bytes, int memfd,
 		   uint64_t offset);
 
-/* The caller unmaps the block afterwards. -ENOENT. */
+/* The caller unmaps the block afterwards. No latent_preadv into the block may be under way. -ENOENT. */
 int latent_ram_remove(struct latent_vm *vm, void *hva);
 
-/* The pages read as zeros afterwards and take no memory (balloon, free page reporting). `hva` and
+/* The pages read as zeros afterwards and, where mappings allow, take no memory (balloon, free page
+ * reporting). `hva` and
  * `bytes` are multiples of the page size. -EINVAL; -ENOENT: not within one block. */
 int latent_ram_discard(struct latent_vm *vm, void *hva, size_t bytes);
 

@@ -376,6 +376,12 @@ void ram_drop_file(struct ram *ram, unsigned file)
 	ram->files[file].used = false;
 }
 
+uint64_t ram_overlay_pages(struct ram *ram, unsigned file)
+{
+	assert_locked(ram);
+	return ram->files[file].overlay_pages;
+}
+
 uint64_t ram_mapped_pages(struct ram *ram, unsigned file)
 {
 	assert_locked(ram);
@@ -538,10 +544,19 @@ bool ram_has_overlay(const struct ram_block *b, uint64_t page, uint64_t pages)
 	return false;
 }
 
+/* A hole in an overlay makes one mapping three. */
+static bool may_return(struct ram *ram, struct ram_block *b, const struct ram_range *range)
+{
+	uint64_t before = count_starts(b, range->page, range->page + range->pages);
+	uint64_t after = count_starts_if(b, range->page, range->pages, ENTRY_BASE);
+
+	return after <= before || within_budget(ram, after - before);
+}
+
 /* An overlay that cannot be given back is made zero as the guest itself would do it. */
 static int step_discard(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
 {
-	if (step_return(ram, b, range, ctx))
+	if (!may_return(ram, b, range) || step_return(ram, b, range, ctx))
 		memset(page_hva(b, range->page), 0, os_bytes(range->pages));
 	return 0;
 }
@@ -574,11 +589,17 @@ static int for_overlays_of_all(struct ram *ram, range_step step, void *ctx)
 	return r;
 }
 
-/* Pages that map a file and lie in one mapping; found under the lock, used without it. */
+/* Pages of one overlay; found under the lock, used without it. */
 struct piece {
 	uint8_t *hva;
-	uint64_t page, pages, head; /* head: the entry of the first page */
+	uint64_t page, pages, head; /* head: the entry of the first page, as if it were not private */
 };
+
+/* Copies of the guest's own are taken along: nothing shall hang on the private flag being right. */
+static bool is_overlay_of(uint64_t entry, unsigned file)
+{
+	return entry_source(entry) == ENTRY_OVERLAY && entry_file(entry) == file;
+}
 
 /* The first piece of `file` in the block at or after piece->page. */
 static bool next_piece(struct ram *ram, size_t slot, unsigned file, struct piece *piece)
@@ -588,15 +609,15 @@ static bool next_piece(struct ram *ram, size_t slot, unsigned file, struct piece
 
 	ram_lock(ram);
 	b = ram->blocks[slot];
-	while (b && page < b->pages && !(maps_file(entry_get(b, page)) && entry_file(entry_get(b, page)) == file))
+	while (b && page < b->pages && !is_overlay_of(entry_get(b, page), file))
 		page++;
 	piece->pages = 0;
 	if (b && page < b->pages) {
 		piece->page = page;
 		piece->hva = page_hva(b, page);
-		piece->head = entry_get(b, page);
+		piece->head = entry_get(b, page) & ~ENTRY_PRIVATE;
 		for (end = page + 1; end < b->pages && end < page + PRIVATIZE_SLICE_PAGES; end++)
-			if (entry_get(b, end) != piece->head + ((end - page) << ENTRY_PAGE_SHIFT))
+			if (!entry_joins(entry_get(b, end - 1), entry_get(b, end)))
 				break;
 		piece->pages = end - page;
 	}

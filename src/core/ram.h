@@ -118,7 +118,8 @@ bool ram_return_saves_maps(const struct ram_block *block, uint64_t page, uint64_
 /* Is any of the pages an overlay? Without the lock the answer may be old. */
 bool ram_has_overlay(const struct ram_block *block, uint64_t page, uint64_t pages);
 
-/* [locked] All pages read as zeros afterwards, and take no memory; base pages are punched out too. */
+/* [locked] All pages read as zeros afterwards. They take no memory, unless giving part of an overlay
+ * back would exceed the budget of mappings: those become private copies full of zeros. */
 int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
 /* Contents stay. Makes every page of the file's overlays a private copy: from then on the file may be
@@ -150,7 +151,9 @@ void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts);
 /* [locked] The range that holds `page`, cut to [page, end). */
 struct ram_range ram_range_at(const struct ram_block *block, uint64_t page, uint64_t end);
 
-/* [locked] The number of pages that map `file` and are not private. */
+/* [locked] The number of pages that are overlays of `file`, and of those the ones that are not private:
+ * that show the file. */
+uint64_t ram_overlay_pages(struct ram *ram, unsigned file);
 uint64_t ram_mapped_pages(struct ram *ram, unsigned file);
 
 #endif

@@ -49,6 +49,7 @@ struct model {
 	bool real_failures;  /* the kernel itself may fail: mappings are used up */
 	bool punch_fails;    /* … also to punch out memory */
 	bool zero_on_keep;   /* discard: a page that stays as it was is made zero */
+	bool keep_allowed;   /* discard: pages may stay, for want of mappings */
 	bool touch_all;      /* contents are read through the mapping, also where nothing is there yet */
 	bool splits_allowed; /* something was written in an overlay, or a mark failed */
 	uint64_t failures_seen;
@@ -163,6 +164,7 @@ static inline void model_keep_all(struct model *m)
 {
 	memset(m->goals, 0, sizeof m->goals);
 	m->zero_on_keep = false;
+	m->keep_allowed = false;
 	m->fired = 0;
 	hole_done = false;
 }
@@ -259,7 +261,7 @@ static inline const char *model_adopt(struct model *m, unsigned block, uint64_t 
 	/* Old and new state may have one entry (an overlay mapped anew, a base page discarded). */
 	if (reached && !g->written_unknown && private_now != g->written && model_may_fail(m))
 		reached = false;
-	if (g->changes && !reached && !model_may_fail(m))
+	if (g->changes && !reached && !model_may_fail(m) && !m->keep_allowed)
 		return rig_wrong(&m->rig,
 				 "block %u page %" PRIu64 ": entry %" PRIx64 " contents %" PRIx64
 				 " instead of entry %" PRIx64 " contents %" PRIx64,
@@ -417,6 +419,7 @@ static inline const char *model_check_discarded(struct model *m, unsigned block,
 
 static RIG_UNUSED const char *model_discard(struct model *m, unsigned block, uint64_t page, uint64_t pages)
 {
+	struct ram_counts c;
 	const char *why;
 	int r;
 
@@ -424,6 +427,8 @@ static RIG_UNUSED const char *model_discard(struct model *m, unsigned block, uin
 	for (uint64_t i = page; i < page + pages; i++)
 		model_allow(model_goal(m, block, i, ENTRY_BASE), 0);
 	m->zero_on_keep = true;
+	ram_get_counts(m->rig.ram, &c);
+	m->keep_allowed = c.maps + c.other_maps + 2 > c.budget_maps; /* a hole in an overlay makes two more */
 	ram_lock(m->rig.ram);
 	r = ram_discard(m->rig.ram, m->rig.blocks[block].ram, page, pages);
 	ram_unlock(m->rig.ram);

@@ -352,6 +352,7 @@ static int make_agent_config(const struct launch *launch)
 		.ram_fd = launch->ram_fd,
 		.lock_fd = launch->dir.lock_fd,
 		.qmp_fd = launch->qmp_agent_fd,
+		.qmp_vmm_fd = launch->qmp_vmm_fd,
 		.stats_fd = launch->dir.stats_fd,
 		.ram_bytes = launch->plan.ram_bytes,
 		.share_threshold = launch->share_threshold,

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -37,6 +38,7 @@ bool agent_is_configured(void)
 
 void agent_say(const char *format, ...)
 {
+	struct pollfd out = { .fd = STDERR_FILENO, .events = POLLOUT };
 	char text[600];
 	va_list args;
 	int n = snprintf(text, sizeof text, "latent: %s: ", the_agent.config.name);
@@ -47,7 +49,8 @@ void agent_say(const char *format, ...)
 	if (n > (int)sizeof text - 2)
 		n = (int)sizeof text - 2;
 	text[n++] = '\n';
-	if (write(STDERR_FILENO, text, (size_t)n) < 0)
+	/* Nobody may be reading: a message is not worth waiting for. */
+	if (poll(&out, 1, 0) == 1 && write(STDERR_FILENO, text, (size_t)n) < 0)
 		return;
 }
 
@@ -185,6 +188,7 @@ static int map_stats(struct agent *a)
 	snprintf(a->stats->name, sizeof a->stats->name, "%s", a->config.name);
 	snprintf(a->stats->agent_version, sizeof a->stats->agent_version, "%s", LATENT_VERSION_TEXT);
 	snprintf(a->stats->excluded_by, sizeof a->stats->excluded_by, "%s", a->config.excluded_by);
+	a->overlays_allowed = a->config.overlays_allowed;
 	a->stats->overlays_allowed = a->config.overlays_allowed;
 	a->stats->started_unix_s = (uint64_t)time(NULL);
 	return 0;
@@ -292,7 +296,7 @@ int agent_exclude(const char *what)
 	struct agent *a = agent_get();
 	struct ram_counts c;
 
-	if (!a || !a->stats->overlays_allowed)
+	if (!a || !a->overlays_allowed)
 		return 0;
 	volumes_allow(a->volumes, false);
 	ram_get_counts(a->ram, &c);
@@ -304,28 +308,37 @@ int agent_exclude(const char *what)
 		return -EPERM;
 	}
 	snprintf(a->stats->excluded_by, sizeof a->stats->excluded_by, "%s", what);
+	a->overlays_allowed = false;
 	a->stats->overlays_allowed = 0;
 	agent_say("%s; from now on nothing is mapped into its RAM", what);
 	return 0;
 }
 
-void agent_before_write(const char *path)
+int agent_before_write(int dir, const char *path)
 {
 	struct agent *a = agent_get();
-	struct volume *v = a ? volumes_by_path(a->volumes, path) : NULL;
+	struct stat st;
+	struct volume *v;
 	uint64_t one = 1;
 	int r;
 
+	if (!a || fstatat(dir, path, &st, 0))
+		return 0;
+	v = volumes_by_file(a->volumes, &st);
 	if (!v || !volume_is_mapped(v))
-		return;
+		return 0;
 	/* The contents are kept as private copies at once; the service thread settles them as soon as
 	 * the main loop, which may be what opens the file, can stop the guest. */
 	r = volume_break(v, VOLUME_DETACHED);
-	if (r)
-		agent_say("%s is opened for writing, and its pages could not be copied: %s", path, strerror(-r));
+	if (r) {
+		agent_say("%s cannot be opened for writing: its pages in guest RAM could not be copied (%s)", path,
+			  strerror(-r));
+		return r;
+	}
 	volume_release(v);
 	if (write(a->wake_fd, &one, sizeof one) < 0)
-		return;
+		return 0; /* it is awake already */
+	return 0;
 }
 
 /* ---- faults that the kernel could not serve --------------------------------------------------- */
@@ -379,6 +392,9 @@ int agent_set_sigbus(const struct sigaction *act, struct sigaction *old)
 		*old = vmm_sigbus;
 	if (!r && act)
 		vmm_sigbus = *act;
+	/* The VMM gives up and raises the signal again, to die of it. */
+	if (!r && act && !(act->sa_flags & SA_SIGINFO) && act->sa_handler == SIG_DFL)
+		r = hooks_real_sigaction(SIGBUS, act, NULL);
 	return r;
 }
 

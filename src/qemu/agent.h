@@ -28,6 +28,7 @@ struct agent {
 	uint64_t ram_bytes; /* of all blocks that are mapped */
 	struct ram *ram;
 	struct volumes *volumes;
+	_Atomic bool overlays_allowed; /* what agent_exclude has decided */
 	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
 };
 
@@ -50,8 +51,9 @@ void agent_ram_unmapped(void *hva, size_t bytes);
  */
 int agent_exclude(const char *what);
 
-/* A file is about to be opened for writing by the VMM itself. */
-void agent_before_write(const char *path);
+/* A file is about to be opened for writing by the VMM itself. 0, or the negative errno that the open has
+ * to fail with, because pages that show the file could not be copied. */
+int agent_before_write(int dir, const char *path);
 
 /* `actions` of SIGBUS: the agent's handler explains, then does what the VMM asked for. */
 int agent_set_sigbus(const struct sigaction *act, struct sigaction *old);
@@ -64,12 +66,21 @@ int hooks_real_sigaction(int signal, const struct sigaction *act, struct sigacti
 int service_start(struct agent *agent, pid_t *ret_tid);
 #define SERVICE_LEASE_SIGNAL (SIGRTMAX - 3)
 
+/* service.c: the VMM writes to a descriptor (from sendmsg's hook): settles here when it is the reply to
+ * the agent's own `stop`, sent by the main loop. */
+void service_before_send(int fd, const struct iovec *iov, size_t count);
+
 /* qmp.c: one thread (the service's) uses it. */
 struct qmp;
 int qmp_open(int fd, struct qmp **ret_qmp); /* takes the descriptor */
-/* Stops the guest and drains its I/O; `*ret_was_running`: whether qmp_cont is due. -ETIMEDOUT. */
-int qmp_stop(struct qmp *qmp, bool *ret_was_running);
+/* Is this a moment in which the guest can be stopped for good? -EBUSY: no (a migration, a suspend).
+ * `*ret_stop_id`: the id that the next request, qmp_stop's, will have. -ETIMEDOUT. */
+int qmp_prepare(struct qmp *qmp, unsigned *ret_stop_id);
+/* Stops the guest and drains its I/O. `*ret_stopped`: it ran before, and it was us. -ETIMEDOUT. */
+int qmp_stop(struct qmp *qmp, bool *ret_stopped);
 int qmp_cont(struct qmp *qmp);
+int qmp_poll_fd(const struct qmp *qmp);
+void qmp_drain(struct qmp *qmp); /* reads and drops what has come */
 
 /* "latent: NAME: text" on standard error. */
 void agent_say(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -260,10 +260,10 @@ static int open_at(int dir, const char *path, int flags, mode_t mode)
 	if (agent_get()) {
 		int r = strncmp(path, "/dev/", 5) ? 0 : check_path(path);
 
+		if (!r && ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC)))
+			r = agent_before_write(dir, path);
 		if (r)
 			return fail(r);
-		if ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC))
-			agent_before_write(path);
 	}
 	return (int)raw(SYS_openat, dir, (long)path, flags, (long)mode, 0, 0);
 }
@@ -342,6 +342,7 @@ HOOK ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
 		if (r)
 			return fail(r);
 	}
+	service_before_send(fd, message->msg_iov, message->msg_iovlen);
 	return raw(SYS_sendmsg, fd, (long)message, flags, 0, 0, 0);
 }
 

@@ -11,13 +11,14 @@
 #include <time.h>
 #include <unistd.h>
 
-#define REPLY_MS 10000
+#define REPLY_MS 5000
 #define LINE_BYTES (256u << 10)
 
 struct qmp {
 	int fd;
 	unsigned last_id;
 	bool greeted; /* qmp_capabilities has been accepted */
+	uint64_t stops; /* STOP events seen */
 	size_t used;  /* bytes in `line` that are not consumed yet */
 	char line[LINE_BYTES];
 };
@@ -49,7 +50,7 @@ static int fill(struct qmp *q, int64_t deadline_ms)
 
 	if (q->used == sizeof q->line - 1)
 		return -EMSGSIZE;
-	if (left <= 0 || poll(&p, 1, (int)left) == 0)
+	if (poll(&p, 1, left > 0 ? (int)left : 0) == 0)
 		return -ETIMEDOUT;
 	n = read(q->fd, q->line + q->used, sizeof q->line - 1 - q->used);
 	if (n > 0) {
@@ -59,6 +60,15 @@ static int fill(struct qmp *q, int64_t deadline_ms)
 	if (n < 0 && (errno == EINTR || errno == EAGAIN))
 		return 0;
 	return n ? -errno : -EPIPE;
+}
+
+static void count_stops(struct qmp *q, struct json_object *message)
+{
+	struct json_object *event;
+
+	if (message && json_object_object_get_ex(message, "event", &event) &&
+	    !strcmp(json_object_get_string(event), "STOP"))
+		q->stops++;
 }
 
 /* The next line as an object, which the caller puts; NULL object for a line that is no JSON. */
@@ -76,6 +86,7 @@ static int next_message(struct qmp *q, int64_t deadline_ms, struct json_object *
 	*ret_message = json_tokener_parse(q->line);
 	q->used -= (size_t)(end + 1 - q->line);
 	memmove(q->line, end + 1, q->used);
+	count_stops(q, *ret_message);
 	return 0;
 }
 
@@ -124,36 +135,76 @@ static int greet(struct qmp *q)
 	return q->greeted ? 0 : r;
 }
 
-static int is_running(struct qmp *q, bool *ret_running)
+/* States in which nothing but a command of a user makes the guest run. */
+static bool is_still(const char *status)
 {
-	struct json_object *status = NULL, *running;
-	int r = run(q, "query-status", &status);
+	static const char *const still[] = { "paused", "prelaunch", "shutdown", "io-error", "guest-panicked",
+					     "internal-error", "watchdog" };
 
-	if (!r && !json_object_object_get_ex(status, "running", &running))
+	for (size_t i = 0; i < sizeof still / sizeof still[0]; i++)
+		if (!strcmp(status, still[i]))
+			return true;
+	return false;
+}
+
+static int query_status(struct qmp *q, char ret_status[32])
+{
+	struct json_object *value = NULL, *status;
+	int r = run(q, "query-status", &value);
+
+	if (!r && !json_object_object_get_ex(value, "status", &status))
 		r = -EPROTO;
 	if (!r)
-		*ret_running = json_object_get_boolean(running);
-	json_object_put(status);
+		snprintf(ret_status, 32, "%s", json_object_get_string(status));
+	json_object_put(value);
 	return r;
 }
 
-int qmp_stop(struct qmp *q, bool *ret_was_running)
+int qmp_prepare(struct qmp *q, unsigned *ret_stop_id)
 {
-	bool running = false;
+	char status[32];
 	int r = greet(q);
 
 	if (!r)
-		r = is_running(q, &running);
-	if (!r && running)
-		r = run(q, "stop", NULL);
-	if (r == -ETIMEDOUT && running)
+		r = query_status(q, status);
+	if (!r && strcmp(status, "running") && !is_still(status))
+		r = -EBUSY;
+	if (!r)
+		*ret_stop_id = q->last_id + 1;
+	return r;
+}
+
+int qmp_stop(struct qmp *q, bool *ret_stopped)
+{
+	uint64_t stops_before = q->stops;
+	int r = run(q, "stop", NULL);
+
+	if (r == -ETIMEDOUT)
 		(void)send_command(q, "cont"); /* commands run in order: a late stop is undone */
 	if (!r)
-		*ret_was_running = running;
+		*ret_stopped = q->stops != stops_before; /* else somebody else had stopped it */
 	return r;
 }
 
 int qmp_cont(struct qmp *q)
 {
-	return run(q, "cont", NULL);
+	char status[32];
+	int r = query_status(q, status);
+
+	if (!r && strcmp(status, "paused")) /* something else has happened to it meanwhile */
+		return 0;
+	return r ? r : run(q, "cont", NULL);
+}
+
+int qmp_poll_fd(const struct qmp *q)
+{
+	return q->fd;
+}
+
+void qmp_drain(struct qmp *q)
+{
+	struct json_object *message;
+
+	while (next_message(q, 0, &message) == 0)
+		json_object_put(message);
 }

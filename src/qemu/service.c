@@ -26,6 +26,7 @@
 #define TICK_MS 1000
 #define DEEP_US 5000000  /* copies on write are counted that often, */
 #define DEEP_SHARE 100   /* and seldom enough to take no more than this part of a processor */
+#define GIVE_UP_US 40000000
 #define RECOUNT_TICKS 60 /* and the process's mappings */
 #define CLIENTS 16
 
@@ -36,6 +37,7 @@ struct service {
 	int clients[CLIENTS]; /* -1: free */
 	pid_t tid;
 	uint64_t next_deep_us;
+	int last_error; /* of give_way: said once */
 	sem_t ready;
 };
 
@@ -49,36 +51,158 @@ static uint64_t now_us(void)
 
 /* ---- giving files up -------------------------------------------------------------------------- */
 
+/*
+ * Settling needs every writer of guest RAM stopped. QMP's `stop` halts vCPUs and drains block I/O, but
+ * QEMU's main loop goes on: a serial port or a `cont` from a user may come just then. So the main loop
+ * itself settles: the hook of sendmsg sees it send the reply to our `stop`, and nothing else of QEMU
+ * runs meanwhile. Where the reply is not sent by the main thread, the service thread settles after it.
+ */
+enum settle_stage { SETTLE_IDLE, SETTLE_ARMED, SETTLE_RUNS, SETTLE_DONE };
+
+static struct {
+	_Atomic uint32_t stage;
+	_Atomic uint32_t stop_id;
+	uint64_t pages; /* written by who took the stage to SETTLE_RUNS, read after SETTLE_DONE */
+	int error;
+} settling;
+
 struct detached {
 	uint64_t pages, paused_us;
 };
 
-static bool is_detached(struct volume *v, struct volume *only)
+/* What is mapped no more, and still has overlays. */
+static void settle_now(struct agent *a)
 {
-	return (!only || v == only) && !volume_is_mapped(v);
+	struct volume *v;
+
+	settling.pages = 0;
+	settling.error = 0;
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
+		int r = volume_is_mapped(v) ? 0 : volume_settle(v, &settling.pages);
+
+		settling.error = settling.error ? settling.error : r;
+	}
+	settling.stage = SETTLE_DONE;
 }
 
-/* Moves to base what is left of volumes that are mapped no more; the guest is stopped meanwhile. */
-static int settle(struct service *s, struct volume *only, struct detached *d)
+static bool take_stage(void)
 {
-	bool was_running = false;
-	uint64_t since_us, pages = 0;
-	struct volume *v;
-	int r = s->qmp ? qmp_stop(s->qmp, &was_running) : -ENOTCONN;
+	uint32_t armed = SETTLE_ARMED;
+
+	return atomic_compare_exchange_strong(&settling.stage, &armed, SETTLE_RUNS);
+}
+
+/* {"return": {}, "id": 7} */
+static bool is_reply(const struct iovec *iov, size_t count, unsigned id)
+{
+	char want[32];
+	int n = snprintf(want, sizeof want, "\"id\": %u}", id);
+
+	for (size_t i = 0; i < count; i++)
+		if (memmem(iov[i].iov_base, iov[i].iov_len, want, (size_t)n))
+			return true;
+	return false;
+}
+
+void service_before_send(int fd, const struct iovec *iov, size_t count)
+{
+	struct agent *a = agent_get();
+
+	if (settling.stage != SETTLE_ARMED || !a || fd != a->config.qmp_vmm_fd || getpid() != syscall(SYS_gettid))
+		return;
+	if (is_reply(iov, count, settling.stop_id) && take_stage())
+		settle_now(a);
+}
+
+static int stop_and_settle(struct service *s, bool *ret_stopped)
+{
+	unsigned stop_id;
+	int r = s->qmp ? qmp_prepare(s->qmp, &stop_id) : -ENOTCONN;
 
 	if (r)
 		return r;
-	since_us = now_us();
-	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++) {
-		int one = is_detached(v, only) ? volume_settle(v, &pages) : 0;
-
-		r = r ? r : one;
+	settling.stop_id = stop_id;
+	settling.stage = SETTLE_ARMED;
+	r = qmp_stop(s->qmp, ret_stopped);
+	if (take_stage()) { /* the main thread has not */
+		if (!r)
+			settle_now(s->agent);
+		else
+			settling.stage = SETTLE_IDLE;
 	}
-	if (was_running)
-		(void)qmp_cont(s->qmp);
-	d->paused_us += now_us() - since_us;
-	d->pages += pages;
-	stat_add(&s->agent->stats->pages_settled, pages);
+	while (settling.stage == SETTLE_RUNS)
+		usleep(1000);
+	if (settling.stage == SETTLE_DONE)
+		r = settling.error;
+	return r;
+}
+
+static int settle(struct service *s, struct detached *d)
+{
+	bool stopped = false;
+	uint64_t since_us = now_us();
+	int r, cont;
+
+	settling.pages = 0;
+	r = stop_and_settle(s, &stopped);
+	cont = stopped ? qmp_cont(s->qmp) : 0;
+	if (cont)
+		agent_say("the guest was stopped and could not be continued (%s): use `cont`", strerror(-cont));
+	if (settling.stage == SETTLE_DONE) {
+		d->pages += settling.pages;
+		stat_add(&s->agent->stats->pages_settled, settling.pages);
+	}
+	if (stopped)
+		d->paused_us += now_us() - since_us;
+	settling.stage = SETTLE_IDLE;
+	return r;
+}
+
+/* The kernel lets a writer go on after lease-break-time, 45 s by default: sooner by our own will. */
+static bool is_late(struct volume *v)
+{
+	return now_us() - volume_broken_us(v) > GIVE_UP_US;
+}
+
+/* A lease goes back when nothing shows the file any more, and if it may be cut: nothing refers to it. */
+static void release_clear(struct service *s)
+{
+	struct volume *v;
+
+	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
+		if (!volume_is_mapped(v) && volume_is_leased(v) &&
+		    (!volume_overlay_pages(v) || (!volume_showing_pages(v) && is_late(v))))
+			volume_release(v);
+}
+
+static bool is_left(struct volume *v)
+{
+	return !volume_is_mapped(v) && (volume_overlay_pages(v) || volume_is_leased(v));
+}
+
+/* Something of a file that is mapped no more is still there. */
+static bool anything_left(struct service *s)
+{
+	struct volume *v;
+
+	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
+		if (is_left(v))
+			return true;
+	return false;
+}
+
+/* Finishes what was begun with volume_break, for all volumes; to be tried again after a failure. */
+static int finish(struct service *s, struct detached *d)
+{
+	struct volume *v;
+	int r = 0;
+
+	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
+		if (is_left(v) && volume_showing_pages(v))
+			r = volume_break(v, VOLUME_DETACHED); /* settling does without, too */
+	if (anything_left(s))
+		r = settle(s, d);
+	release_clear(s);
 	return r;
 }
 
@@ -86,58 +210,51 @@ static int settle(struct service *s, struct volume *only, struct detached *d)
 static int detach(struct service *s, struct volume *only, struct detached *d)
 {
 	struct volume *v;
-	int r = 0;
 
-	for (uint32_t i = 0; !r && (v = volumes_nth(s->agent->volumes, i)); i++)
-		if (!only || v == only)
-			r = volume_break(v, VOLUME_DETACHED);
-	if (!r)
-		r = settle(s, only, d);
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
-		if (is_detached(v, only))
-			volume_release(v);
-	return r;
+		if (!only || v == only)
+			(void)volume_break(v, VOLUME_DETACHED);
+	return finish(s, d);
 }
 
-static void give_way(struct service *s, struct volume *v)
+/* Files that somebody waits to write, and what is left from earlier. Acts first, then talks. */
+static void give_way(struct service *s)
 {
 	struct detached d = { 0 };
+	struct volume *v;
 	int r;
 
-	agent_say("%s is wanted for writing: giving it up", volume_path(v));
-	r = detach(s, v, &d);
-	if (r)
-		agent_say("%s: the guest could not be stopped to settle its pages (%s); they are private copies, "
-			  "safe while the file is rewritten but not when it is cut",
-			  volume_path(v), strerror(-r));
-	else
-		agent_say("%s: %llu pages settled, the guest stood for %.1f ms", volume_path(v),
-			  (unsigned long long)d.pages, (double)d.paused_us / 1000);
+	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
+		if (volume_lease_breaks(v))
+			(void)volume_break(v, VOLUME_DETACHED);
+	if (!anything_left(s))
+		return;
+	r = finish(s, &d);
+	if (r && r != s->last_error)
+		agent_say("a file is wanted for writing, and pages that were mapped from it could not be moved to "
+			  "plain RAM yet: %s", strerror(-r));
+	else if (!r)
+		agent_say("a file is wanted for writing: %llu pages that were mapped from it are plain RAM now; the "
+			  "guest stood for %.1f ms", (unsigned long long)d.pages, (double)d.paused_us / 1000);
+	s->last_error = r;
 }
 
 static void on_signal(struct service *s)
 {
 	struct signalfd_siginfo info;
-	struct volume *v;
 
 	while (read(s->signal_fd, &info, sizeof info) == (ssize_t)sizeof info)
-		; /* which lease it was is asked below: a queued signal may have been lost */
-	while ((v = volumes_broken_lease(s->agent->volumes)))
-		give_way(s, v);
+		; /* which lease it was is asked for all: a queued signal may have been lost */
+	give_way(s);
 }
 
 /* A hook has given a file up in haste. */
 static void on_wake(struct service *s)
 {
-	struct detached d = { 0 };
 	uint64_t count;
-	int r;
 
-	if (read(s->agent->wake_fd, &count, sizeof count) < 0)
-		return;
-	r = settle(s, NULL, &d);
-	if (r)
-		agent_say("pages of a file that is written now could not be settled: %s", strerror(-r));
+	if (read(s->agent->wake_fd, &count, sizeof count) > 0)
+		give_way(s);
 }
 
 /* ---- requests --------------------------------------------------------------------------------- */
@@ -158,6 +275,8 @@ static void do_detach(struct service *s, const struct control_request *q, struct
 	if (p->error == -ETIMEDOUT)
 		snprintf(p->text, sizeof p->text, "QEMU's main loop did not answer in time; the pages are private "
 			 "copies now: run it again to move them to base");
+	else if (p->error == -EBUSY)
+		snprintf(p->text, sizeof p->text, "QEMU is migrating, saving or suspended; run it again afterwards");
 	else if (p->error)
 		snprintf(p->text, sizeof p->text, "the pages could not be moved to base: %s", strerror(-p->error));
 }
@@ -246,16 +365,13 @@ static void refresh(struct service *s)
 
 static void tick(struct service *s, uint64_t ticks)
 {
-	struct volume *v;
-
-	while ((v = volumes_broken_lease(s->agent->volumes)))
-		give_way(s, v);
+	give_way(s);
 	if (ticks % RECOUNT_TICKS == 1)
 		(void)ram_recount_maps(s->agent->ram);
 	refresh(s);
 }
 
-enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_CLIENTS };
+enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_QMP, POLL_CLIENTS };
 
 static void serve(struct service *s)
 {
@@ -266,6 +382,7 @@ static void serve(struct service *s)
 			[POLL_LISTEN] = { .fd = s->listen_fd, .events = POLLIN },
 			[POLL_SIGNAL] = { .fd = s->signal_fd, .events = POLLIN },
 			[POLL_WAKE] = { .fd = s->agent->wake_fd, .events = POLLIN },
+			[POLL_QMP] = { .fd = s->qmp ? qmp_poll_fd(s->qmp) : -1, .events = POLLIN },
 		};
 		uint64_t now = now_us();
 
@@ -278,6 +395,8 @@ static void serve(struct service *s)
 			on_signal(s);
 		if (p[POLL_WAKE].revents)
 			on_wake(s);
+		if (p[POLL_QMP].revents & POLLIN)
+			qmp_drain(s->qmp); /* events: QEMU would keep them all */
 		if (p[POLL_LISTEN].revents)
 			on_connect(s);
 		for (size_t i = 0; i < CLIENTS; i++)

@@ -25,6 +25,7 @@ struct agent_config {
 	int32_t ram_fd;   /* the memfd behind guest RAM */
 	int32_t lock_fd;  /* open on `lock` in the run directory, locked: the VM lives while it is open */
 	int32_t qmp_fd;   /* the agent's end of its own QMP connection (a socketpair), or -1 */
+	int32_t qmp_vmm_fd; /* the VMM's end of it, which the VMM keeps open under this number */
 	int32_t stats_fd; /* `stats`, read-write, sizeof(struct vm_stats) long */
 	uint64_t ram_bytes;
 	double share_threshold;  /* 0..1: map when the likelihood of sharing is at least this */

@@ -90,16 +90,6 @@ struct volume *volumes_by_path(struct volumes *all, const char *path)
 	return stat(path, &st) ? NULL : volumes_by_file(all, &st);
 }
 
-struct volume *volumes_by_lease_fd(struct volumes *all, int fd)
-{
-	uint32_t count = all->count;
-
-	for (uint32_t i = 0; i < count; i++)
-		if (all->list[i]->fd == fd)
-			return all->list[i];
-	return NULL;
-}
-
 struct volume *volumes_by_index(struct volumes *all, unsigned file)
 {
 	uint32_t count = all->count;
@@ -115,7 +105,7 @@ struct volume *volumes_broken_lease(struct volumes *all)
 	uint32_t count = all->count;
 
 	for (uint32_t i = 0; i < count; i++)
-		if (all->list[i]->leased && !os_lease_intact(all->list[i]->fd))
+		if (volume_lease_breaks(all->list[i]))
 			return all->list[i];
 	return NULL;
 }
@@ -312,17 +302,29 @@ struct volume *volumes_attach(struct volumes *all, int fd)
 
 /* ---- giving a file up ----------------------------------------------------------------------- */
 
+static uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
+
 int volume_break(struct volume *v, enum volume_state why)
 {
 	struct ram *ram = v->all->ram;
-	bool was_mapped;
+	uint64_t showing;
 
+	if (!v->has_file)
+		return 0;
 	ram_lock(ram); /* whoever maps looks at the state under the lock: from here on nobody does */
-	was_mapped = state_maps(v->state);
-	if (was_mapped)
+	if (state_maps(v->state)) {
 		set_state(v, why);
+		v->broken_us = now_us();
+	}
+	showing = ram_mapped_pages(ram, v->file);
 	ram_unlock(ram);
-	return was_mapped ? ram_privatize(ram, v->file) : 0;
+	return showing ? ram_privatize(ram, v->file) : 0;
 }
 
 int volume_settle(struct volume *v, uint64_t *ret_settled)
@@ -346,6 +348,43 @@ void volume_release(struct volume *v)
 bool volume_is_mapped(struct volume *v)
 {
 	return state_maps(v->state);
+}
+
+bool volume_is_leased(struct volume *v)
+{
+	return v->leased;
+}
+
+bool volume_lease_breaks(struct volume *v)
+{
+	return v->leased && !os_lease_intact(v->fd);
+}
+
+static uint64_t count_pages(struct volume *v, uint64_t (*count)(struct ram *ram, unsigned file))
+{
+	uint64_t pages;
+
+	if (!v->has_file)
+		return 0;
+	ram_lock(v->all->ram);
+	pages = count(v->all->ram, v->file);
+	ram_unlock(v->all->ram);
+	return pages;
+}
+
+uint64_t volume_overlay_pages(struct volume *v)
+{
+	return count_pages(v, ram_overlay_pages);
+}
+
+uint64_t volume_showing_pages(struct volume *v)
+{
+	return count_pages(v, ram_mapped_pages);
+}
+
+uint64_t volume_broken_us(struct volume *v)
+{
+	return v->broken_us;
 }
 
 /* ---- statistics ----------------------------------------------------------------------------- */

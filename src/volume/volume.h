@@ -51,8 +51,6 @@ void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
 /* The volume that is this file, or NULL if nothing of it was ever read. Takes no lock. */
 struct volume *volumes_by_file(struct volumes *all, const struct stat *st);
 struct volume *volumes_by_path(struct volumes *all, const char *path);
-/* The volume whose lease sits on `fd` (si_fd of the signal), or NULL. */
-struct volume *volumes_by_lease_fd(struct volumes *all, int fd);
 /* The volume with this file index in page entries, or NULL. */
 struct volume *volumes_by_index(struct volumes *all, unsigned file);
 /* The n-th volume, NULL after the last. */
@@ -64,15 +62,23 @@ struct volume *volumes_broken_lease(struct volumes *all);
 /*
  * The three steps of giving a file up, for a writer or for `latent detach`:
  *   break    maps it no more, and makes what is mapped private: the file may then be rewritten, not
- *            yet truncated. The guest goes on.
- *   settle   moves what is mapped to base. vCPUs and I/O stopped. Afterwards nothing refers to it.
+ *            yet truncated. The guest goes on. After a failure, call it again.
+ *   settle   moves what is mapped to base, private or not. vCPUs and I/O stopped.
  *   release  gives the lease back, so that a waiting writer goes on.
  * Each does nothing when it has been done. `*ret_settled` (may be NULL) grows.
  */
 int volume_break(struct volume *v, enum volume_state why);
 int volume_settle(struct volume *v, uint64_t *ret_settled);
 void volume_release(struct volume *v);
-bool volume_is_mapped(struct volume *v);
+
+bool volume_is_mapped(struct volume *v);   /* new pages may be mapped from it */
+bool volume_is_leased(struct volume *v);   /* a lease is held, whole or breaking */
+bool volume_lease_breaks(struct volume *v);
+/* Guest pages that lie in overlays of it, and those of them that show the file. */
+uint64_t volume_overlay_pages(struct volume *v);
+uint64_t volume_showing_pages(struct volume *v);
+/* When it was first broken, on CLOCK_MONOTONIC; 0: never. */
+uint64_t volume_broken_us(struct volume *v);
 
 /* Brings the statistics up to date; `deep` also copies on write and groups, from pagemap. */
 int volumes_refresh(struct volumes *all, bool deep);

@@ -15,7 +15,7 @@ check: deps all
 
 # Fuzzing for longer, and everything else that does not fit into an hour.
 check-long: deps all
-	LATENT_LONG=1 scripts/check
+	scripts/check --long
 
 demo: deps all
 	demo/run

@@ -219,7 +219,7 @@ class Bench:
         self.report_storage()
         self.report_map_cost()
         for kind in ("cpu", "wall"):
-            for suffix, what in (("warm", AGAIN_WARM), ("warm_fresh_guest", FRESH_WARM)):
+            for suffix, what in (("warm", FRESH_WARM), ("warm_again", AGAIN_WARM)):
                 result.ratio(f"plain_{kind}_over_latent_{kind}_{suffix}",
                              *(self.column(what, side, f"{kind}_s") for side in (PLAIN, LATENT)))
         result.ratio("plain_wall_over_latent_wall_cold",
@@ -241,8 +241,8 @@ class Bench:
               median_ratio(what, "wall_s")] for what, pairs in self.samples.items()])
         self.result.note(f"""\
 CPU is that of the whole QEMU process, the guest's own work (reading, hashing, emulation under TCG)
-included. The ratios "warm" are those of "{AGAIN_WARM}", "warm_fresh_guest" those of
-"{FRESH_WARM}", "cold" that of "{COLD}". Cold files: some pages of the image
+included. The ratios "warm" are those of "{FRESH_WARM}", "warm_again" those of
+"{AGAIN_WARM}", "cold" that of "{COLD}". Cold files: some pages of the image
 stay cached, as the boot mapped them.
 Debian's kernel zeroes a page when it allocates it (init_on_alloc): in RAM that maps the image, each
 page that is read again costs a copy on write first. O_DIRECT reads go to the same, scattered pages.""")

@@ -99,6 +99,11 @@ int latent_image_release(struct latent_vm *vm, const char *path);
  * the signal came, until it answers 0. 1: there is one; 0: none. */
 int latent_image_broken(struct latent_vm *vm, char *path, size_t room);
 
+/* For the VMM's SIGBUS handler (async-signal-safe): 1 if `addr`, the signal's si_addr, lies in a tracking
+ * structure that somebody has cut; it has been replaced, and the handler returns. 0: not ours. Without
+ * it whoever may write in tracks_dir can end the VMM. */
+int latent_absorb_fault(const void *addr);
+
 struct latent_stats {
 	size_t size; /* set by the caller: sizeof(struct latent_stats) */
 	uint64_t ram_pages, overlay_pages; /* overlay: mapped from files */

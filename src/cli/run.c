@@ -8,6 +8,8 @@
 #include "cli/props.h"
 #include "cli/qemu_args.h"
 #include "os/os.h"
+#include "os/probe.h"
+#include "os/selftest.h"
 #include "vmdir/agent_config.h"
 #include "vmdir/compat.h"
 #include "vmdir/stats.h"
@@ -90,6 +92,7 @@ static int claim(struct launch *launch);
 static int claim_derived(struct launch *launch, char *why);
 static int prepare(struct launch *launch);
 static int make_descriptors(struct launch *launch);
+static const char *why_no_overlays(const struct launch *launch);
 static int make_monitor_config(void);
 static int make_agent_config(const struct launch *launch);
 static int write_json(const struct launch *launch);
@@ -359,14 +362,11 @@ static int make_agent_config(const struct launch *launch)
 		.min_run_pages = (uint32_t)launch->min_run_pages,
 		.budget_maps = (uint32_t)launch->budget_maps,
 		.trust_images = launch->trust_images,
-		.overlays_allowed = !launch->no_overlays && !(launch->plan.excludes & COMPAT_OVERLAYS),
 	};
-	const char *excluded_by = launch->plan.excluded_by;
 	int fd, r;
 
-	if (!(launch->plan.excludes & COMPAT_OVERLAYS))
-		excluded_by = launch->no_overlays ? "--no-overlays: plain RAM was asked for" : "";
-	snprintf(config.excluded_by, sizeof config.excluded_by, "%s", excluded_by);
+	snprintf(config.excluded_by, sizeof config.excluded_by, "%s", why_no_overlays(launch));
+	config.overlays_allowed = !config.excluded_by[0];
 	snprintf(config.block_name, sizeof config.block_name, "%s", launch->plan.block_name);
 	snprintf(config.name, sizeof config.name, "%s", launch->dir.name);
 	snprintf(config.run_dir, sizeof config.run_dir, "%s", launch->dir.path);
@@ -497,6 +497,20 @@ static int add_monitors(struct launch *launch)
 	return r;
 }
 
+/* The sentence that says why nothing may be mapped into guest RAM, or "". */
+static const char *why_no_overlays(const struct launch *launch)
+{
+	struct os_selftest_result kernel;
+
+	if (launch->plan.excludes & COMPAT_OVERLAYS)
+		return launch->plan.excluded_by;
+	if (launch->no_overlays)
+		return "--no-overlays: plain RAM was asked for";
+	if (os_selftest(&kernel) || !os_selftest_sound(&kernel) || !os_features_get()->populate_write)
+		return "this kernel does not keep a rule that mapping images needs (see latent doctor)";
+	return "";
+}
+
 static int become_vmm(struct launch *launch)
 {
 	char number[16];
@@ -506,8 +520,8 @@ static int become_vmm(struct launch *launch)
 	if (preflight_set_preload(launch->agent_path) || setenv(AGENT_CONFIG_ENV, number, 1))
 		return cli_fail(CLI_SYSTEM, "the environment for QEMU cannot be made: %s",
 				strerror(errno));
-	if (launch->plan.excludes & COMPAT_OVERLAYS)
-		cli_say("%s: %s; its RAM stays plain", launch->dir.name, launch->plan.excluded_by);
+	if (why_no_overlays(launch)[0] && !launch->no_overlays)
+		cli_say("%s: %s; its RAM stays plain", launch->dir.name, why_no_overlays(launch));
 	execv(launch->vmm_path, launch->vmm_argv);
 	error = errno;
 	return cli_fail(error == ENOENT ? CLI_NOT_FOUND : CLI_NOT_EXECUTABLE, "%s cannot be run: %s",

@@ -455,6 +455,14 @@ static int map_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	return 0;
 }
 
+static bool has_base(const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	for (uint64_t i = 0; i < pages; i++)
+		if (entry_source(entry_get(b, page + i)) == ENTRY_BASE)
+			return true;
+	return false;
+}
+
 static bool base_holds_data(struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	return os_has_data(b->memfd, memfd_at(b, page), os_bytes(pages));
@@ -474,6 +482,7 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 {
 	struct ram_file *f = &ram->files[file];
 	uint64_t head = entry_overlay(file, file_page), before, after;
+	bool over_base;
 	void *hva;
 	int r;
 
@@ -486,6 +495,7 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	after = count_starts_if(b, page, pages, head);
 	if (after > before && !within_budget(ram, after - before))
 		return -EDQUOT;
+	over_base = has_base(b, page, pages);
 	r = os_map_file_over(hva, os_bytes(pages), f->fd, os_bytes(file_page));
 	if (r) {
 		ram->counts.failures++;
@@ -496,7 +506,7 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	if (os_set_marks(hva, os_bytes(pages), b->marks, false))
 		ram->counts.unmarked++;
 	/* Beneath an overlay there is no memory. What is left there after a failure only costs. */
-	if (base_holds_data(b, page, pages))
+	if (over_base && base_holds_data(b, page, pages))
 		(void)os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
 	return 0;
 }

@@ -200,6 +200,11 @@ PUBLIC int latent_image_broken(struct latent_vm *vm, char *path, size_t room)
 	return 1;
 }
 
+PUBLIC int latent_absorb_fault(const void *addr)
+{
+	return os_absorb_fault(addr);
+}
+
 /* ---- statistics ------------------------------------------------------------------------------- */
 
 PUBLIC int latent_stats_get(struct latent_vm *vm, struct latent_stats *stats)

@@ -72,6 +72,15 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 
+/*
+ * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.
+ * os_absorb_fault, for a SIGBUS handler (async-signal-safe): true if `addr` lies in a guarded view,
+ * which is zeroed private memory from then on. -ENOSPC: 64 are guarded already.
+ */
+int os_guard_view(void *view, size_t bytes);
+void os_unguard_view(void *view);
+bool os_absorb_fault(const void *addr);
+
 /* A memfd, its size sealed unless it is 0, not close-on-exec when `inherit`. Returns the descriptor or a negative
  * errno. */
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit);

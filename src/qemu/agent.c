@@ -4,7 +4,6 @@
 #include "os/log.h"
 #include "os/os.h"
 #include "vmdir/vmdir.h"
-#include "volume/track.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,8 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -178,10 +175,10 @@ bool agent_is_ram(int fd)
 
 static int map_stats(struct agent *a)
 {
-	void *at = mmap(NULL, sizeof *a->stats, PROT_READ | PROT_WRITE, MAP_SHARED, a->config.stats_fd, 0);
+	void *at = os_view_file(a->config.stats_fd, sizeof *a->stats, true);
 
-	if (at == MAP_FAILED)
-		return -errno;
+	if (!at || os_guard_view(at, sizeof *a->stats))
+		return -ENOMEM;
 	a->stats = at;
 	a->stats->magic = VM_STATS_MAGIC;
 	a->stats->version = VM_STATS_VERSION;
@@ -364,7 +361,7 @@ void agent_explain_fault(const void *addr)
 
 static void on_sigbus(int signal, siginfo_t *info, void *context)
 {
-	if (track_absorb_fault(info->si_addr))
+	if (os_absorb_fault(info->si_addr))
 		return;
 	agent_explain_fault(info->si_addr);
 	if (vmm_sigbus.sa_flags & SA_SIGINFO) {
@@ -400,28 +397,11 @@ int agent_set_sigbus(const struct sigaction *act, struct sigaction *old)
 
 /* ---- the end ---------------------------------------------------------------------------------- */
 
-/* Another process still has the lock's descriptor: the child of -daemonize. */
-static bool lives_on(const char *run_dir)
-{
-	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-	char path[sizeof the_agent.config.run_dir + 16];
-	bool held;
-	int fd;
-
-	snprintf(path, sizeof path, "%s/" VMDIR_LOCK, run_dir);
-	fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CLOEXEC);
-	if (fd < 0)
-		return errno != ENOENT;
-	held = fcntl(fd, F_OFD_GETLK, &lock) || lock.l_type != F_UNLCK;
-	close(fd);
-	return held;
-}
-
 __attribute__((destructor)) static void unload(void)
 {
 	if (!configured)
 		return;
+	/* The child of -daemonize, which has this descriptor too, is then all that keeps the lock. */
 	close(the_agent.config.lock_fd);
-	if (!lives_on(the_agent.config.run_dir))
-		(void)vmdir_remove(the_agent.config.run_dir);
+	(void)vmdir_remove_if_dead(the_agent.config.run_dir);
 }

@@ -12,7 +12,7 @@
  *   sendmsg                guest RAM's descriptor on its way to another process (vhost-user)
  *   mlockall, syscall      memory locking; userfaultfd (post-copy, background snapshots)
  *   ioctl                  KVM_RUN that failed on a page
- *   sigaction              SIGBUS
+ *   sigaction, pthread_sigmask   SIGBUS
  */
 /* Else the headers turn mmap into mmap64 and so on, and each name must be what it says. */
 #undef _FILE_OFFSET_BITS
@@ -364,6 +364,28 @@ HOOK long syscall(long n, ...)
 	return raw(n, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
+/* Devices whose descriptors may have come from elsewhere. The numbers are those of linux/vfio.h,
+ * linux/iommufd.h, linux/udmabuf.h and linux/vhost.h. */
+static int check_ioctl(unsigned long request)
+{
+	static const struct {
+		unsigned long request;
+		const char *what;
+	} table[] = {
+		{ _IO(';', 100 + 13), "VFIO: a device reads and writes guest RAM by itself" },
+		{ _IO(';', 0x85), "VFIO: a device reads and writes guest RAM by itself" },
+		{ _IOW('u', 0x42, uint64_t[3]), "udmabuf: guest RAM is lent to the GPU" },
+		{ _IOW('u', 0x43, uint32_t[2]), "udmabuf: guest RAM is lent to the GPU" },
+		{ _IOW(0xaf, 0x72, uint8_t), "vhost-vdpa: a device reads and writes guest RAM by itself" },
+		{ KVM_MEMORY_ENCRYPT_REG_REGION, "memory encryption" },
+	};
+
+	for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
+		if (table[i].request == request)
+			return agent_exclude(table[i].what);
+	return 0;
+}
+
 HOOK int ioctl(int fd, unsigned long request, ...)
 {
 	va_list args;
@@ -372,6 +394,9 @@ HOOK int ioctl(int fd, unsigned long request, ...)
 	va_start(args, request);
 	arg = va_arg(args, long);
 	va_end(args);
+	r = agent_get() ? check_ioctl(request) : 0;
+	if (r)
+		return fail((int)r);
 	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);
 	if (r < 0 && request == KVM_RUN && errno == EFAULT && agent_get()) {
 		agent_say("KVM could not get a page of guest RAM: storage failed, or a file that is mapped was cut");
@@ -393,4 +418,20 @@ HOOK int sigaction(int signal, const struct sigaction *act, struct sigaction *ol
 {
 	return signal == SIGBUS && agent_get() ? agent_set_sigbus(act, old)
 					       : hooks_real_sigaction(signal, act, old);
+}
+
+/* A thread that has SIGBUS blocked, as QEMU's have under TCG, dies of an unreadable page without a
+ * word. */
+HOOK int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
+{
+	static int (*real)(int, const sigset_t *, sigset_t *);
+	sigset_t open;
+
+	if (!real)
+		*(void **)&real = dlsym(RTLD_NEXT, "pthread_sigmask");
+	if (!set || how == SIG_UNBLOCK || !agent_is_configured())
+		return real(how, set, old);
+	open = *set;
+	sigdelset(&open, SIGBUS);
+	return real(how, &open, old);
 }

@@ -449,6 +449,7 @@ static int start_thread(struct service *s)
 	int r;
 
 	sigfillset(&all);
+	sigdelset(&all, SIGBUS); /* a statistics or tracking file that was cut */
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	r = -pthread_create(&thread, NULL, service_main, s);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);

@@ -336,12 +336,19 @@ static void clean_up_after(const char *root, const char *name)
 static int remove_if_dead(const char *root, const char *name)
 {
 	char path[VMDIR_PATH_BYTES];
-	struct stat st;
-	int fd, r = vmdir_path(root, name, "", path);
+	int r = vmdir_path(root, name, "", path);
 
 	if (r)
 		return r;
 	path[strlen(path) - 1] = 0;
+	return vmdir_remove_if_dead(path);
+}
+
+int vmdir_remove_if_dead(const char *path)
+{
+	struct stat st;
+	int fd, r;
+
 	if (lstat(path, &st) || !S_ISDIR(st.st_mode))
 		return -ENOENT;
 	r = take_lock(path, &fd);

@@ -10,7 +10,8 @@
  *   ROOT/NAME/vm.json    command line, version of QEMU, time of start
  *   ROOT/NAME/qmp.sock, control.sock
  *
- * Everything has mode 0700 or 0600 and one owner; anything else found there is refused. The lock is
+ * Directories have mode 0700, files 0600, and all have one owner; anything else is refused. Sockets are
+ * what the umask makes them: nobody else gets into the directory. The lock is
  * an open-file-description lock (fcntl(2), F_OFD_SETLK): the VMM inherits the descriptor, so it
  * survives exec and the fork of -daemonize, and ends with the last process that has it. Whoever asks
  * "does it live" uses F_OFD_GETLK, which takes nothing.
@@ -58,6 +59,9 @@ void vmdir_abandon(struct vmdir *dir);
 
 /* Removes a VM's directory with all files in it, the lock last. Only for who holds the lock. */
 int vmdir_remove(const char *path);
+
+/* The same for a directory whose lock nobody holds. -EEXIST: somebody does. */
+int vmdir_remove_if_dead(const char *path);
 
 /* PATH of a file in a VM's directory. -ENAMETOOLONG. */
 int vmdir_path(const char *root, const char *name, const char *file, char ret_path[VMDIR_PATH_BYTES]);

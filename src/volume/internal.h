@@ -28,7 +28,8 @@ struct volume {
 	_Atomic uint32_t state; /* enum volume_state; leaves a mapping state under the range lock only */
 	_Atomic bool leased;
 	_Atomic uint64_t broken_us; /* CLOCK_MONOTONIC; 0: never */
-	_Atomic uint64_t next_page; /* where the last read ended: sequential reads are read ahead */
+	_Atomic uint64_t next_page;  /* where the last read ended: sequential reads are read ahead, */
+	_Atomic uint64_t ahead_page; /* up to here */
 	struct track *track;        /* NULL: no tracking structure to be had; likelihood is then 0 */
 	struct volume_stats *stats;
 };

@@ -153,17 +153,21 @@ static int bring_in(struct volume *v, uint64_t page, uint64_t pages, uint64_t mi
 	return r;
 }
 
-/* The kernel reads ahead of reads, but sees none where everything is mapped. */
+/* The kernel reads ahead of reads, but sees none where everything is mapped. Looks at the next window
+ * when half of the last one has been read. */
 static void read_ahead(struct volume *v, uint64_t page, uint64_t pages)
 {
-	uint64_t next = page + pages, probe = next + AHEAD_PAGES / 8;
+	uint64_t next = page + pages, window = v->pages - next < AHEAD_PAGES ? v->pages - next : AHEAD_PAGES;
 	bool sequential = v->next_page == page;
 
 	v->next_page = next;
-	if (!sequential || !v->view || probe >= v->pages)
+	if (!sequential)
+		v->ahead_page = 0;
+	if (!sequential || !v->view || !window || next + AHEAD_PAGES / 2 < v->ahead_page)
 		return;
-	if (!os_resident_pages(v->view, os_bytes(probe), 1))
-		(void)posix_fadvise(v->fd, (off_t)os_bytes(next), (off_t)os_bytes(AHEAD_PAGES), POSIX_FADV_WILLNEED);
+	v->ahead_page = next + window;
+	if (os_resident_pages(v->view, os_bytes(next), window) < window)
+		(void)posix_fadvise(v->fd, (off_t)os_bytes(next), (off_t)os_bytes(window), POSIX_FADV_WILLNEED);
 }
 
 /* ---- the decision --------------------------------------------------------------------------- */
@@ -233,10 +237,14 @@ static enum miss_reason shortcut(struct volume *v, const struct run *run)
 
 	if (v->track)
 		track_note_read(v->track, run->file_page, run->pages);
+	if (why != MISS_REASONS) { /* the ordinary read brings it in, and the kernel reads ahead of it */
+		stat_add(&v->stats->bytes_from_storage, os_bytes(missing));
+		return why;
+	}
 	if (missing && bring_in(v, run->file_page, run->pages, missing))
 		return MISS_FAILED; /* the ordinary read will say how */
 	read_ahead(v, run->file_page, run->pages);
-	return why == MISS_REASONS ? map_run(v, run) : why;
+	return map_run(v, run);
 }
 
 /* ---- one read ------------------------------------------------------------------------------- */

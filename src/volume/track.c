@@ -16,7 +16,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define TRACK_MAGIC 0x4b52544cu /* "LTRK" */
 #define TRACK_VERSION 1u
 #define ALIVE_MAX_AGE_NS 100000000ull
 
@@ -32,9 +31,6 @@ struct track_slot {
 };
 
 struct track_header {
-	uint32_t magic, version;
-	uint64_t pages;
-	uint64_t reserved[6];
 	struct track_slot slots[TRACK_SLOTS];
 };
 
@@ -50,60 +46,6 @@ struct track {
 	_Atomic uint64_t alive; /* bit n: slot n has a living VM; this VM's own is always set */
 	_Atomic uint64_t alive_since_ns;
 };
-
-/* What track_absorb_fault looks through; it takes no lock. */
-static struct {
-	_Atomic uintptr_t from, to;
-} mapped[64];
-
-static void remember_mapping(uintptr_t from, size_t bytes)
-{
-	for (size_t i = 0; i < sizeof mapped / sizeof mapped[0]; i++) {
-		uintptr_t empty = 0;
-
-		if (!atomic_compare_exchange_strong(&mapped[i].from, &empty, from))
-			continue;
-		mapped[i].to = from + bytes;
-		return;
-	}
-}
-
-static void forget_mapping(uintptr_t from)
-{
-	for (size_t i = 0; i < sizeof mapped / sizeof mapped[0]; i++) {
-		if (mapped[i].from != from)
-			continue;
-		mapped[i].to = 0;
-		mapped[i].from = 0;
-		return;
-	}
-}
-
-/* QEMU blocks SIGBUS in most of its threads, and a fault whose signal is blocked ends the process. */
-static void accept_faults(void)
-{
-	static _Thread_local bool accepted;
-	sigset_t bus;
-
-	if (accepted)
-		return;
-	sigemptyset(&bus);
-	sigaddset(&bus, SIGBUS);
-	accepted = !pthread_sigmask(SIG_UNBLOCK, &bus, NULL);
-}
-
-bool track_absorb_fault(const void *addr)
-{
-	uintptr_t at = (uintptr_t)addr;
-
-	for (size_t i = 0; i < sizeof mapped / sizeof mapped[0]; i++) {
-		uintptr_t from = mapped[i].from, to = mapped[i].to;
-
-		if (from && at >= from && at < to)
-			return os_replace_view((void *)from, to - from);
-	}
-	return false;
-}
 
 /* ---- slots ---------------------------------------------------------------------------------- */
 
@@ -181,13 +123,13 @@ static uint64_t other_slots(struct track *t)
 
 /* ---- life ----------------------------------------------------------------------------------- */
 
-static int open_file(const char *dir, uint64_t dev, uint64_t ino)
+static int open_file(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages)
 {
 	char path[512];
 	int fd;
 
-	if ((size_t)snprintf(path, sizeof path, "%s/%llx-%llx", dir, (unsigned long long)dev,
-			     (unsigned long long)ino) >= sizeof path)
+	if ((size_t)snprintf(path, sizeof path, "%s/%llx-%llx-%llu.v%u", dir, (unsigned long long)dev,
+			     (unsigned long long)ino, (unsigned long long)pages, TRACK_VERSION) >= sizeof path)
 		return -ENAMETOOLONG;
 	fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
 	return fd < 0 ? -errno : fd;
@@ -215,8 +157,7 @@ static int map_file(struct track *t)
 		return -ENOMEM;
 	t->header = at;
 	t->rows = (uint8_t *)at + OS_PAGE_BYTES;
-	remember_mapping((uintptr_t)at, t->bytes);
-	return 0;
+	return os_guard_view(at, t->bytes);
 }
 
 int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, struct track **ret_track)
@@ -229,7 +170,7 @@ int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, stru
 	t->pages = pages;
 	t->row_bytes = (pages * sizeof(track_word) + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1);
 	t->bytes = OS_PAGE_BYTES + TRACK_SLOTS * t->row_bytes;
-	r = t->fd = open_file(dir, dev, ino);
+	r = t->fd = open_file(dir, dev, ino, pages);
 	if (r >= 0)
 		r = check_file(t->fd, t->bytes);
 	if (!r)
@@ -240,10 +181,6 @@ int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, stru
 		track_close(t);
 		return r;
 	}
-	accept_faults();
-	t->header->magic = TRACK_MAGIC;
-	t->header->version = TRACK_VERSION;
-	t->header->pages = pages;
 	t->header->slots[t->slot].first_reads = 0;
 	t->header->slots[t->slot].hits = 0;
 	track_refresh(t);
@@ -256,7 +193,7 @@ void track_close(struct track *t)
 	if (!t)
 		return;
 	if (t->header) {
-		forget_mapping((uintptr_t)t->header);
+		os_unguard_view(t->header);
 		os_unview_file(t->header, t->bytes);
 	}
 	if (t->fd >= 0)
@@ -302,7 +239,6 @@ double track_likelihood(struct track *t, uint64_t page, uint64_t pages)
 {
 	uint64_t others = other_slots(t), known = 0;
 
-	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		known += (word_get(t, t->slot, page + i) & WORD_COUNT) || known_elsewhere(t, others, page + i);
 	if (known == pages)
@@ -315,7 +251,6 @@ void track_note_read(struct track *t, uint64_t page, uint64_t pages)
 	struct track_slot *mine = &t->header->slots[t->slot];
 	uint64_t others = other_slots(t);
 
-	accept_faults();
 	for (uint64_t i = 0; i < pages; i++) {
 		if (word_get(t, t->slot, page + i) & WORD_READ)
 			continue;
@@ -336,7 +271,6 @@ uint64_t track_begin_flight(struct track *t, uint64_t page, uint64_t pages)
 {
 	uint64_t others = other_slots(t), joined = 0;
 
-	accept_faults();
 	for (uint64_t i = 0; i < pages; i++) {
 		atomic_fetch_or_explicit(word_of(t, t->slot, page + i), WORD_FLIGHT, memory_order_relaxed);
 		FOR_SLOTS(slot, others) {
@@ -351,21 +285,18 @@ uint64_t track_begin_flight(struct track *t, uint64_t page, uint64_t pages)
 
 void track_end_flight(struct track *t, uint64_t page, uint64_t pages)
 {
-	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		atomic_fetch_and_explicit(word_of(t, t->slot, page + i), ~WORD_FLIGHT, memory_order_relaxed);
 }
 
 void track_add_maps(struct track *t, uint64_t page, uint64_t pages)
 {
-	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		atomic_fetch_add_explicit(word_of(t, t->slot, page + i), 1, memory_order_relaxed);
 }
 
 void track_drop_maps(struct track *t, uint64_t page, uint64_t pages)
 {
-	accept_faults();
 	for (uint64_t i = 0; i < pages; i++)
 		if (word_get(t, t->slot, page + i) & WORD_COUNT) /* it may have been tampered with */
 			atomic_fetch_sub_explicit(word_of(t, t->slot, page + i), 1, memory_order_relaxed);
@@ -382,7 +313,6 @@ static uint64_t count_maps(struct track *t, uint64_t slots, uint64_t page)
 
 uint64_t track_maps(struct track *t, uint64_t page)
 {
-	accept_faults();
 	return count_maps(t, alive_slots(t), page);
 }
 
@@ -405,7 +335,6 @@ void track_groups(struct track *t, uint64_t *ret_one, uint64_t *ret_many)
 {
 	uint64_t one = 0, many = 0, alive = alive_slots(t);
 
-	accept_faults();
 	for (uint64_t first = 0; first < t->pages; first += OS_PAGE_BYTES / sizeof(track_word)) {
 		uint64_t slots = slots_with_data(t, alive, first);
 		uint64_t end = first + OS_PAGE_BYTES / sizeof(track_word);

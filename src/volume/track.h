@@ -6,9 +6,9 @@
  * page and by at least two form two groups, and the likelihood that a location will be shared comes
  * from what has been shared so far.
  *
- * Layout of the file DEV-INO in the volumes directory, all in host byte order:
+ * Layout of the file DEV-INO-PAGES.vVERSION in the volumes directory, all in host byte order:
  *
- *   page 0            struct track_header: magic, version, pages; then TRACK_SLOTS struct track_slot
+ *   page 0            struct track_header: TRACK_SLOTS struct track_slot
  *   row 0             one 32-bit word a location, for the VM in slot 0; rows are whole pages long
  *   row 1 ...
  *
@@ -18,7 +18,7 @@
  *
  * The structure is advice. It may be lost, be wrong or be written by somebody hostile: it decides
  * how cheap a read is, never what it returns. A file that is cut while it is mapped raises SIGBUS;
- * track_absorb_fault puts private memory in its place.
+ * the host's handler calls os_absorb_fault, which puts private memory in its place.
  *
  * Threading: any thread; words are atomics. track_refresh by one thread at a time.
  */
@@ -69,9 +69,5 @@ uint64_t track_maps(struct track *track, uint64_t page);
 
 /* The two groups: locations mapped by exactly one guest page, and by at least two. */
 void track_groups(struct track *track, uint64_t *ret_one, uint64_t *ret_many);
-
-/* For a SIGBUS handler (async-signal-safe): true if `addr` lies in a tracking structure, which has
- * then been replaced by zeroed private memory. */
-bool track_absorb_fault(const void *addr);
 
 #endif

@@ -178,8 +178,7 @@ static enum volume_state protect(struct volume *v, int vmm_fd)
 		return VOLUME_WRITABLE;
 	if (v->fd < 0)
 		return VOLUME_NO_LEASE;
-	if (os_file_protection(v->fd) != OS_PROTECT_NONE)
-		return VOLUME_SEALED;
+	/* The lease first: it notices when the immutable attribute or the read-only mount goes away. */
 	if (!is_remote(v->fd))
 		r = os_lease_take(v->fd, o->lease_signal, o->lease_tid);
 	if (!r) {
@@ -188,6 +187,8 @@ static enum volume_state protect(struct volume *v, int vmm_fd)
 	}
 	if (r == -EAGAIN)
 		return VOLUME_WRITABLE;
+	if (os_file_protection(v->fd) != OS_PROTECT_NONE)
+		return VOLUME_SEALED;
 	return o->trust_images ? VOLUME_TRUSTED : VOLUME_NO_LEASE;
 }
 
@@ -272,8 +273,12 @@ static struct volume *new_volume(struct volumes *all, int vmm_fd, const struct s
 	v->fd = reopen(vmm_fd);
 	name_volume(v, vmm_fd);
 	set_state(v, protect(v, vmm_fd));
-	if (state_maps(v->state))
+	if (state_maps(v->state)) {
 		prepare_mapping(v);
+	} else if (v->fd >= 0) { /* only counted */
+		close(v->fd);
+		v->fd = -1;
+	}
 	return v;
 }
 

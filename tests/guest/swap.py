@@ -104,14 +104,9 @@ def body(test):
         # The guest's free memory maps files that it has dropped: what it writes there becomes copies.
         guest.drop_guest_caches()
         guest.sh(f"latent-guest mem hold m {HELD_MIB} 13 random", timeout=60)
-        latent.check_hashes(test, guest, FILES, what="beside the copies")
-        copies, _ = check_counts(test, guest, image, "before")
-        test.check(copies > 10000, "there are copies enough")
-
-        page_out(test, guest)
-        copies_now, swapped = check_counts(test, guest, image, "swapped out")
-        test.check(swapped > copies // 2, "most copies are in swap")
-        test.check(copies_now >= copies - 2000, "and count as copies still")
+        page_out(test, guest)  # at once: nobody has counted the copies yet
+        copies, swapped = check_counts(test, guest, image, "swapped out")
+        test.check(copies > 10000 and swapped > copies // 2, "there are copies enough, most of them in swap")
         check_memory(test, guest, "when it comes back from swap")
         latent.check_hashes(test, guest, FILES, what="after swap")
 

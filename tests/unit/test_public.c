@@ -312,6 +312,7 @@ static void bad_arguments_are_refused(void **state)
 	assert_int_equal(latent_ram_add(rig->vm, "x", rig->ram + 1, PAGE, rig->memfd, 0), -EINVAL);
 	assert_int_equal(latent_ram_remove(rig->vm, rig), -ENOENT);
 	assert_int_equal(latent_image_settle(rig->vm, "/nonexistent"), -ENOENT);
+	assert_int_equal(latent_absorb_fault(rig->ram), 0);
 	latent_vm_destroy(NULL);
 	assert_non_null(strchr(latent_version(), '.'));
 }

@@ -35,7 +35,7 @@ static struct track *vm_opens(void)
 
 static void volume_path(char path[128])
 {
-	snprintf(path, 128, "%s/1-2", dir);
+	snprintf(path, 128, "%s/1-2-%u.v1", dir, PAGES);
 }
 
 static int make_dir(void **state)
@@ -280,7 +280,7 @@ static void rubbish_does_no_harm(void **state)
 static void on_sigbus(int signal, siginfo_t *info, void *context)
 {
 	(void)context;
-	if (!track_absorb_fault(info->si_addr))
+	if (!os_absorb_fault(info->si_addr))
 		_exit(128 + signal);
 }
 
@@ -299,7 +299,7 @@ static void a_cut_file_is_absorbed(void **state)
 	track_note_read(a, 200, 100);
 	assert_int_equal(track_maps(a, 0), 1); /* what was counted before the cut is gone */
 	sigaction(SIGBUS, &old, NULL);
-	assert_false(track_absorb_fault(&state));
+	assert_false(os_absorb_fault(&state));
 	track_close(a);
 }
 

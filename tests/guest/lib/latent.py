@@ -185,7 +185,7 @@ class Track:
     def __init__(self, image):
         status = os.stat(image)
         self.pages = status.st_size // host.PAGE_BYTES
-        self.path = run_dir() / "volumes" / f"{status.st_dev:x}-{status.st_ino:x}"
+        self.path = run_dir() / "volumes" / f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size >> 12}.v1"
         row_bytes = self.pages * 4
         self.row_bytes = (row_bytes + host.PAGE_BYTES - 1) // host.PAGE_BYTES * host.PAGE_BYTES
 

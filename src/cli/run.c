@@ -357,7 +357,6 @@ static int make_agent_config(const struct launch *launch)
 		.qmp_fd = launch->qmp_agent_fd,
 		.qmp_vmm_fd = launch->qmp_vmm_fd,
 		.stats_fd = launch->dir.stats_fd,
-		.ram_bytes = launch->plan.ram_bytes,
 		.share_threshold = launch->share_threshold,
 		.min_run_pages = (uint32_t)launch->min_run_pages,
 		.budget_maps = (uint32_t)launch->budget_maps,

@@ -129,7 +129,6 @@ void os_pagemap_use_classic(struct os_pagemap *pagemap);
 
 enum os_protection {
 	OS_PROTECT_NONE,
-	OS_PROTECT_LEASE,    /* a read lease: a writer's open waits until it is released */
 	OS_PROTECT_VERITY,   /* fs-verity */
 	OS_PROTECT_IMMUTABLE,/* the immutable attribute */
 	OS_PROTECT_READONLY, /* a file system mounted read-only */

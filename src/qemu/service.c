@@ -284,8 +284,6 @@ static void do_detach(struct service *s, const struct control_request *q, struct
 static void answer(struct service *s, const struct control_request *q, struct control_reply *p)
 {
 	switch (q->op) {
-	case CONTROL_PING:
-		break;
 	case CONTROL_REFRESH:
 		p->error = volumes_refresh(s->agent->volumes, true);
 		break;

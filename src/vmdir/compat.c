@@ -49,8 +49,6 @@ static const struct compat_rule rules[] = {
 	{ COMPAT_OVERCOMMIT, "*", "mem-lock", BOTH, LOCKED },
 
 	{ COMPAT_MIGRATION, "rdma", NULL, BOTH, PINNED },
-	{ COMPAT_MIGRATION, "postcopy-ram", NULL, BOTH, POSTCOPY },
-	{ COMPAT_MIGRATION, "background-snapshot", NULL, BOTH, POSTCOPY },
 
 	{ COMPAT_FILE, "/dev/vfio/*", NULL, BOTH, PINNED },
 	{ COMPAT_FILE, "/dev/iommu", NULL, BOTH, PINNED },
@@ -59,6 +57,7 @@ static const struct compat_rule rules[] = {
 	{ COMPAT_FILE, "/dev/udmabuf", NULL, COMPAT_OVERLAYS,
 	  "it takes pages from the one file behind guest RAM" },
 	{ COMPAT_FILE, "/dev/sev", NULL, BOTH, ENCRYPTED },
+	{ COMPAT_FILE, "/dev/userfaultfd", NULL, BOTH, POSTCOPY },
 };
 
 static bool is_set(const char *value);

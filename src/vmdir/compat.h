@@ -18,7 +18,7 @@ enum compat_subject {
 	COMPAT_BLOCKDEV,   /* -blockdev, -drive, blockdev-add: the driver, or a file's protocol */
 	COMPAT_MACHINE,    /* -machine: the type */
 	COMPAT_OVERCOMMIT, /* -overcommit: nothing, only properties */
-	COMPAT_MIGRATION,  /* -incoming, migrate: the protocol; or a capability that is set */
+	COMPAT_MIGRATION,  /* -incoming: the protocol */
 	COMPAT_FILE,       /* a device node that the VMM opens while it runs */
 	COMPAT_SUBJECTS
 };

@@ -12,7 +12,6 @@
 #define CONTROL_VERSION 1u
 
 enum control_op {
-	CONTROL_PING,
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
 	CONTROL_DETACH,  /* turn overlays of `path` (empty: all) into plain RAM and map it no more */
 	CONTROL_OPS

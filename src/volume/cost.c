@@ -137,6 +137,8 @@ uint32_t cost_min_run_pages(const struct cost_model *m, double likelihood)
 	double gain_us = m->copy_page_us + saved_us - m->map_page_us;
 	double run = gain_us > 0 ? (m->map_us - m->copy_us) / gain_us : COST_RUN_MAX;
 
+	if (run * likelihood > COST_RUN_SHARED)
+		run = COST_RUN_SHARED / likelihood;
 	if (run >= COST_RUN_MAX)
 		return COST_RUN_MAX;
 	return run <= 1 ? 1 : (uint32_t)ceil(run);

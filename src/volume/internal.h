@@ -29,7 +29,8 @@ struct volume {
 	_Atomic bool leased;
 	_Atomic uint64_t broken_us; /* CLOCK_MONOTONIC; 0: never */
 	_Atomic uint64_t next_page;  /* where the last read ended: sequential reads are read ahead, */
-	_Atomic uint64_t ahead_page; /* up to here */
+	_Atomic uint64_t ahead_page; /* up to here, */
+	_Atomic uint64_t streak_pages; /* after so many without a gap */
 	struct track *track;        /* NULL: no tracking structure to be had; likelihood is then 0 */
 	struct volume_stats *stats;
 };

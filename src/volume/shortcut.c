@@ -15,7 +15,8 @@
 #include <unistd.h>
 
 #define SCRATCH_BYTES (64u << 10)
-#define AHEAD_PAGES 256u /* read ahead of a sequential reader, as far as the kernel does at most */
+#define AHEAD_PAGES 256u     /* read ahead of a sequential reader at most */
+#define AHEAD_FROM_PAGES 32u /* that has read so much in one go */
 
 struct reader {
 	struct volumes *all;
@@ -153,17 +154,20 @@ static int bring_in(struct volume *v, uint64_t page, uint64_t pages, uint64_t mi
 	return r;
 }
 
-/* The kernel reads ahead of reads, but sees none where everything is mapped. Looks at the next window
- * when half of the last one has been read. */
+/* The kernel reads ahead of reads, but sees none where everything is mapped. Ahead goes as far as the
+ * reader has come in one go; it is looked at again when half of that has been read. */
 static void read_ahead(struct volume *v, uint64_t page, uint64_t pages)
 {
-	uint64_t next = page + pages, window = v->pages - next < AHEAD_PAGES ? v->pages - next : AHEAD_PAGES;
-	bool sequential = v->next_page == page;
+	uint64_t next = page + pages, streak = v->next_page == page ? v->streak_pages + pages : pages;
+	uint64_t window = streak < AHEAD_PAGES ? streak : AHEAD_PAGES;
 
-	v->next_page = next;
-	if (!sequential)
+	if (v->next_page != page)
 		v->ahead_page = 0;
-	if (!sequential || !v->view || !window || next + AHEAD_PAGES / 2 < v->ahead_page)
+	v->next_page = next;
+	v->streak_pages = streak;
+	if (window > v->pages - next)
+		window = v->pages - next;
+	if (!v->view || streak < AHEAD_FROM_PAGES || !window || next + window / 2 < v->ahead_page)
 		return;
 	v->ahead_page = next + window;
 	if (os_resident_pages(v->view, os_bytes(next), window) < window)

@@ -18,10 +18,10 @@ struct cost_model {
 const struct cost_model *cost_model_get(void);
 
 /*
- * The processor time that a page of memory is worth beyond what it costs to get: a fifth of what
+ * The processor time that a page of memory is worth beyond what it costs to get: two fifths of what
  * KSM spends on each page that it merges (5 s of scanning for 190,000 pages).
  */
-#define COST_PAGE_WORTH_US 5.0
+#define COST_PAGE_WORTH_US 10.0
 
 /*
  * The shortest run that is worth a mapping when its pages will be shared with this likelihood: where

@@ -13,12 +13,12 @@ static const struct cost_model usual = { .map_us = 6, .map_page_us = 0.35, .copy
 static void the_formula(void **state)
 {
 	(void)state;
-	/* (6 - 0.2) / (0.25 + 1 * 7.2 - 0.35) = 0.82 */
+	/* (6 - 0.2) / (0.25 + 1 * 12.2 - 0.35) = 0.48 */
 	assert_int_equal(cost_min_run_pages(&usual, 1), 1);
-	/* 5.8 / (0.25 + 0.5 * 7.2 - 0.35) = 1.66 */
-	assert_int_equal(cost_min_run_pages(&usual, 0.5), 2);
-	/* 5.8 / (0.25 + 0.1 * 7.2 - 0.35) = 9.35 */
-	assert_int_equal(cost_min_run_pages(&usual, 0.1), 10);
+	/* 5.8 / (0.25 + 0.25 * 12.2 - 0.35) = 1.97 */
+	assert_int_equal(cost_min_run_pages(&usual, 0.25), 2);
+	/* 5.8 / (0.25 + 0.1 * 12.2 - 0.35) = 5.18 */
+	assert_int_equal(cost_min_run_pages(&usual, 0.1), 6);
 	/* Nothing is saved, and mapping costs more by the page: never, that is the longest. */
 	assert_int_equal(cost_min_run_pages(&usual, 0), COST_RUN_MAX);
 }

@@ -455,10 +455,10 @@ static int map_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	return 0;
 }
 
-static bool has_base(const struct ram_block *b, uint64_t page, uint64_t pages)
+static bool has_source(const struct ram_block *b, uint64_t page, uint64_t pages, enum entry_source source)
 {
 	for (uint64_t i = 0; i < pages; i++)
-		if (entry_source(entry_get(b, page + i)) == ENTRY_BASE)
+		if (entry_source(entry_get(b, page + i)) == source)
 			return true;
 	return false;
 }
@@ -495,7 +495,7 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	after = count_starts_if(b, page, pages, head);
 	if (after > before && !within_budget(ram, after - before))
 		return -EDQUOT;
-	over_base = has_base(b, page, pages);
+	over_base = has_source(b, page, pages, ENTRY_BASE);
 	r = os_map_file_over(hva, os_bytes(pages), f->fd, os_bytes(file_page));
 	if (r) {
 		ram->counts.failures++;
@@ -548,10 +548,7 @@ bool ram_return_saves_maps(const struct ram_block *b, uint64_t page, uint64_t pa
 
 bool ram_has_overlay(const struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	for (uint64_t i = 0; i < pages; i++)
-		if (entry_source(entry_get(b, page + i)) == ENTRY_OVERLAY)
-			return true;
-	return false;
+	return has_source(b, page, pages, ENTRY_OVERLAY);
 }
 
 /* A hole in an overlay makes one mapping three. */

@@ -175,18 +175,24 @@ static void release_clear(struct service *s)
 			volume_release(v);
 }
 
+/* Something of a file that is mapped no more is still there. */
 static bool is_left(struct volume *v)
 {
 	return !volume_is_mapped(v) && (volume_overlay_pages(v) || volume_is_leased(v));
 }
 
-/* Something of a file that is mapped no more is still there. */
-static bool anything_left(struct service *s)
+/* Only then has the guest to stand still. */
+static bool has_overlays(struct volume *v)
+{
+	return !volume_is_mapped(v) && volume_overlay_pages(v);
+}
+
+static bool any_volume(struct service *s, bool (*is)(struct volume *v))
 {
 	struct volume *v;
 
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
-		if (is_left(v))
+		if (is(v))
 			return true;
 	return false;
 }
@@ -200,7 +206,7 @@ static int finish(struct service *s, struct detached *d)
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
 		if (is_left(v) && volume_showing_pages(v))
 			r = volume_break(v, VOLUME_DETACHED); /* settling does without, too */
-	if (anything_left(s))
+	if (any_volume(s, has_overlays))
 		r = settle(s, d);
 	release_clear(s);
 	return r;
@@ -227,7 +233,7 @@ static void give_way(struct service *s)
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
 		if (volume_lease_breaks(v))
 			(void)volume_break(v, VOLUME_DETACHED);
-	if (!anything_left(s))
+	if (!any_volume(s, is_left))
 		return;
 	r = finish(s, &d);
 	if (r && r != s->last_error)

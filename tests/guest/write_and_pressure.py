@@ -18,9 +18,9 @@ PRESSURE_MEM = "512M"  # far less than the files that are read: pages are used a
 # Copies of files of the image are changed in all ways; the manifest is made by other means (from
 # standard input, not from the files), so that a wrong page is no part of the expectation.
 WRITES = r"""set -e
-rm -rf /work && mkdir -p /work/copy
-cp /usr/lib/python3.11/*.py /work/copy
-cd /work/copy
+rm -rf /scratch && mkdir -p /scratch/copy
+cp /usr/lib/python3.11/*.py /scratch/copy
+cd /scratch/copy
 for f in $(ls *.py | head -60); do
     head -c 3000 /usr/bin/perl | dd of=$f bs=1000 seek=1 conv=notrunc status=none                # inside
 done
@@ -28,10 +28,10 @@ for f in $(ls *.py | sed -n 61,90p); do truncate -s 700 $f; truncate -s 9000 $f;
 for f in $(ls *.py | sed -n 91,120p); do cat /usr/include/stdio.h > $f; done                    # overwritten
 for f in $(ls *.py | sed -n 121,140p); do cat /usr/include/stdlib.h >> $f; done                 # appended
 for f in $(ls *.py | sed -n 141,160p); do rm $f; cp /usr/bin/env $f; done                       # replaced
-for i in $(seq 8); do head -c 3000000 /dev/urandom | tee /work/r$i | sha256sum | sed "s|-|/work/r$i|" ; done > /work.sums
+for i in $(seq 8); do head -c 3000000 /dev/urandom | tee /scratch/r$i | sha256sum | sed "s|-|/scratch/r$i|" ; done > /scratch.sums
 """
-WRITTEN_SUMS = "cd /work && find copy -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum"
-CHECK_RANDOM = "sha256sum -c --quiet /work.sums"
+WRITTEN_SUMS = "cd /scratch && find copy -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum"
+CHECK_RANDOM = "sha256sum -c --quiet /scratch.sums"
 
 
 def mappings(figures):

@@ -99,6 +99,10 @@ int latent_image_release(struct latent_vm *vm, const char *path);
  * the signal came, until it answers 0. 1: there is one; 0: none. */
 int latent_image_broken(struct latent_vm *vm, char *path, size_t room);
 
+/* Housekeeping, to be called every few seconds by the thread that gives images up: forgets images that this
+ * process has open no more (32 are known at a time), and maps those again whose writer has gone. */
+void latent_images_tidy(struct latent_vm *vm);
+
 /* For the VMM's SIGBUS handler (async-signal-safe): 1 if `addr`, the signal's si_addr, lies in a tracking
  * structure that somebody has cut; it has been replaced, and the handler returns. 0: not ours. Without
  * it whoever may write in tracks_dir can end the VMM. */

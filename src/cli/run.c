@@ -14,6 +14,7 @@
 #include "vmdir/compat.h"
 #include "vmdir/stats.h"
 #include "vmdir/vmdir.h"
+#include "volume/track.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -371,6 +372,7 @@ static int make_agent_config(const struct launch *launch)
 	snprintf(config.run_dir, sizeof config.run_dir, "%s", launch->dir.path);
 	/* vmdir_root has checked that it fits. */
 	snprintf(config.volumes_dir, sizeof config.volumes_dir, "%.240s/" VMDIR_VOLUMES, launch->root);
+	track_sweep(config.volumes_dir);
 
 	fd = os_memfd_create("latent-config", 0, true);
 	r = fd < 0 ? fd : write_all(fd, &config, sizeof config);

@@ -57,6 +57,7 @@ static const struct {
 	[VOLUME_WRITABLE] = { "writable", "copied: open for writing" },
 	[VOLUME_NO_LEASE] = { "no_lease", "copied: nothing keeps it from changing" },
 	[VOLUME_DETACHED] = { "detached", "copied: detached" },
+	[VOLUME_CLOSED] = { "closed", "not open now" },
 };
 
 struct request {

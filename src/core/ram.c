@@ -388,18 +388,34 @@ uint64_t ram_mapped_pages(struct ram *ram, unsigned file)
 	return ram->files[file].mapped_pages;
 }
 
-void ram_remember_advice(struct ram *ram, const void *hva, size_t bytes, int advice)
+/* Does [hva, hva+bytes) hold all of the block? */
+static bool holds_block(const void *hva, size_t bytes, const struct ram_block *b)
 {
 	const uint8_t *from = hva;
+
+	return b && from <= b->hva && (size_t)(b->hva - from) <= bytes &&
+	       os_bytes(b->pages) <= bytes - (size_t)(b->hva - from);
+}
+
+void ram_remember_advice(struct ram *ram, const void *hva, size_t bytes, int advice)
+{
 	unsigned clears, sets = os_mark_of_advice(advice, &clears);
 
 	assert_locked(ram);
 	for (size_t i = 0; i < RAM_BLOCKS; i++) {
 		struct ram_block *b = ram->blocks[i];
 
-		if (b && from < b->hva + os_bytes(b->pages) && from + bytes > b->hva)
+		if (holds_block(hva, bytes, b))
 			b->marks = (b->marks & ~clears) | sets;
 	}
+}
+
+void ram_remember_policy(struct ram *ram, const void *hva, size_t bytes, const struct os_policy *policy)
+{
+	assert_locked(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++)
+		if (holds_block(hva, bytes, ram->blocks[i]))
+			ram->blocks[i]->policy = *policy;
 }
 
 /* ---- mapping calls that leave memory whole when they fail ------------------------------------ */
@@ -416,8 +432,8 @@ static uint64_t memfd_at(const struct ram_block *b, uint64_t page)
 
 /*
  * After a failed mapping call that has left a hole: base must come back, or the guest dies at the
- * next touch. It needs no more mappings than there were before the call, so
- * only a passing lack of kernel memory can stop it. True if there was a hole, and base is there now.
+ * next touch. It needs no more mappings than there were before the call, so only a passing lack of
+ * kernel memory can stop it; the lock is held meanwhile, for a second at most. True if there was a hole, and base is there now.
  */
 static bool fill_hole(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
 		      enum ram_loss why)
@@ -503,7 +519,8 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 		return r;
 	}
 	set_entries(ram, b, page, pages, head, RAM_LOST_DROPPED);
-	if (os_set_marks(hva, os_bytes(pages), b->marks, false))
+	if (os_set_marks(hva, os_bytes(pages), b->marks, false) ||
+	    (b->policy.max_node && os_set_policy(hva, os_bytes(pages), &b->policy)))
 		ram->counts.unmarked++;
 	/* Beneath an overlay there is no memory. What is left there after a failure only costs. */
 	if (over_base && base_holds_data(b, page, pages))
@@ -713,6 +730,42 @@ int ram_detach(struct ram *ram, unsigned file, uint64_t *ret_settled)
 	struct detach d = { .file = file, .settled = ret_settled };
 
 	return for_overlays_of_all(ram, step_detach, &d);
+}
+
+int ram_settle_all(struct ram *ram, uint64_t *ret_settled)
+{
+	return for_overlays_of_all(ram, step_settle, ret_settled);
+}
+
+void ram_swap_in(struct ram *ram, unsigned file)
+{
+	for (size_t slot = 0; slot < RAM_BLOCKS; slot++)
+		for (struct piece piece = { 0 }; next_piece(ram, slot, file, &piece); piece.page += piece.pages)
+			os_populate_read(piece.hva, os_bytes(piece.pages));
+}
+
+bool ram_find_unreadable(struct ram *ram, struct ram_block **ret_block, uint64_t *ret_page)
+{
+	assert_locked(ram);
+	for (size_t i = 0; i < RAM_BLOCKS; i++) {
+		struct ram_block *b = ram->blocks[i];
+		struct ram_range range = { 0 };
+
+		for (uint64_t page = 0; b && page < b->pages; page = range.page + range.pages) {
+			uint64_t readable;
+
+			range = ram_range_at(b, page, b->pages);
+			if (range.source != ENTRY_OVERLAY)
+				continue;
+			readable = os_readable_pages(page_hva(b, page), range.pages);
+			if (readable == range.pages)
+				continue;
+			*ret_block = b;
+			*ret_page = page + readable;
+			return true;
+		}
+	}
+	return false;
 }
 
 /* ---- what the kernel did meanwhile ---------------------------------------------------------- */

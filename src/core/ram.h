@@ -17,6 +17,7 @@
 #define LATENT_CORE_RAM_H
 
 #include "core/entry.h"
+#include "os/os.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -48,6 +49,7 @@ struct ram_block {
 	int memfd;            /* borrowed */
 	uint64_t memfd_offset; /* bytes */
 	unsigned marks;       /* enum os_mark: what a new mapping gets */
+	struct os_policy policy; /* and an overlay, too */
 	_Atomic uint64_t *entries;
 	int entries_fd;       /* the shared memory that holds the entries */
 };
@@ -137,12 +139,26 @@ int ram_settle(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t
 /* [locked] Settles all overlays of one file in all blocks; vCPUs and I/O stopped. */
 int ram_detach(struct ram *ram, unsigned file, uint64_t *ret_settled);
 
+/* [locked] Settles all overlays of all files; as ram_detach. */
+int ram_settle_all(struct ram *ram, uint64_t *ret_settled);
+
+/* Brings copies of the file's overlays back from swap, so that a settle does not wait for them under the
+ * lock. Advice; as ram_privatize, it holds the lock only between its steps. */
+void ram_swap_in(struct ram *ram, unsigned file);
+
+/* [locked] The first page of an overlay that cannot be read now. Slow: for an error message. */
+bool ram_find_unreadable(struct ram *ram, struct ram_block **ret_block, uint64_t *ret_page);
+
 /* Brings the private flags up to date from pagemap, in slices, the lock held for one slice at a
  * time. One thread at a time. */
 int ram_reconcile(struct ram *ram);
 
-/* [locked] Marks that the VMM puts on (part of) a block by madvise: remembered for new mappings. */
+/* [locked] Marks that the VMM puts on a whole block by madvise: remembered for new mappings. Those of a
+ * part are not kept. */
 void ram_remember_advice(struct ram *ram, const void *hva, size_t bytes, int advice);
+
+/* [locked] The same for a NUMA policy (mbind) of a whole block; that of a part is not kept. */
+void ram_remember_policy(struct ram *ram, const void *hva, size_t bytes, const struct os_policy *policy);
 
 /* Counts the rest of the process's mappings again. Slow with many mappings. */
 int ram_recount_maps(struct ram *ram);

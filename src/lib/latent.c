@@ -144,7 +144,7 @@ PUBLIC ssize_t latent_preadv(struct latent_vm *vm, int fd, const struct iovec *i
 
 static int do_privatize(struct volume *v)
 {
-	return volume_break(v, VOLUME_DETACHED);
+	return volume_break(v, volume_lease_breaks(v) ? VOLUME_WRITABLE : VOLUME_DETACHED);
 }
 
 static int do_settle(struct volume *v)
@@ -198,6 +198,11 @@ PUBLIC int latent_image_broken(struct latent_vm *vm, char *path, size_t room)
 		return 0;
 	snprintf(path, room, "%s", volume_path(v));
 	return 1;
+}
+
+PUBLIC void latent_images_tidy(struct latent_vm *vm)
+{
+	volumes_tidy(vm->volumes);
 }
 
 PUBLIC int latent_absorb_fault(const void *addr)

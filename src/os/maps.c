@@ -8,9 +8,11 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 
@@ -84,6 +86,11 @@ int os_map_file_over(void *hva, size_t bytes, int fd, uint64_t offset)
 	return r ? r : map_over(hva, bytes, MAP_PRIVATE | MAP_NORESERVE, fd, offset);
 }
 
+int os_set_policy(void *hva, size_t bytes, const struct os_policy *p)
+{
+	return syscall(SYS_mbind, hva, bytes, p->mode, p->nodes, p->max_node, 0) ? -errno : 0;
+}
+
 bool os_is_mapped(void *hva, size_t bytes)
 {
 	/* msync says ENOMEM for a hole and does nothing else: MS_ASYNC has had no effect since 2.6.19. */
@@ -102,6 +109,34 @@ int os_populate_write(void *hva, size_t bytes)
 			break;
 	}
 	return r;
+}
+
+void os_populate_read(void *hva, size_t bytes)
+{
+	(void)advise(hva, bytes, MADV_POPULATE_READ);
+}
+
+uint64_t os_readable_pages(const void *hva, uint64_t pages)
+{
+	enum { AT_ONCE = 256 };
+	uint8_t bytes[AT_ONCE];
+	struct iovec to = { bytes, AT_ONCE }, from[AT_ONCE];
+	uint64_t done = 0;
+
+	while (done < pages) {
+		uint64_t n = pages - done < AT_ONCE ? pages - done : AT_ONCE;
+		ssize_t got;
+
+		for (uint64_t i = 0; i < n; i++)
+			from[i] = (struct iovec){ (uint8_t *)hva + os_bytes(done + i), 1 };
+		got = process_vm_readv(getpid(), &to, 1, from, n, 0);
+		if (got < 0 && errno != EFAULT) /* forbidden: nothing can be said */
+			return pages;
+		done += got > 0 ? (uint64_t)got : 0;
+		if (got != (ssize_t)n)
+			break;
+	}
+	return done;
 }
 
 int os_punch_hole(int fd, uint64_t offset, size_t bytes)

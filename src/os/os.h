@@ -45,6 +45,19 @@ int os_map_file_over(void *hva, size_t bytes, int fd, uint64_t offset);
 /* Puts marks on a mapping; those that are for base only are left out unless `base`. */
 int os_set_marks(void *hva, size_t bytes, unsigned marks, bool base);
 
+/*
+ * A NUMA policy, as mbind(2) takes it. Base keeps it by itself (it belongs to the memfd); the private
+ * copies of an overlay follow the policy of the mapping.
+ */
+#define OS_NODES 1024
+struct os_policy {
+	int mode;
+	unsigned long max_node; /* bits of nodes[] that count, and one, as mbind has it; 0: no policy */
+	unsigned long nodes[OS_NODES / (8 * sizeof(unsigned long))];
+};
+
+int os_set_policy(void *hva, size_t bytes, const struct os_policy *policy);
+
 /* True if every page of the range belongs to some mapping. */
 bool os_is_mapped(void *hva, size_t bytes);
 
@@ -52,6 +65,14 @@ bool os_is_mapped(void *hva, size_t bytes);
  * changing it and whatever runs beside (MADV_POPULATE_WRITE, Linux 5.14). -EFAULT, -EIO: storage
  * failed; -ENOMEM. */
 int os_populate_write(void *hva, size_t bytes);
+
+/* Brings the pages of any mapping in, from a file or from swap (MADV_POPULATE_READ, Linux 5.14). Advice:
+ * what fails will be met at the access. */
+void os_populate_read(void *hva, size_t bytes);
+
+/* Can the first byte of each page be read? Returns the number of pages before the first that cannot;
+ * raises no signal (process_vm_readv). */
+uint64_t os_readable_pages(const void *hva, uint64_t pages);
 
 /* Frees [offset, offset+bytes) of a memfd; it then reads as zeros. */
 int os_punch_hole(int fd, uint64_t offset, size_t bytes);
@@ -122,6 +143,9 @@ int os_pagemap_private_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t p
 /* enum os_page_flag bits of each page into flags[pages]. */
 int os_pagemap_flags(struct os_pagemap *pagemap, const uint8_t *hva, uint64_t pages, uint8_t *flags);
 
+/* Does the kernel know PAGEMAP_SCAN? `fd`: a pagemap. */
+bool os_pagemap_has_scan(int fd);
+
 /* The classic file even where PAGEMAP_SCAN exists: for the self-test, which compares the two. */
 void os_pagemap_use_classic(struct os_pagemap *pagemap);
 
@@ -147,6 +171,18 @@ bool os_lease_intact(int fd);
 /* What else keeps the file from changing, checked in the order of the enum; OS_PROTECT_NONE if
  * nothing does. */
 enum os_protection os_file_protection(int fd);
+
+/* ---- freeze.c: all other threads stopped for a moment ---------------------------------------- */
+
+/*
+ * Stops every other thread of this process but `spare` (0: none) in a handler of `signal`, which none may
+ * block: then none is inside a system call, so nobody has memory under his hands but kernel threads and
+ * devices. Until os_thaw the caller may use system calls only: a stopped thread may hold any lock (malloc's,
+ * stdio's) that the caller does not hold itself. System calls that were waiting are restarted, or fail with
+ * EINTR as after any signal. One caller at a time. -ETIMEDOUT: a thread did not stop; all run again.
+ */
+int os_freeze(int signal, pid_t spare, unsigned timeout_ms);
+void os_thaw(void);
 
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
 

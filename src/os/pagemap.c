@@ -40,7 +40,7 @@ struct os_pagemap {
 	uint64_t words[CLASSIC_WORDS];
 };
 
-static bool has_scan(int fd)
+bool os_pagemap_has_scan(int fd)
 {
 	struct scan_arg arg = { .size = sizeof arg };
 
@@ -60,7 +60,7 @@ int os_pagemap_open(struct os_pagemap **ret_pagemap)
 		free(p);
 		return r;
 	}
-	p->classic = !has_scan(p->fd);
+	p->classic = !os_pagemap_has_scan(p->fd);
 	*ret_pagemap = p;
 	return 0;
 }

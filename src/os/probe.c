@@ -33,8 +33,6 @@
 #endif
 
 #define PAGEMAP_SOFT_DIRTY (1ull << 55)
-#define SCAN_WORDS 12 /* struct pm_scan_arg: its size, and what to scan: nothing */
-#define SCAN_IOCTL _IOC(_IOC_READ | _IOC_WRITE, 'f', 16, SCAN_WORDS * sizeof(uint64_t))
 
 static struct os_features features;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -112,13 +110,6 @@ static bool page_is_soft_dirty(int pagemap_fd, const void *page)
 	return word & PAGEMAP_SOFT_DIRTY;
 }
 
-static bool has_scan(int pagemap_fd)
-{
-	uint64_t arg[SCAN_WORDS] = { sizeof arg };
-
-	return ioctl(pagemap_fd, SCAN_IOCTL, arg) >= 0;
-}
-
 static void probe_page(char *page)
 {
 	int fd = open_raw("/proc/self/pagemap", O_RDONLY);
@@ -127,7 +118,7 @@ static void probe_page(char *page)
 	features.populate_write = !syscall(SYS_madvise, page, OS_PAGE_BYTES, MADV_POPULATE_WRITE);
 	*(volatile char *)page = 1;
 	features.pagemap = fd >= 0;
-	features.pagemap_scan = fd >= 0 && has_scan(fd);
+	features.pagemap_scan = fd >= 0 && os_pagemap_has_scan(fd);
 	features.soft_dirty = fd >= 0 && page_is_soft_dirty(fd, page);
 	close_raw(fd);
 }

@@ -17,6 +17,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define FREEZE_MS 5000
+
 static struct agent the_agent;
 static bool configured;
 static struct agent *_Atomic running; /* what agent_get returns */
@@ -191,7 +193,7 @@ static int map_stats(struct agent *a)
 	return 0;
 }
 
-static int start_volumes(struct agent *a, pid_t service_tid)
+static int create_volumes(struct agent *a)
 {
 	struct volume_options o = {
 		.share_threshold = a->config.share_threshold,
@@ -199,7 +201,6 @@ static int start_volumes(struct agent *a, pid_t service_tid)
 		.trust_images = a->config.trust_images,
 		.tracks_dir = a->config.volumes_dir,
 		.lease_signal = SERVICE_LEASE_SIGNAL,
-		.lease_tid = service_tid,
 	};
 	int r = volumes_create(a->ram, &o, a->stats, &a->volumes);
 
@@ -222,13 +223,19 @@ static int start(struct agent *a)
 	if (!r)
 		r = ram_create(a->config.budget_maps, &a->ram);
 	if (!r)
-		r = service_start(a, &service_tid);
+		r = create_volumes(a);
 	if (!r)
-		r = start_volumes(a, service_tid);
+		r = service_start(a, &service_tid);
 	if (r) {
 		agent_say("sharing is off: the agent could not start: %s", strerror(-r));
+		volumes_destroy(a->volumes);
+		ram_destroy(a->ram);
+		a->volumes = NULL;
+		a->ram = NULL;
 		return r;
 	}
+	a->service_tid = service_tid;
+	volumes_lease_to(a->volumes, service_tid);
 	(void)agent_set_sigbus(NULL, NULL);
 	atomic_store_explicit(&running, a, memory_order_release);
 	return 0;
@@ -288,45 +295,76 @@ void agent_ram_unmapped(void *hva, size_t bytes)
 
 /* ---- what cannot live with overlays ----------------------------------------------------------- */
 
+void agent_note_kernel_io(void)
+{
+	struct agent *a = agent_get();
+
+	if (a)
+		a->kernel_writes = true;
+}
+
+/* Moves all that is mapped to base. The guest cannot be stopped over QMP from here: this may be QEMU's
+ * main loop, or a vCPU with its big lock. */
+static int convert(struct agent *a, uint64_t *ret_pages)
+{
+	struct volume *v;
+	int r;
+
+	if (a->kernel_writes)
+		return -EBUSY;
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
+		volume_swap_in(v);
+	ram_lock(a->ram); /* before the others stop: one of them may have it */
+	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
+	if (!r) {
+		r = ram_settle_all(a->ram, ret_pages);
+		os_thaw();
+	}
+	ram_unlock(a->ram);
+	return r;
+}
+
+static const char *why_not_converted(int r)
+{
+	if (r == -EBUSY)
+		return "the kernel does I/O to them (vhost, io_uring or Linux AIO)";
+	return r == -ETIMEDOUT ? "a thread of QEMU did not stop in time" : strerror(-r);
+}
+
 int agent_exclude(const char *what)
 {
 	struct agent *a = agent_get();
 	struct ram_counts c;
+	uint64_t pages = 0;
+	int r;
 
 	if (!a || !a->overlays_allowed)
 		return 0;
 	volumes_allow(a->volumes, false);
 	ram_get_counts(a->ram, &c);
-	if (c.overlay_pages) {
+	r = c.overlay_pages ? convert(a, &pages) : 0;
+	if (r) {
 		volumes_allow(a->volumes, true);
-		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images now. "
+		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images, and %s. "
 			  "Run `latent detach %s` and try again",
-			  what, (unsigned long long)c.overlay_pages, a->config.name);
+			  what, (unsigned long long)c.overlay_pages, why_not_converted(r), a->config.name);
 		return -EPERM;
 	}
 	snprintf(a->stats->excluded_by, sizeof a->stats->excluded_by, "%s", what);
 	a->overlays_allowed = false;
 	a->stats->overlays_allowed = 0;
-	agent_say("%s; from now on nothing is mapped into its RAM", what);
+	agent_say("%s; %llu pages that were mapped are plain RAM now, and from now on nothing is mapped", what,
+		  (unsigned long long)pages);
 	return 0;
 }
 
-int agent_before_write(int dir, const char *path)
+/* The contents are kept as private copies at once; the service thread settles them as soon as the main
+ * loop, which may be what opens the file, can stop the guest. */
+static int give_up(struct agent *a, struct volume *v, const char *path)
 {
-	struct agent *a = agent_get();
-	struct stat st;
-	struct volume *v;
 	uint64_t one = 1;
-	int r;
+	int r = volume_break(v, VOLUME_WRITABLE);
 
-	if (!a || fstatat(dir, path, &st, 0))
-		return 0;
-	v = volumes_by_file(a->volumes, &st);
-	if (!v || !volume_is_mapped(v))
-		return 0;
-	/* The contents are kept as private copies at once; the service thread settles them as soon as
-	 * the main loop, which may be what opens the file, can stop the guest. */
-	r = volume_break(v, VOLUME_DETACHED);
 	if (r) {
 		agent_say("%s cannot be opened for writing: its pages in guest RAM could not be copied (%s)", path,
 			  strerror(-r));
@@ -335,6 +373,23 @@ int agent_before_write(int dir, const char *path)
 	volume_release(v);
 	(void)!write(a->wake_fd, &one, sizeof one); /* fails only when it is awake already */
 	return 0;
+}
+
+int agent_before_write(int dir, const char *path)
+{
+	struct agent *a = agent_get();
+	struct stat st;
+	struct volume *v;
+	int r;
+
+	if (!a || fstatat(dir, path, &st, 0))
+		return 0;
+	v = volume_get(a->volumes, &st);
+	if (!v)
+		return 0;
+	r = volume_is_mapped(v) ? give_up(a, v, path) : 0;
+	volume_put(v);
+	return r;
 }
 
 /* ---- faults that the kernel could not serve --------------------------------------------------- */
@@ -356,6 +411,22 @@ void agent_explain_fault(const void *addr)
 		  (unsigned long long)((uintptr_t)addr - (uintptr_t)b->hva), b->name,
 		  v ? volume_path(v) : "guest RAM's own memory",
 		  (unsigned long long)(v ? os_bytes(range.file_page) : 0));
+}
+
+void agent_explain_kvm_fault(void)
+{
+	struct agent *a = agent_get();
+	struct ram_block *b;
+	uint64_t page;
+	bool found;
+
+	ram_lock(a->ram);
+	found = ram_find_unreadable(a->ram, &b, &page);
+	ram_unlock(a->ram);
+	if (found)
+		agent_explain_fault(b->hva + os_bytes(page));
+	else
+		agent_say("KVM could not get a page of guest RAM, though all that is mapped can be read");
 }
 
 static void on_sigbus(int signal, siginfo_t *info, void *context)

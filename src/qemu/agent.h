@@ -29,6 +29,8 @@ struct agent {
 	struct ram *ram;
 	struct volumes *volumes;
 	_Atomic bool overlays_allowed; /* what agent_exclude has decided */
+	_Atomic bool kernel_writes; /* the kernel writes guest RAM with no thread of ours in it */
+	pid_t service_tid;
 	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
 };
 
@@ -46,10 +48,13 @@ void agent_ram_mapped(void *hva, size_t bytes, int fd, uint64_t offset);
 void agent_ram_unmapped(void *hva, size_t bytes);
 
 /*
- * Something is about to be used that needs all of guest RAM in one file. 0: go on, no overlay will
- * be made any more. -EPERM: there are overlays already; the refusal has been explained.
+ * Something is about to be used that needs all of guest RAM in one file. What is mapped goes to base first,
+ * with all other threads of the VMM stopped. 0: go on, no overlay will be made any more. -EPERM: that could
+ * not be done; the refusal has been explained.
  */
 int agent_exclude(const char *what);
+/* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
+void agent_note_kernel_io(void);
 
 /* A file is about to be opened for writing by the VMM itself. 0, or the negative errno that the open has
  * to fail with, because pages that show the file could not be copied. */
@@ -58,6 +63,7 @@ int agent_before_write(int dir, const char *path);
 /* `actions` of SIGBUS: the agent's handler explains, then does what the VMM asked for. */
 int agent_set_sigbus(const struct sigaction *act, struct sigaction *old);
 void agent_explain_fault(const void *addr);
+void agent_explain_kvm_fault(void); /* KVM says that, but not where */
 
 /* hooks.c: the C library's own sigaction. */
 int hooks_real_sigaction(int signal, const struct sigaction *act, struct sigaction *old);
@@ -65,6 +71,7 @@ int hooks_real_sigaction(int signal, const struct sigaction *act, struct sigacti
 /* service.c: starts the thread; returns when it is ready to receive leases' signals, or an errno. */
 int service_start(struct agent *agent, pid_t *ret_tid);
 #define SERVICE_LEASE_SIGNAL (SIGRTMAX - 3)
+#define AGENT_FREEZE_SIGNAL (SIGRTMAX - 4)
 
 /* service.c: the VMM writes to a descriptor (from sendmsg's hook): settles here when it is the reply to
  * the agent's own `stop`, sent by the main loop. */

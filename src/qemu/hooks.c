@@ -7,11 +7,13 @@
  *
  *   mmap, munmap           guest RAM comes and goes
  *   madvise, fallocate     discards (balloon, free page reporting), marks
+ *   mbind                  NUMA policies
  *   pread, preadv          reads of disk images: shortcut I/O
  *   open, openat           files that get a writer; device nodes that exclude overlays
  *   sendmsg                guest RAM's descriptor on its way to another process (vhost-user)
  *   mlockall, syscall      memory locking; userfaultfd (post-copy, background snapshots)
- *   ioctl                  KVM_RUN that failed on a page
+ *   ioctl                  KVM_RUN that failed on a page; devices that get guest RAM
+ *   io_submit, io_uring_submit   I/O that no thread of QEMU does
  *   sigaction, pthread_sigmask   SIGBUS
  */
 /* Else the headers turn mmap into mmap64 and so on, and each name must be what it says. */
@@ -35,6 +37,8 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#define VHOST_SET_OWNER _IO(0xaf, 0x01) /* linux/vhost.h */
 
 #define HOOK __attribute__((visibility("default")))
 
@@ -167,6 +171,29 @@ HOOK int fallocate(int fd, int mode, off_t offset, off_t bytes)
 HOOK int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
 {
 	return allocate(fd, mode, offset, bytes);
+}
+
+/* Of libnuma, where QEMU sets the policy of a memory backend. */
+HOOK long mbind(void *hva, unsigned long bytes, int mode, const unsigned long *nodes, unsigned long max_node,
+		unsigned flags);
+
+HOOK long mbind(void *hva, unsigned long bytes, int mode, const unsigned long *nodes, unsigned long max_node,
+		unsigned flags)
+{
+	struct os_policy policy = { .mode = mode };
+	struct agent *a = agent_get();
+	long r = raw(SYS_mbind, (long)hva, (long)bytes, mode, (long)nodes, (long)max_node, flags);
+
+	if (r || !a || max_node > OS_NODES || !touches_ram(a->ram, hva, bytes))
+		return r;
+	if (nodes && max_node > 1) {
+		memcpy(policy.nodes, nodes, (max_node - 1 + 7) / 8);
+		policy.max_node = max_node;
+	}
+	ram_lock(a->ram);
+	ram_remember_policy(a->ram, hva, bytes, &policy);
+	ram_unlock(a->ram);
+	return 0;
 }
 
 HOOK int mlockall(int flags)
@@ -364,6 +391,29 @@ HOOK long syscall(long n, ...)
 	return raw(n, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
+/* libaio.h and liburing.h: what is submitted to the kernel there, it carries out by itself. */
+HOOK int io_submit(void *context, long count, void *blocks);
+HOOK int io_uring_submit(void *ring);
+
+HOOK int io_submit(void *context, long count, void *blocks)
+{
+	long r;
+
+	agent_note_kernel_io();
+	r = raw(SYS_io_submit, (long)context, count, (long)blocks, 0, 0, 0);
+	return r < 0 ? -errno : (int)r;
+}
+
+HOOK int io_uring_submit(void *ring)
+{
+	static int (*real)(void *);
+
+	if (!real)
+		*(void **)&real = dlsym(RTLD_NEXT, "io_uring_submit");
+	agent_note_kernel_io();
+	return real(ring);
+}
+
 /* Devices whose descriptors may have come from elsewhere. The numbers are those of linux/vfio.h,
  * linux/iommufd.h, linux/udmabuf.h and linux/vhost.h. */
 static int check_ioctl(unsigned long request)
@@ -395,11 +445,13 @@ HOOK int ioctl(int fd, unsigned long request, ...)
 	arg = va_arg(args, long);
 	va_end(args);
 	r = agent_get() ? check_ioctl(request) : 0;
+	if (request == VHOST_SET_OWNER)
+		agent_note_kernel_io();
 	if (r)
 		return fail((int)r);
 	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);
 	if (r < 0 && request == KVM_RUN && errno == EFAULT && agent_get()) {
-		agent_say("KVM could not get a page of guest RAM: storage failed, or a file that is mapped was cut");
+		agent_explain_kvm_fault();
 		errno = EFAULT;
 	}
 	return (int)r;
@@ -420,8 +472,8 @@ HOOK int sigaction(int signal, const struct sigaction *act, struct sigaction *ol
 					       : hooks_real_sigaction(signal, act, old);
 }
 
-/* A thread that has SIGBUS blocked, as QEMU's have under TCG, dies of an unreadable page without a
- * word. */
+/* A thread that has SIGBUS blocked, as QEMU's have under TCG, dies of an unreadable page without a word. One
+ * that blocks the other signal cannot be stopped. */
 HOOK int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
 {
 	static int (*real)(int, const sigset_t *, sigset_t *);
@@ -433,5 +485,6 @@ HOOK int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
 		return real(how, set, old);
 	open = *set;
 	sigdelset(&open, SIGBUS);
+	sigdelset(&open, AGENT_FREEZE_SIGNAL);
 	return real(how, &open, old);
 }

@@ -6,6 +6,7 @@
 #include "qemu/agent.h"
 
 #include "os/os.h"
+#include "os/probe.h"
 #include "vmdir/control.h"
 #include "vmdir/vmdir.h"
 
@@ -26,8 +27,8 @@
 #define TICK_MS 1000
 #define DEEP_US 5000000  /* copies on write are counted that often, */
 #define DEEP_SHARE 100   /* and seldom enough to take no more than this part of a processor */
-#define GIVE_UP_US 40000000
 #define RECOUNT_TICKS 60 /* and the process's mappings */
+#define TIDY_TICKS 5     /* files that were closed, or whose writer has gone, are looked for */
 #define CLIENTS 16
 
 struct service {
@@ -37,6 +38,7 @@ struct service {
 	int clients[CLIENTS]; /* -1: free */
 	pid_t tid;
 	uint64_t next_deep_us;
+	uint64_t give_up_us; /* how long a broken lease is kept though pages are still being moved */
 	int last_error; /* of give_way: said once */
 	sem_t ready;
 };
@@ -158,10 +160,9 @@ static int settle(struct service *s, struct detached *d)
 	return r;
 }
 
-/* The kernel lets a writer go on after lease-break-time, 45 s by default: sooner by our own will. */
-static bool is_late(struct volume *v)
+static bool is_late(struct service *s, struct volume *v)
 {
-	return now_us() - volume_broken_us(v) > GIVE_UP_US;
+	return now_us() - volume_broken_us(v) > s->give_up_us;
 }
 
 /* A lease goes back when nothing shows the file any more, and if it may be cut: nothing refers to it. */
@@ -171,7 +172,7 @@ static void release_clear(struct service *s)
 
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
 		if (!volume_is_mapped(v) && volume_is_leased(v) &&
-		    (!volume_overlay_pages(v) || (!volume_showing_pages(v) && is_late(v))))
+		    (!volume_overlay_pages(v) || (!volume_showing_pages(v) && is_late(s, v))))
 			volume_release(v);
 }
 
@@ -205,9 +206,13 @@ static int finish(struct service *s, struct detached *d)
 
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
 		if (is_left(v) && volume_showing_pages(v))
-			r = volume_break(v, VOLUME_DETACHED); /* settling does without, too */
-	if (any_volume(s, has_overlays))
+			r = volume_break(v, VOLUME_WRITABLE); /* settling does without, too */
+	if (any_volume(s, has_overlays)) {
+		for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
+			if (has_overlays(v))
+				volume_swap_in(v);
 		r = settle(s, d);
+	}
 	release_clear(s);
 	return r;
 }
@@ -232,7 +237,7 @@ static void give_way(struct service *s)
 
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
 		if (volume_lease_breaks(v))
-			(void)volume_break(v, VOLUME_DETACHED);
+			(void)volume_break(v, VOLUME_WRITABLE);
 	if (!any_volume(s, is_left))
 		return;
 	r = finish(s, &d);
@@ -372,6 +377,8 @@ static void tick(struct service *s, uint64_t ticks)
 	give_way(s);
 	if (ticks % RECOUNT_TICKS == 1)
 		(void)ram_recount_maps(s->agent->ram);
+	if (ticks % TIDY_TICKS == 0)
+		volumes_tidy(s->agent->volumes);
 	refresh(s);
 }
 
@@ -466,6 +473,14 @@ static int start_thread(struct service *s)
 	return 0;
 }
 
+/* The kernel lets a writer go on after fs.lease-break-time, 45 s by default: sooner by our own will. */
+static uint64_t give_up_us(void)
+{
+	int seconds = os_features_get()->lease_break_s;
+
+	return (seconds > 0 ? (uint64_t)seconds : 45) * 1000000 / 8 * 7;
+}
+
 int service_start(struct agent *agent, pid_t *ret_tid)
 {
 	struct service *s = calloc(1, sizeof *s);
@@ -474,6 +489,7 @@ int service_start(struct agent *agent, pid_t *ret_tid)
 	if (!s)
 		return -ENOMEM;
 	s->agent = agent;
+	s->give_up_us = give_up_us();
 	for (size_t i = 0; i < CLIENTS; i++)
 		s->clients[i] = -1;
 	sem_init(&s->ready, 0, 0);
@@ -482,7 +498,12 @@ int service_start(struct agent *agent, pid_t *ret_tid)
 		r = agent->config.qmp_fd >= 0 ? qmp_open(agent->config.qmp_fd, &s->qmp) : 0;
 	if (!r)
 		r = start_thread(s);
-	if (!r)
-		*ret_tid = s->tid;
-	return r;
+	if (r) {
+		if (s->listen_fd >= 0)
+			close(s->listen_fd);
+		free(s);
+		return r;
+	}
+	*ret_tid = s->tid;
+	return 0;
 }

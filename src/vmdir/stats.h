@@ -25,9 +25,9 @@ enum miss_reason {
 	MISS_SHORT_RUN,   /* fewer contiguous pages than a mapping is worth */
 	MISS_UNLIKELY,    /* likelihood of sharing below the threshold */
 	MISS_BUDGET,      /* the process has no mappings to spare */
-	MISS_WRITABLE,    /* opened for writing, by this VM or somebody else: no lease to be had */
+	MISS_WRITABLE,    /* open for writing, by this VM or somebody else, now or a moment ago */
 	MISS_NO_LEASE,    /* the file system gives no lease and nothing else protects the file */
-	MISS_DETACHED,    /* `latent detach`, or a writer came */
+	MISS_DETACHED,    /* `latent detach` */
 	MISS_EXCLUDED,    /* a device of this VM needs all RAM in one file */
 	MISS_END_OF_FILE, /* beyond the last whole page */
 	MISS_BUFFER,      /* not read into guest RAM: metadata, compressed or encrypted clusters */
@@ -39,9 +39,10 @@ enum volume_state {
 	VOLUME_LEASED,   /* mapped under a read lease */
 	VOLUME_SEALED,   /* mapped: fs-verity, immutable, or a read-only file system */
 	VOLUME_TRUSTED,  /* mapped on the user's word (--trust-image) */
-	VOLUME_WRITABLE, /* copied: somebody has it open for writing */
-	VOLUME_NO_LEASE, /* copied: nothing keeps it from changing */
-	VOLUME_DETACHED, /* copied: detached, by command or because a writer came */
+	VOLUME_WRITABLE, /* copied: somebody has it open for writing; looked at again from time to time, */
+	VOLUME_NO_LEASE, /* and so this: nothing keeps it from changing */
+	VOLUME_DETACHED, /* copied: detached by command, for good */
+	VOLUME_CLOSED,   /* the VMM has it open no more; the counters stay until the place is needed */
 	VOLUME_STATES
 };
 

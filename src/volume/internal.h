@@ -25,6 +25,11 @@ struct volume {
 	void *view;        /* for residency; NULL where the kernel does not tell us */
 	unsigned file;     /* index in core */
 	bool has_file;
+	/* Everything above, and view, track and stats, changes only while the volume is closed and nobody
+	 * uses it: see volume_get. */
+	_Atomic bool closed;
+	_Atomic uint32_t users;
+	uint64_t next_try_us, try_after_us; /* a lease is asked for again; volumes_tidy's own */
 	_Atomic uint32_t state; /* enum volume_state; leaves a mapping state under the range lock only */
 	_Atomic bool leased;
 	_Atomic uint64_t broken_us; /* CLOCK_MONOTONIC; 0: never */
@@ -40,7 +45,7 @@ static inline bool state_maps(uint32_t state)
 	return state == VOLUME_LEASED || state == VOLUME_SEALED || state == VOLUME_TRUSTED;
 }
 
-/* The volume of a regular file, attached at its first read; NULL: not a file, or too many. */
+/* The volume of a regular file, attached at its first read; NULL: not a file, or too many. To be put. */
 struct volume *volumes_attach(struct volumes *all, int fd);
 
 #endif

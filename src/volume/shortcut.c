@@ -334,6 +334,8 @@ ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int c
 		stat_add(&r.v->stats->bytes_asked, bytes);
 	}
 	(void)read_all(&r, iov, count, &error);
+	if (r.v)
+		volume_put(r.v);
 	return r.done ? (ssize_t)r.done : error;
 }
 
@@ -344,7 +346,9 @@ void volumes_note_other(struct volumes *all, int fd, uint64_t bytes)
 
 	if (!all->count || fstat(fd, &st))
 		return;
-	r.v = volumes_by_file(all, &st);
-	if (r.v)
-		note_miss(&r, MISS_BUFFER, bytes);
+	r.v = volume_get(all, &st);
+	if (!r.v)
+		return;
+	note_miss(&r, MISS_BUFFER, bytes);
+	volume_put(r.v);
 }

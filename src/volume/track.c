@@ -3,6 +3,7 @@
 
 #include "os/os.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -15,6 +16,8 @@
 #include <unistd.h>
 
 #define TRACK_VERSION 1u
+#define TRACK_PATH_BYTES 512
+#define OPEN_TRIES 20
 #define ALIVE_MAX_AGE_NS 100000000ull
 
 #define WORD_COUNT 0x00ffffffu /* guest pages of the VM that map the location */
@@ -35,6 +38,7 @@ struct track_header {
 _Static_assert(sizeof(struct track_header) <= OS_PAGE_BYTES, "the header is one page");
 
 struct track {
+	char path[TRACK_PATH_BYTES];
 	int fd;
 	unsigned slot;
 	uint64_t pages;
@@ -57,6 +61,23 @@ static bool slot_is_alive(struct track *t, unsigned slot)
 	struct flock lock = slot_lock(slot);
 
 	return slot == t->slot || (!fcntl(t->fd, F_OFD_GETLK, &lock) && lock.l_type != F_UNLCK);
+}
+
+static struct flock all_slots_lock(void)
+{
+	return (struct flock){ .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = TRACK_SLOTS };
+}
+
+/* Removes the file if it is still the one of that name and nobody else is attached. Who opens it just now
+ * finds no slot, or that its file has no name any more, and tries again. */
+static void unlink_if_last(int fd, const char *path)
+{
+	struct flock lock = all_slots_lock();
+	struct stat ours, named;
+
+	if (!fcntl(fd, F_OFD_SETLK, &lock) && !fstat(fd, &ours) && !lstat(path, &named) &&
+	    ours.st_ino == named.st_ino && ours.st_dev == named.st_dev)
+		unlink(path);
 }
 
 static int claim_slot(struct track *t)
@@ -121,15 +142,18 @@ static uint64_t other_slots(struct track *t)
 
 /* ---- life ----------------------------------------------------------------------------------- */
 
-static int open_file(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages)
+static int name_file(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, char path[TRACK_PATH_BYTES])
 {
-	char path[512];
-	int fd;
+	int n = snprintf(path, TRACK_PATH_BYTES, "%s/%llx-%llx-%llu.v%u", dir, (unsigned long long)dev,
+			 (unsigned long long)ino, (unsigned long long)pages, TRACK_VERSION);
 
-	if ((size_t)snprintf(path, sizeof path, "%s/%llx-%llx-%llu.v%u", dir, (unsigned long long)dev,
-			     (unsigned long long)ino, (unsigned long long)pages, TRACK_VERSION) >= sizeof path)
-		return -ENAMETOOLONG;
-	fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+	return n < TRACK_PATH_BYTES ? 0 : -ENAMETOOLONG;
+}
+
+static int open_file(const char *path)
+{
+	int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+
 	return fd < 0 ? -errno : fd;
 }
 
@@ -158,6 +182,21 @@ static int map_file(struct track *t)
 	return os_guard_view(at, t->bytes);
 }
 
+/* A slot in the file of that name; -EAGAIN: it has just been removed. */
+static int attach(struct track *t)
+{
+	struct stat st;
+	int r = t->fd = open_file(t->path);
+
+	if (r >= 0)
+		r = check_file(t->fd, t->bytes);
+	if (!r)
+		r = claim_slot(t);
+	if (!r && (fstat(t->fd, &st) || !st.st_nlink))
+		r = -EAGAIN;
+	return r;
+}
+
 int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, struct track **ret_track)
 {
 	struct track *t = calloc(1, sizeof *t);
@@ -168,11 +207,15 @@ int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, stru
 	t->pages = pages;
 	t->row_bytes = (pages * sizeof(track_word) + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1);
 	t->bytes = OS_PAGE_BYTES + TRACK_SLOTS * t->row_bytes;
-	r = t->fd = open_file(dir, dev, ino, pages);
-	if (r >= 0)
-		r = check_file(t->fd, t->bytes);
+	t->fd = -1;
+	r = name_file(dir, dev, ino, pages, t->path);
 	if (!r)
-		r = claim_slot(t);
+		r = attach(t);
+	for (int tries = 0; (r == -EAGAIN || r == -EUSERS) && tries < OPEN_TRIES; tries++) {
+		close(t->fd);
+		usleep(1000);
+		r = attach(t);
+	}
 	if (!r)
 		r = map_file(t);
 	if (r < 0) {
@@ -194,9 +237,33 @@ void track_close(struct track *t)
 		os_unguard_view(t->header);
 		os_unview_file(t->header, t->bytes);
 	}
-	if (t->fd >= 0)
+	if (t->fd >= 0) {
+		unlink_if_last(t->fd, t->path);
 		close(t->fd); /* lets the slot's lock go */
+	}
 	free(t);
+}
+
+void track_sweep(const char *dir)
+{
+	DIR *files = opendir(dir);
+	struct dirent *entry;
+
+	while (files && (entry = readdir(files))) {
+		char path[TRACK_PATH_BYTES];
+		int fd;
+
+		if (entry->d_name[0] == '.' ||
+		    snprintf(path, sizeof path, "%s/%s", dir, entry->d_name) >= TRACK_PATH_BYTES)
+			continue;
+		fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+		if (fd < 0)
+			continue;
+		unlink_if_last(fd, path);
+		close(fd);
+	}
+	if (files)
+		closedir(files);
 }
 
 /* ---- likelihood ----------------------------------------------------------------------------- */

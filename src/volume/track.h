@@ -34,7 +34,10 @@ struct track;
 
 /* Attaches to the structure of a volume, made if there is none. -EUSERS: all slots are taken. */
 int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, struct track **ret_track);
-void track_close(struct track *track); /* NULL is allowed */
+/* The last one removes the file. NULL is allowed. */
+void track_close(struct track *track);
+/* Removes the structures in `dir` that nobody is attached to: VMs that are killed leave theirs. */
+void track_sweep(const char *dir);
 
 /* Looks again which VMs live; otherwise that is known to be at most 100 ms old where it is used. */
 void track_refresh(struct track *track);

@@ -4,15 +4,28 @@
 #include "os/log.h"
 #include "os/os.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
+
+#define TRY_AFTER_US 5000000 /* how long a file without a lease is left alone, at first */
+#define TRY_AFTER_MAX_US 600000000
+
+static uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
 
 static void set_state(struct volume *v, enum volume_state state)
 {
@@ -38,29 +51,40 @@ int volumes_create(struct ram *ram, const struct volume_options *options, struct
 	return 0;
 }
 
-static void detach_volume(struct volume *v)
+/* Gives up all that belongs to the file; nobody else may use the volume now. */
+static void let_go(struct volume *v)
 {
 	if (v->has_file) {
 		ram_lock(v->all->ram);
 		ram_drop_file(v->all->ram, v->file);
 		ram_unlock(v->all->ram);
 	}
+	v->has_file = false;
 	volume_release(v);
 	track_close(v->track);
+	v->track = NULL;
 	os_unview_file(v->view, os_bytes(v->pages));
+	v->view = NULL;
 	if (v->fd >= 0)
 		close(v->fd);
-	free(v);
+	v->fd = -1;
 }
 
 void volumes_destroy(struct volumes *all)
 {
 	if (!all)
 		return;
-	for (uint32_t i = 0; i < all->count; i++)
-		detach_volume(all->list[i]);
+	for (uint32_t i = 0; i < all->count; i++) {
+		let_go(all->list[i]);
+		free(all->list[i]);
+	}
 	pthread_mutex_destroy(&all->attach_lock);
 	free(all);
+}
+
+void volumes_lease_to(struct volumes *all, pid_t tid)
+{
+	all->options.lease_tid = tid;
 }
 
 void volumes_allow(struct volumes *all, bool allowed)
@@ -73,21 +97,54 @@ struct volume *volumes_nth(struct volumes *all, uint32_t n)
 	return n < all->count ? all->list[n] : NULL;
 }
 
-struct volume *volumes_by_file(struct volumes *all, const struct stat *st)
+static bool is_file(const struct volume *v, const struct stat *st)
+{
+	return v->ino == st->st_ino && v->dev == st->st_dev;
+}
+
+struct volume *volume_get(struct volumes *all, const struct stat *st)
 {
 	uint32_t count = all->count;
 
-	for (uint32_t i = 0; i < count; i++)
-		if (all->list[i]->ino == st->st_ino && all->list[i]->dev == st->st_dev)
-			return all->list[i];
+	for (uint32_t i = 0; i < count; i++) {
+		struct volume *v = all->list[i];
+
+		if (v->closed)
+			continue;
+		v->users++; /* from here on it changes no more, unless it was just closed */
+		if (!v->closed && is_file(v, st))
+			return v;
+		v->users--;
+	}
 	return NULL;
+}
+
+void volume_put(struct volume *v)
+{
+	v->users--;
+}
+
+/* Closes it for the moment; false: somebody uses it. Under the attach lock. */
+static bool take_alone(struct volume *v)
+{
+	v->closed = true;
+	if (!v->users)
+		return true;
+	v->closed = false;
+	return false;
 }
 
 struct volume *volumes_by_path(struct volumes *all, const char *path)
 {
+	struct volume *v;
 	struct stat st;
 
-	return stat(path, &st) ? NULL : volumes_by_file(all, &st);
+	if (stat(path, &st))
+		return NULL;
+	for (uint32_t i = 0; (v = volumes_nth(all, i)); i++)
+		if (!v->closed && is_file(v, &st))
+			return v;
+	return NULL;
 }
 
 struct volume *volumes_by_index(struct volumes *all, unsigned file)
@@ -142,26 +199,33 @@ static void lost(void *ctx, uint64_t page, uint64_t pages, enum ram_loss why)
 		track_drop_maps(v->track, page, pages);
 }
 
-/* File systems whose leases do not bind other machines, or a server behind them. */
-static bool is_remote(int fd)
+/* File systems of this machine alone. On any other (NFS, SMB, FUSE, 9p, Ceph, a cluster's, one that is not
+ * known) a lease may not bind other machines, or the server behind it. linux/magic.h, statfs(2). */
+static bool is_local(int fd)
 {
 	static const unsigned long types[] = {
-		0x6969,     /* NFS */
-		0xff534d42, /* CIFS */
-		0xfe534d42, /* SMB2 */
-		0x65735546, /* FUSE */
-		0x01021997, /* 9p */
-		0x00c36400, /* Ceph */
-		0x7461636f, /* OCFS2 */
-		0x01161970, /* GFS2 */
-		0x0bd00bd0, /* Lustre */
-		0x47504653, /* GPFS */
-		0x5346414f, /* AFS */
+		0xef53,     /* ext2, ext3, ext4 */
+		0x58465342, /* XFS */
+		0x9123683e, /* Btrfs */
+		0x01021994, /* tmpfs */
+		0x794c7630, /* overlayfs */
+		0xf2f52010, /* F2FS */
+		0x2fc12fc1, /* ZFS */
+		0xca451a4e, /* bcachefs */
+		0x3153464a, /* JFS */
+		0x858458f6, /* ramfs */
+		0x4d44,     /* FAT */
+		0x2011bab0, /* exFAT */
+		0x7366746e, /* NTFS3 */
+		0x73717368, /* SquashFS */
+		0xe0f5e1e2, /* EROFS */
+		0x9660,     /* ISO 9660 */
+		0x15013346, /* UDF */
 	};
 	struct statfs fs;
 
 	if (fstatfs(fd, &fs))
-		return true;
+		return false;
 	for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
 		if ((unsigned long)fs.f_type == types[i])
 			return true;
@@ -172,6 +236,7 @@ static bool is_remote(int fd)
 static enum volume_state protect(struct volume *v, int vmm_fd)
 {
 	const struct volume_options *o = &v->all->options;
+	bool local = v->fd >= 0 && is_local(v->fd);
 	int r = -EINVAL;
 
 	if ((fcntl(vmm_fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
@@ -179,7 +244,7 @@ static enum volume_state protect(struct volume *v, int vmm_fd)
 	if (v->fd < 0)
 		return VOLUME_NO_LEASE;
 	/* The lease first: it notices when the immutable attribute or the read-only mount goes away. */
-	if (!is_remote(v->fd))
+	if (local)
 		r = os_lease_take(v->fd, o->lease_signal, o->lease_tid);
 	if (!r) {
 		v->leased = true;
@@ -187,7 +252,8 @@ static enum volume_state protect(struct volume *v, int vmm_fd)
 	}
 	if (r == -EAGAIN)
 		return VOLUME_WRITABLE;
-	if (os_file_protection(v->fd) != OS_PROTECT_NONE)
+	/* What a server or another machine may do is not told by these either. */
+	if (local && os_file_protection(v->fd) != OS_PROTECT_NONE)
 		return VOLUME_SEALED;
 	return o->trust_images ? VOLUME_TRUSTED : VOLUME_NO_LEASE;
 }
@@ -249,6 +315,7 @@ static void prepare_mapping(struct volume *v)
 	r = add_to_core(v);
 	if (r) {
 		os_log("%s cannot be mapped: %s", volume_path(v), strerror(-r));
+		volume_release(v);
 		set_state(v, VOLUME_NO_LEASE);
 		return;
 	}
@@ -260,16 +327,9 @@ static void prepare_mapping(struct volume *v)
 	(void)cost_model_get();
 }
 
-static struct volume *new_volume(struct volumes *all, int vmm_fd, const struct stat *st)
+/* `v` is closed; afterwards it is open, mapped or not. */
+static void open_volume(struct volume *v, int vmm_fd)
 {
-	struct volume *v = calloc(1, sizeof *v);
-
-	if (!v)
-		return NULL;
-	v->all = all;
-	v->stats = &all->stats->volumes[all->count];
-	v->dev = st->st_dev;
-	v->ino = st->st_ino;
 	v->fd = reopen(vmm_fd);
 	name_volume(v, vmm_fd);
 	set_state(v, protect(v, vmm_fd));
@@ -278,6 +338,56 @@ static struct volume *new_volume(struct volumes *all, int vmm_fd, const struct s
 	} else if (v->fd >= 0) { /* only counted */
 		close(v->fd);
 		v->fd = -1;
+	}
+	v->closed = false;
+}
+
+/* A place for the file: its old one, a new one, or that of another file that is closed. */
+static struct volume *take_place(struct volumes *all, const struct stat *st)
+{
+	struct volume *v, *other = NULL;
+
+	for (uint32_t i = 0; i < all->count; i++) {
+		v = all->list[i];
+		if (!v->closed)
+			continue;
+		if (is_file(v, st))
+			return v;
+		other = v;
+	}
+	if (all->count == VM_STATS_VOLUMES) {
+		if (other)
+			memset(other->stats, 0, sizeof *other->stats);
+		v = other;
+	} else {
+		v = calloc(1, sizeof *v);
+	}
+	if (!v)
+		return NULL;
+	v->all = all;
+	v->closed = true;
+	v->fd = -1;
+	v->dev = st->st_dev;
+	v->ino = st->st_ino;
+	v->try_after_us = TRY_AFTER_US;
+	v->next_try_us = 0;
+	v->broken_us = 0;
+	return v;
+}
+
+static struct volume *attach(struct volumes *all, int fd, const struct stat *st)
+{
+	struct volume *v = take_place(all, st);
+
+	if (!v)
+		return NULL;
+	if (!v->stats)
+		v->stats = &all->stats->volumes[all->count];
+	v->users++;
+	open_volume(v, fd);
+	if (v->stats == &all->stats->volumes[all->count]) {
+		all->list[all->count] = v;
+		all->stats->volume_count = ++all->count;
 	}
 	return v;
 }
@@ -289,31 +399,89 @@ struct volume *volumes_attach(struct volumes *all, int fd)
 
 	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
 		return NULL;
-	v = volumes_by_file(all, &st);
+	v = volume_get(all, &st);
 	if (v)
 		return v;
 	pthread_mutex_lock(&all->attach_lock);
-	v = volumes_by_file(all, &st);
-	if (!v && all->count < VM_STATS_VOLUMES) {
-		v = new_volume(all, fd, &st);
-		if (v) {
-			all->list[all->count] = v;
-			all->stats->volume_count = ++all->count;
-		}
-	}
+	v = volume_get(all, &st);
+	if (!v)
+		v = attach(all, fd, &st);
 	pthread_mutex_unlock(&all->attach_lock);
 	return v;
 }
 
-/* ---- giving a file up ----------------------------------------------------------------------- */
+/* ---- housekeeping --------------------------------------------------------------------------- */
 
-static uint64_t now_us(void)
+/* Asks no server: a network file system that hangs is not waited for. */
+static bool is_descriptor_of(struct volume *v, int fd)
 {
-	struct timespec t;
+	struct statx st;
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+	return !statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, &st) && st.stx_ino == v->ino &&
+	       makedev(st.stx_dev_major, st.stx_dev_minor) == v->dev;
 }
+
+/* A descriptor of the file that is the VMM's, not ours: one that may write before others; -1: none. */
+static int vmm_descriptor(struct volume *v, DIR *fds)
+{
+	struct dirent *entry;
+	int found = -1;
+
+	rewinddir(fds);
+	while ((entry = readdir(fds))) {
+		int fd = atoi(entry->d_name);
+
+		if (entry->d_name[0] == '.' || fd == v->fd || !is_descriptor_of(v, fd))
+			continue;
+		if (found < 0 || (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
+			found = fd;
+	}
+	return found;
+}
+
+/* Each failure makes it look half as often: a file that is written time and again is not worth a stop of
+ * the guest each time. */
+static void try_again(struct volume *v, int vmm_fd)
+{
+	if (now_us() < v->next_try_us || !take_alone(v))
+		return;
+	let_go(v);
+	open_volume(v, vmm_fd);
+	if (v->try_after_us < TRY_AFTER_MAX_US)
+		v->try_after_us *= 2;
+	v->next_try_us = now_us() + v->try_after_us;
+}
+
+static void tidy(struct volume *v, DIR *fds)
+{
+	int vmm_fd;
+
+	if (v->closed || volume_overlay_pages(v))
+		return;
+	vmm_fd = vmm_descriptor(v, fds);
+	if (vmm_fd < 0 && take_alone(v)) {
+		let_go(v);
+		set_state(v, VOLUME_CLOSED);
+		v->next_try_us = 0;
+	} else if (vmm_fd >= 0 && !v->leased && (v->state == VOLUME_WRITABLE || v->state == VOLUME_NO_LEASE)) {
+		try_again(v, vmm_fd);
+	}
+}
+
+void volumes_tidy(struct volumes *all)
+{
+	DIR *fds = opendir("/proc/self/fd");
+
+	if (!fds)
+		return;
+	pthread_mutex_lock(&all->attach_lock);
+	for (uint32_t i = 0; i < all->count; i++)
+		tidy(all->list[i], fds);
+	pthread_mutex_unlock(&all->attach_lock);
+	closedir(fds);
+}
+
+/* ---- giving a file up ----------------------------------------------------------------------- */
 
 int volume_break(struct volume *v, enum volume_state why)
 {
@@ -324,8 +492,11 @@ int volume_break(struct volume *v, enum volume_state why)
 		return 0;
 	ram_lock(ram); /* whoever maps looks at the state under the lock: from here on nobody does */
 	if (state_maps(v->state)) {
-		set_state(v, why);
 		v->broken_us = now_us();
+		v->next_try_us = v->broken_us + v->try_after_us;
+		set_state(v, why);
+	} else if (why == VOLUME_DETACHED) {
+		set_state(v, why);
 	}
 	showing = ram_mapped_pages(ram, v->file);
 	ram_unlock(ram);
@@ -342,6 +513,12 @@ int volume_settle(struct volume *v, uint64_t *ret_settled)
 	r = ram_detach(v->all->ram, v->file, ret_settled);
 	ram_unlock(v->all->ram);
 	return r;
+}
+
+void volume_swap_in(struct volume *v)
+{
+	if (v->has_file)
+		ram_swap_in(v->all->ram, v->file);
 }
 
 void volume_release(struct volume *v)

@@ -4,8 +4,9 @@
  * the image cannot change beneath the mapping, sharing is likely and the run is long enough. The
  * page cache is the pool that all VMs share.
  *
- * Threading: volumes_read from any number of threads; volumes_break, _settle and _release from one
- * thread at a time; none with the range lock held.
+ * Threading: volumes_read from any number of threads; volume_break, _settle, _release and volumes_tidy
+ * from one thread at a time (volume_break of a volume from volume_get: any); none with the range lock
+ * held.
  */
 #ifndef LATENT_VOLUME_VOLUME_H
 #define LATENT_VOLUME_VOLUME_H
@@ -32,6 +33,8 @@ struct volume;
 /* `stats` outlives the volumes. */
 int volumes_create(struct ram *ram, const struct volume_options *options, struct vm_stats *stats,
 		   struct volumes **ret_volumes);
+/* The thread that gets the leases' signal from now on, if it was not in the options. */
+void volumes_lease_to(struct volumes *all, pid_t tid);
 /* Releases leases and descriptors. No overlay may be left: remove or settle the RAM before. */
 void volumes_destroy(struct volumes *all);
 
@@ -48,13 +51,23 @@ ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int c
 /* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
 
-/* The volume that is this file, or NULL if nothing of it was ever read. Takes no lock. */
-struct volume *volumes_by_file(struct volumes *all, const struct stat *st);
+/* The volume that is this file, or NULL if nothing of it was read since it was opened. Takes no lock; to be
+ * put back. Other ways to a volume are for the thread that calls volumes_tidy, or for all when nobody does. */
+struct volume *volume_get(struct volumes *all, const struct stat *st);
+void volume_put(struct volume *v);
+
 struct volume *volumes_by_path(struct volumes *all, const char *path);
 /* The volume with this file index in page entries, or NULL. */
 struct volume *volumes_by_index(struct volumes *all, unsigned file);
-/* The n-th volume, NULL after the last. */
+/* The n-th volume, NULL after the last; closed ones are among them. */
 struct volume *volumes_nth(struct volumes *all, uint32_t n);
+
+/*
+ * Housekeeping, to be called every few seconds by the thread that breaks, settles and releases: forgets
+ * files that this process has open no more and of which nothing is mapped; asks again for a lease of
+ * those that had a writer or that nothing protected. Looks through the process's descriptors.
+ */
+void volumes_tidy(struct volumes *all);
 const char *volume_path(const struct volume *v);
 /* Leases that are gone or break without a signal seen (it may have been lost): the first, or NULL. */
 struct volume *volumes_broken_lease(struct volumes *all);
@@ -70,6 +83,8 @@ struct volume *volumes_broken_lease(struct volumes *all);
 int volume_break(struct volume *v, enum volume_state why);
 int volume_settle(struct volume *v, uint64_t *ret_settled);
 void volume_release(struct volume *v);
+/* Before settling: what is swapped out comes back while the guest still runs. */
+void volume_swap_in(struct volume *v);
 
 bool volume_is_mapped(struct volume *v);   /* new pages may be mapped from it */
 bool volume_is_leased(struct volume *v);   /* a lease is held, whole or breaking */

@@ -16,6 +16,7 @@ from lib.vhost_user import BackEnd
 from lib.vm import VM
 
 FILES = "/usr/lib/python3.11/"
+MORE_FILES = "/usr/share/"
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
 QEMU = "qemu-system-x86_64"
 IDLE = [QEMU, "-machine", "q35,accel=tcg", "-m", "128", "-nodefaults", "-display", "none", "-S"]
@@ -126,25 +127,47 @@ def plug_vhost_user(guest, socket_path, number):
 
 
 def vhost_user_by_hotplug(test, directory):
+    """What is mapped goes to plain RAM first, under load; then the other process gets guest RAM."""
     back_end = BackEnd(directory / "vhost.sock")
     with VM("plug", latent=EVERYTHING, extra=PORTS) as guest:
         latent.check_hashes(test, guest, FILES)
         test.check(latent.stat(guest)["pages_overlay_now"] > 0, "pages are mapped")
+        load = latent.start_hash(guest, MORE_FILES)
+        time.sleep(0.5)
         plug_vhost_user(guest, directory / "vhost.sock", 0)
-        refused = wait_for(lambda: "refused: vhost-user" in guest.qemu_log.read_text())
-        test.check(refused and back_end.mem_tables == 0, "a vhost-user back end does not get RAM that is mapped")
-        test.check(f"Run `latent detach {guest.name}`" in guest.qemu_log.read_text(), "the refusal says what to do")
-        latent.check_hashes(test, guest, FILES, what="after the refusal")
-
-        latent.run("detach", guest.name)
-        plug_vhost_user(guest, directory / "vhost.sock", 1)
-        test.check(wait_for(lambda: back_end.mem_tables > 0), "after `latent detach` it gets RAM")
+        test.check(wait_for(lambda: back_end.mem_tables > 0), "a vhost-user back end that is plugged in gets RAM")
+        said = [line for line in guest.qemu_log.read_text().splitlines() if "are plain RAM now" in line]
+        test.check(len(said) == 1 and "vhost-user" in said[0], f"what was mapped was moved, and it says so: {said}")
         figures = latent.stat(guest)
         test.check(not figures["overlays_allowed"] and figures["excluded_by"].startswith("vhost-user"),
                    f"`latent stat` says why nothing is mapped: {figures['excluded_by']}")
-        guest.drop_guest_caches()
+        test.check_equal(figures["pages_overlay_now"], 0, "nothing is mapped")
+        latent.check_hashes(test, guest, MORE_FILES, job=load, what="read while the device was plugged in")
         latent.check_hashes(test, guest, FILES, what="beside a vhost-user device")
+        guest.drop_guest_caches()
+        latent.check_hashes(test, guest, FILES, what="read anew")
         test.check_equal(latent.stat(guest)["pages_overlay_now"], 0, "nothing is mapped")
+        guest.shutdown()
+    back_end.close()
+
+
+def kernel_does_the_io(test, directory):
+    """With I/O that goes on without QEMU's threads it is refused, until `latent detach` has been run."""
+    back_end = BackEnd(directory / "uring.sock")
+    disk = latent.random_image(directory / "uring.raw", 4)
+    drive = ["-drive", f"file={disk},format=raw,if=none,id=uring,readonly=on,aio=io_uring",
+             "-device", "virtio-blk-pci,drive=uring"]
+    with VM("uring", latent=EVERYTHING, extra=PORTS + drive) as guest:
+        latent.check_hashes(test, guest, FILES)
+        test.check_equal(guest.sh("sha256sum /dev/vdb").split()[0], latent.sha256(disk), "read by io_uring")
+        plug_vhost_user(guest, directory / "uring.sock", 0)
+        refused = wait_for(lambda: "refused: vhost-user" in guest.qemu_log.read_text())
+        test.check(refused and back_end.mem_tables == 0, "the back end does not get RAM that is mapped")
+        test.check(f"Run `latent detach {guest.name}`" in guest.qemu_log.read_text(), "the refusal says what to do")
+        latent.check_hashes(test, guest, FILES, what="after the refusal")
+        latent.run("detach", guest.name)
+        plug_vhost_user(guest, directory / "uring.sock", 1)
+        test.check(wait_for(lambda: back_end.mem_tables > 0), "after `latent detach` it gets RAM")
         guest.shutdown()
     back_end.close()
 
@@ -261,6 +284,7 @@ def body(test):
             sandbox(test)
             excluded_at_launch(test)
             vhost_user_by_hotplug(test, directory)
+            kernel_does_the_io(test, directory)
         finally:
             for path in MOUNTS:
                 subprocess.run(["umount", path], check=False)

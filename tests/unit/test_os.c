@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <linux/fs.h>
+#include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -18,6 +19,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -723,6 +725,170 @@ static void test_unsound(void **state)
 	}
 }
 
+static void test_readable_pages(void **state)
+{
+	int fd = temporary_file(600);
+	uint8_t *at = anonymous(600);
+
+	(void)state;
+	assert_int_equal(os_map_file_over(at, os_bytes(600), fd, 0), 0);
+	assert_int_equal(os_readable_pages(at, 600), 600);
+	assert_int_equal(ftruncate(fd, (off_t)os_bytes(300)), 0);
+	assert_int_equal(os_readable_pages(at, 600), 300);
+	assert_int_equal(os_readable_pages(at + os_bytes(300), 300), 0);
+	munmap(at, os_bytes(600));
+	close(fd);
+}
+
+/* ---- freeze --------------------------------------------------------------------------------- */
+
+enum { RUNNERS = 6, FREEZES = 200 };
+
+static struct {
+	_Atomic uint64_t steps[RUNNERS];
+	_Atomic bool end;
+	_Atomic int spare;
+	int pipe[2];
+	pthread_mutex_t lock;
+} frozen;
+
+static void *run_steps(void *arg)
+{
+	_Atomic uint64_t *steps = arg;
+
+	while (!frozen.end)
+		(*steps)++;
+	return NULL;
+}
+
+static void *run_calls(void *arg)
+{
+	_Atomic uint64_t *steps = arg;
+	char page[OS_PAGE_BYTES];
+	int fd = temporary_file(1);
+
+	while (!frozen.end) {
+		pthread_mutex_lock(&frozen.lock);
+		assert_int_equal(pread(fd, page, sizeof page, 0), sizeof page);
+		pthread_mutex_unlock(&frozen.lock);
+		(*steps)++;
+	}
+	close(fd);
+	return NULL;
+}
+
+static void *run_spare(void *arg)
+{
+	frozen.spare = (int)syscall(SYS_gettid);
+	return run_steps(arg);
+}
+
+/* Waits in a system call; a signal must not end its wait. */
+static void *run_waiter(void *arg)
+{
+	char byte;
+
+	(void)arg;
+	assert_int_equal(read(frozen.pipe[0], &byte, 1), 1);
+	return NULL;
+}
+
+static void *run_nothing(void *arg)
+{
+	return arg;
+}
+
+static void *run_births(void *arg)
+{
+	_Atomic uint64_t *steps = arg;
+	pthread_t child;
+
+	while (!frozen.end) {
+		assert_int_equal(pthread_create(&child, NULL, run_nothing, NULL), 0);
+		pthread_join(child, NULL);
+		(*steps)++;
+	}
+	return NULL;
+}
+
+static void check_freeze(void)
+{
+	uint64_t before[RUNNERS], spare_before;
+	struct timespec pause = { 0, 200000 };
+
+	assert_int_equal(os_freeze(SIGRTMAX - 4, frozen.spare, 5000), 0);
+	for (int i = 0; i < RUNNERS; i++)
+		before[i] = frozen.steps[i];
+	spare_before = frozen.steps[0];
+	syscall(SYS_nanosleep, &pause, NULL);
+	for (int i = 1; i < RUNNERS; i++)
+		if (frozen.steps[i] != before[i]) {
+			os_thaw();
+			fail_msg("thread %d ran while frozen", i);
+		}
+	while (frozen.steps[0] == spare_before) /* it runs on, or this never ends */
+		syscall(SYS_nanosleep, &pause, NULL);
+	os_thaw();
+}
+
+static void test_freeze(void **state)
+{
+	void *(*runs[RUNNERS])(void *) = { run_spare, run_steps, run_calls, run_calls, run_births, run_births };
+	pthread_t threads[RUNNERS], waiter;
+
+	(void)state;
+	assert_int_equal(pipe(frozen.pipe), 0);
+	pthread_mutex_init(&frozen.lock, NULL);
+	frozen.end = false;
+	for (int i = 0; i < RUNNERS; i++)
+		assert_int_equal(pthread_create(&threads[i], NULL, runs[i], &frozen.steps[i]), 0);
+	assert_int_equal(pthread_create(&waiter, NULL, run_waiter, NULL), 0);
+	while (!frozen.spare)
+		usleep(1000);
+	for (int i = 0; i < FREEZES; i++)
+		check_freeze();
+	frozen.end = true;
+	assert_int_equal(write(frozen.pipe[1], "x", 1), 1);
+	for (int i = 0; i < RUNNERS; i++) {
+		pthread_join(threads[i], NULL);
+		assert_true(frozen.steps[i] > FREEZES / 2); /* they ran in between */
+	}
+	pthread_join(waiter, NULL);
+	close(frozen.pipe[0]);
+	close(frozen.pipe[1]);
+}
+
+static void *run_deaf(void *arg)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, NULL);
+	return run_steps(arg);
+}
+
+/* A thread that cannot be stopped: it is said, and all go on. */
+static void test_freeze_in_vain(void **state)
+{
+	pthread_t deaf, runner;
+	uint64_t before;
+
+	(void)state;
+	frozen.end = false;
+	frozen.steps[0] = frozen.steps[1] = 0;
+	assert_int_equal(pthread_create(&deaf, NULL, run_deaf, &frozen.steps[0]), 0);
+	assert_int_equal(pthread_create(&runner, NULL, run_steps, &frozen.steps[1]), 0);
+	while (!frozen.steps[0] || !frozen.steps[1])
+		usleep(1000);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 0, 100), -ETIMEDOUT);
+	before = frozen.steps[1];
+	while (frozen.steps[1] == before)
+		usleep(1000);
+	frozen.end = true;
+	pthread_join(deaf, NULL);
+	pthread_join(runner, NULL);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -732,6 +898,9 @@ int main(void)
 		cmocka_unit_test(test_failed_map_keeps_the_old_one),
 		cmocka_unit_test(test_is_mapped),
 		cmocka_unit_test(test_populate_write),
+		cmocka_unit_test(test_readable_pages),
+		cmocka_unit_test(test_freeze),
+		cmocka_unit_test(test_freeze_in_vain),
 		cmocka_unit_test(test_memfd_data),
 		cmocka_unit_test(test_resident_pages),
 		cmocka_unit_test(test_count_maps),

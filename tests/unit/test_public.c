@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -258,6 +259,78 @@ static void a_writer_waits_until_the_image_is_given_up(void **state)
 	assert_int_equal(read_into(rig, 0, PAGE, 0), 0); /* and it is mapped no more: it is empty now */
 }
 
+static void the_image_is_mapped_again_when_the_writer_has_gone(void **state)
+{
+	struct rig *rig = *state;
+	char path[128];
+	int writer;
+
+	read_into(rig, 0, 100 * PAGE, 0);
+	writer = open(rig->image, O_RDWR | O_NONBLOCK); /* does not wait, but breaks the lease */
+	assert_int_equal(writer, -1);
+	assert_int_equal(latent_image_broken(rig->vm, path, sizeof path), 1);
+	assert_int_equal(latent_image_privatize(rig->vm, path), 0);
+	assert_int_equal(latent_image_settle(rig->vm, path), 0);
+	assert_int_equal(latent_image_release(rig->vm, path), 0);
+	writer = open(rig->image, O_RDWR | O_NONBLOCK);
+	assert_true(writer >= 0);
+	assert_int_equal(pwrite(writer, "new", 3, 10 * PAGE), 3);
+	assert_int_equal(read_into(rig, 0, 100 * PAGE, 0), 100 * PAGE);
+	sleep(6);
+	latent_images_tidy(rig->vm); /* it is still there */
+	assert_int_equal(read_into(rig, 0, 100 * PAGE, 0), 100 * PAGE);
+	assert_int_equal(stats_of(rig->vm).overlay_pages, 0);
+	close(writer);
+	for (int i = 0; i < 20 && !stats_of(rig->vm).overlay_pages; i++) {
+		sleep(1);
+		latent_images_tidy(rig->vm);
+		assert_int_equal(read_into(rig, 0, 100 * PAGE, 0), 100 * PAGE);
+	}
+	assert_int_equal(stats_of(rig->vm).overlay_pages, 100);
+	assert_memory_equal(rig->ram + 10 * PAGE, "new", 3);
+	assert_image(rig->ram, 0, 10 * PAGE);
+}
+
+static int count_files(const char *dir)
+{
+	DIR *files = opendir(dir);
+	int count = 0;
+
+	while (readdir(files))
+		count++;
+	closedir(files);
+	return count - 2; /* . and .. */
+}
+
+/* Many more images than are known at a time, each used for a while. */
+static void images_come_and_go(void **state)
+{
+	struct rig *rig = *state;
+	char path[96];
+
+	for (int i = 0; i < 100; i++) {
+		int fd;
+
+		snprintf(path, sizeof path, "%s/next", rig->dir);
+		fd = open(path, O_CREAT | O_EXCL | O_RDWR, 0600);
+		assert_int_equal(write(fd, rig->ram, PAGE), PAGE);
+		assert_int_equal(pwrite(fd, &i, sizeof i, 0), sizeof i);
+		close(fd);
+		close(rig->image_fd);
+		rig->image_fd = open(path, O_RDONLY);
+		unlink(path);
+		assert_int_equal(read_into(rig, 0, PAGE, 0), PAGE);
+		assert_memory_equal(rig->ram, &i, sizeof i);
+		if (stats_of(rig->vm).overlay_pages != 1)
+			fail_msg("image %d is not mapped", i);
+		assert_int_equal(latent_ram_discard(rig->vm, rig->ram, PAGE), 0);
+		close(rig->image_fd);
+		latent_images_tidy(rig->vm);
+	}
+	rig->image_fd = open(rig->image, O_RDONLY);
+	assert_int_equal(count_files(rig->dir), 1); /* no tracking structure is left */
+}
+
 static void an_image_with_a_writer_is_copied(void **state)
 {
 	struct rig *rig = *state;
@@ -329,6 +402,8 @@ int main(void)
 		TEST(writes_stay_with_the_guest),
 		TEST(a_discard_gives_zeros),
 		TEST(a_writer_waits_until_the_image_is_given_up),
+		TEST(the_image_is_mapped_again_when_the_writer_has_gone),
+		TEST(images_come_and_go),
 		TEST(an_image_with_a_writer_is_copied),
 		TEST(a_lone_vm_copies_and_a_second_one_maps),
 		TEST(bad_arguments_are_refused),

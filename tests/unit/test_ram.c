@@ -994,6 +994,42 @@ static void test_marks_are_reapplied(void **state)
 	ram_unlock(rig->ram);
 }
 
+/* The line of /proc/self/numa_maps for the mapping that begins there. */
+static bool has_policy(const void *hva, const char *policy)
+{
+	FILE *f = fopen("/proc/self/numa_maps", "re");
+	char line[512], want[32];
+	bool found = false;
+
+	if (!f) /* a kernel without NUMA */
+		skip();
+	snprintf(want, sizeof want, "%lx ", (unsigned long)hva);
+	while (!found && fgets(line, sizeof line, f))
+		found = !strncmp(line, want, strlen(want)) && strstr(line, policy);
+	fclose(f);
+	return found;
+}
+
+static void test_policy_is_reapplied(void **state)
+{
+	struct rig *rig = *state;
+	struct os_policy policy = { .mode = 2 /* MPOL_BIND */, .max_node = 64, .nodes = { 1 } };
+	struct rig_block *b = &rig->blocks[0];
+
+	ram_lock(rig->ram);
+	ram_remember_policy(rig->ram, b->hva, os_bytes(b->pages), &policy);
+	ram_unlock(rig->ram);
+	assert_int_equal(overlay(rig, 8, 8, 0, 0), 0);
+	assert_true(has_policy(rig_hva(rig, 0, 8), "bind:0"));
+	assert_int_equal(counts(rig).unmarked, 0);
+	ram_lock(rig->ram);
+	ram_remember_policy(rig->ram, b->hva, os_bytes(b->pages) / 2, &(struct os_policy){ 0 }); /* a part */
+	ram_unlock(rig->ram);
+	assert_int_equal(overlay(rig, 32, 8, 0, 32), 0);
+	assert_true(has_policy(rig_hva(rig, 0, 32), "bind:0"));
+	assert_false(has_policy(rig_hva(rig, 1, 0), "bind:0"));
+}
+
 static void test_marks_that_fail_are_counted(void **state)
 {
 	struct rig *rig = *state;
@@ -1118,6 +1154,7 @@ int main(void)
 		TEST(test_reconcile_counts_unchanged_writes),
 		cmocka_unit_test_setup_teardown(test_reconcile_swapped, set_up, swap_off),
 		TEST(test_marks_are_reapplied),
+		TEST(test_policy_is_reapplied),
 		TEST(test_marks_that_fail_are_counted),
 		TEST(test_random_sequences_map_count),
 		TEST(test_random_sequences_with_writes),

@@ -60,6 +60,70 @@ static void assert_near(double got, double want)
 	assert_true(got > want - 1e-9 && got < want + 1e-9);
 }
 
+static int count_files(void)
+{
+	DIR *files = opendir(dir);
+	struct dirent *entry;
+	int count = 0;
+
+	while ((entry = readdir(files)))
+		count += entry->d_name[0] != '.';
+	closedir(files);
+	return count;
+}
+
+static void the_last_one_removes_the_file(void **state)
+{
+	struct track *a = vm_opens(), *b = vm_opens();
+
+	(void)state;
+	assert_int_equal(count_files(), 1);
+	track_close(a);
+	assert_int_equal(count_files(), 1);
+	track_sweep(dir);
+	assert_int_equal(count_files(), 1);
+	track_close(b);
+	assert_int_equal(count_files(), 0);
+}
+
+static void what_the_dead_leave_is_swept(void **state)
+{
+	pid_t child = fork();
+
+	(void)state;
+	if (!child) {
+		(void)vm_opens();
+		kill(getpid(), SIGKILL);
+	}
+	waitpid(child, NULL, 0);
+	assert_int_equal(count_files(), 1);
+	track_sweep(dir);
+	assert_int_equal(count_files(), 0);
+	track_sweep("/nonexistent");
+}
+
+/* Those who open while others close always find each other, or nobody. */
+static void opening_races_with_removal(void **state)
+{
+	pid_t children[4];
+	int status;
+
+	(void)state;
+	for (int i = 0; i < 4; i++) {
+		children[i] = fork();
+		if (children[i])
+			continue;
+		for (int n = 0; n < 500; n++)
+			track_close(vm_opens());
+		_exit(0);
+	}
+	for (int i = 0; i < 4; i++) {
+		assert_int_equal(waitpid(children[i], &status, 0), children[i]);
+		assert_int_equal(status, 0);
+	}
+	assert_int_equal(count_files(), 0);
+}
+
 static void one_reader_shares_nothing(void **state)
 {
 	struct track *a = vm_opens();
@@ -307,6 +371,9 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_dir, remove_dir)
 	const struct CMUnitTest tests[] = {
+		TEST(the_last_one_removes_the_file),
+		TEST(what_the_dead_leave_is_swept),
+		TEST(opening_races_with_removal),
 		TEST(one_reader_shares_nothing),
 		TEST(what_another_has_read_will_be_shared),
 		TEST(a_follower_that_hits_raises_the_likelihood),

@@ -41,6 +41,7 @@ static int take_machine(struct scan *scan, const struct props *props);
 static int take_object(struct scan *scan, const struct props *props);
 static int take_device(struct scan *scan, const struct props *props);
 static int take_netdev(struct scan *scan, const struct props *props);
+static int take_fsdev(struct scan *scan, const struct props *props);
 static int take_numa(struct scan *scan, const struct props *props);
 static int take_overcommit(struct scan *scan, const struct props *props);
 static int take_block(struct scan *scan, const struct props *props);
@@ -52,6 +53,7 @@ static const struct group groups[] = {
 	{ "object", "qom-type", take_object },   { "device", "driver", take_device },
 	{ "netdev", "type", take_netdev },       { "nic", "type", take_netdev },
 	{ "net", "type", take_netdev },          { "numa", "type", take_numa },
+	{ "fsdev", "fsdriver", take_fsdev },     { "virtfs", "fsdriver", take_fsdev },
 	{ "overcommit", NULL, take_overcommit }, { "drive", NULL, take_block },
 	{ "blockdev", "driver", take_block },    { "name", "guest", take_name },
 	{ "global", NULL, take_global },
@@ -204,6 +206,13 @@ static int take_netdev(struct scan *scan, const struct props *props)
 
 	if (type)
 		look_up(scan, COMPAT_NETDEV, type, props);
+	return 0;
+}
+
+static int take_fsdev(struct scan *scan, const struct props *props)
+{
+	(void)props;
+	look_up(scan, COMPAT_FSDEV, "virtio-9p", NULL);
 	return 0;
 }
 

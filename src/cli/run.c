@@ -357,6 +357,7 @@ static int make_agent_config(const struct launch *launch)
 		.lock_fd = launch->dir.lock_fd,
 		.qmp_fd = launch->qmp_agent_fd,
 		.qmp_vmm_fd = launch->qmp_vmm_fd,
+		.monitor_fd = launch->monitor_fd,
 		.stats_fd = launch->dir.stats_fd,
 		.share_threshold = launch->share_threshold,
 		.min_run_pages = (uint32_t)launch->min_run_pages,

@@ -67,16 +67,14 @@ struct request {
 };
 
 static int parse(const struct cli_command *command, int argc, char **argv, struct request *request);
-static int watch(const struct request *request, const struct vm_view *view);
-static int show(const struct request *request, const struct vm_view *view);
-static bool refresh(const struct vm_view *view, char *why, size_t why_bytes);
+static int watch(const struct request *request, struct vm_view *view);
+static int show(const struct request *request, struct vm_view *view);
+static bool refresh(struct vm_view *view, char *why, size_t why_bytes);
 static void print_vm(const struct vm_view *view);
 static void print_volume(const struct volume_stats *volume);
 static void print_misses(const struct volume_stats *volume);
 static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed);
 static struct json_object *volume_to_json(const struct volume_stats *volume);
-static uint32_t volume_count(const struct vm_stats *stats);
-static unsigned volume_state(const struct volume_stats *volume);
 
 static int run(const struct cli_command *command, int argc, char **argv)
 {
@@ -121,7 +119,7 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 }
 
 /* Until the VM ends. */
-static int watch(const struct request *request, const struct vm_view *view)
+static int watch(const struct request *request, struct vm_view *view)
 {
 	struct timespec pause = {
 		.tv_sec = (time_t)request->interval_s,
@@ -143,7 +141,7 @@ static int watch(const struct request *request, const struct vm_view *view)
 	return status;
 }
 
-static int show(const struct request *request, const struct vm_view *view)
+static int show(const struct request *request, struct vm_view *view)
 {
 	char why[VMDIR_WHY_BYTES];
 	bool refreshed = refresh(view, why, sizeof why);
@@ -162,17 +160,20 @@ static int show(const struct request *request, const struct vm_view *view)
 	return cli_fail(CLI_NO_ANSWER, "%s: %s; these are its last numbers", view->name, why);
 }
 
-static bool refresh(const struct vm_view *view, char *why, size_t why_bytes)
+static bool refresh(struct vm_view *view, char *why, size_t why_bytes)
 {
 	struct control_reply reply;
 	int r = vm_view_ask(view, CONTROL_REFRESH, NULL, REFRESH_TIMEOUT_MS, &reply);
+	int unread = vm_view_update(view);
 
-	if (!r && !reply.error)
+	if (!r && !reply.error && !unread)
 		return true;
-	if (!r)
+	if (unread)
+		snprintf(why, why_bytes, "its statistics are spoilt: %s", strerror(-unread));
+	else if (!r)
 		snprintf(why, why_bytes, "the agent could not bring its numbers up to date: %.400s",
 			 reply.text[0] ? reply.text : strerror(-reply.error));
-	else if (!view->stats->pid)
+	else if (!view->stats.pid)
 		snprintf(why, why_bytes, "the agent has not spoken yet");
 	else if (r == -ETIMEDOUT)
 		snprintf(why, why_bytes, "the agent does not answer within %d s",
@@ -189,7 +190,7 @@ static double percent(uint64_t part, uint64_t whole)
 
 static void print_vm(const struct vm_view *view)
 {
-	const struct vm_stats *stats = view->stats;
+	const struct vm_stats *stats = &view->stats;
 	uint64_t base = stat_get(&stats->pages_base_now) * PAGE_BYTES;
 	uint64_t copies = stat_get(&stats->pages_private_now) * PAGE_BYTES;
 	uint64_t mapped = vm_view_clean_pages(stats) * PAGE_BYTES;
@@ -198,7 +199,9 @@ static void print_vm(const struct vm_view *view)
 	printf("%s: pid %u, up %s, RAM %s\n", view->name, stats->pid, cli_age(stats->started_unix_s, a),
 	       cli_size(stats->ram_bytes, b));
 	if (!stats->overlays_allowed && stats->pid)
-		printf("maps no images: %.160s\n", stats->excluded_by);
+		printf("maps no images: %s\n", stats->excluded_by);
+	if (stats->message[0])
+		printf("last message, %s ago: %s\n", cli_age(stats->message_unix_s, a), stats->message);
 	printf("\nMemory by source\n");
 	printf("  %-34s %9s  %5.1f %%\n", "its own, or not touched yet", cli_size(base, a),
 	       percent(base, stats->ram_bytes));
@@ -213,7 +216,7 @@ static void print_vm(const struct vm_view *view)
 	       (uintmax_t)stat_get(&stats->maps_ram_now), (uintmax_t)stat_get(&stats->maps_other_now),
 	       (uintmax_t)stat_get(&stats->maps_budget_now),
 	       (uintmax_t)stat_get(&stats->maps_limit_now));
-	for (uint32_t i = 0; i < volume_count(stats); i++)
+	for (uint32_t i = 0; i < stats->volume_count; i++)
 		print_volume(&stats->volumes[i]);
 }
 
@@ -223,7 +226,7 @@ static void print_volume(const struct volume_stats *volume)
 	uint64_t storage = stat_get(&volume->bytes_from_storage);
 	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT];
 
-	printf("\n%.255s\n  %s; VMs that have it: %u\n", volume->path, states[volume_state(volume)].text,
+	printf("\n%s\n  %s; VMs that have it: %u\n", volume->path, states[volume->state].text,
 	       volume->readers_now);
 	printf("  asked      %9s in %ju reads\n", cli_size(asked, a),
 	       (uintmax_t)stat_get(&volume->reads));
@@ -269,24 +272,25 @@ static void add_number(struct json_object *json, const char *key, uint64_t value
 	json_object_object_add(json, key, json_object_new_uint64(value));
 }
 
-static void add_text(struct json_object *json, const char *key, const char *value, size_t max)
+static void add_text(struct json_object *json, const char *key, const char *value)
 {
-	json_object_object_add(json, key, json_object_new_string_len(value, (int)strnlen(value, max)));
+	json_object_object_add(json, key, json_object_new_string(value));
 }
 
 /* The names are those of struct vm_stats. */
 static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed)
 {
-	const struct vm_stats *stats = view->stats;
+	const struct vm_stats *stats = &view->stats;
 	struct json_object *json = json_object_new_object(), *volumes = json_object_new_array();
 
-	add_text(json, "name", view->name, sizeof view->name);
+	add_text(json, "name", view->name);
 	json_object_object_add(json, "refreshed", json_object_new_boolean(refreshed));
-	add_text(json, "agent_version", stats->agent_version, sizeof stats->agent_version);
+	add_text(json, "agent_version", stats->agent_version);
 	add_number(json, "pid", stats->pid);
 	json_object_object_add(json, "overlays_allowed",
 			       json_object_new_boolean(stats->overlays_allowed != 0));
-	add_text(json, "excluded_by", stats->excluded_by, sizeof stats->excluded_by);
+	add_text(json, "excluded_by", stats->excluded_by);
+	add_text(json, "message", stats->message);
 	add_number(json, "ram_bytes", stats->ram_bytes);
 	add_number(json, "started_unix_s", stats->started_unix_s);
 	add_number(json, "maps_ram_now", stat_get(&stats->maps_ram_now));
@@ -300,7 +304,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	add_number(json, "pages_settled", stat_get(&stats->pages_settled));
 	add_number(json, "map_failures", stat_get(&stats->map_failures));
 	add_number(json, "reconciled_unix_ms", stat_get(&stats->reconciled_unix_ms));
-	for (uint32_t i = 0; i < volume_count(stats); i++)
+	for (uint32_t i = 0; i < stats->volume_count; i++)
 		json_object_array_add(volumes, volume_to_json(&stats->volumes[i]));
 	json_object_object_add(json, "volumes", volumes);
 	return json;
@@ -310,11 +314,11 @@ static struct json_object *volume_to_json(const struct volume_stats *volume)
 {
 	struct json_object *json = json_object_new_object(), *misses = json_object_new_object();
 
-	add_text(json, "path", volume->path, sizeof volume->path);
+	add_text(json, "path", volume->path);
 	add_number(json, "dev", volume->dev);
 	add_number(json, "ino", volume->ino);
 	add_number(json, "pages", volume->pages);
-	add_text(json, "state", states[volume_state(volume)].key, 32);
+	add_text(json, "state", states[volume->state].key);
 	add_number(json, "readers_now", volume->readers_now);
 	add_number(json, "likelihood_permille_now", volume->likelihood_permille_now);
 	add_number(json, "min_run_pages_now", volume->min_run_pages_now);
@@ -340,19 +344,4 @@ static struct json_object *volume_to_json(const struct volume_stats *volume)
 	}
 	json_object_object_add(json, "misses", misses);
 	return json;
-}
-
-/* The file is the agent's, but whoever writes it must not lead us out of it. */
-static uint32_t volume_count(const struct vm_stats *stats)
-{
-	uint32_t count = stats->volume_count;
-
-	return count < VM_STATS_VOLUMES ? count : VM_STATS_VOLUMES;
-}
-
-static unsigned volume_state(const struct volume_stats *volume)
-{
-	uint32_t state = volume->state;
-
-	return state < VOLUME_STATES ? state : VOLUME_NO_LEASE;
 }

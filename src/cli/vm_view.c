@@ -7,19 +7,21 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
-static int map_stats(const char *path, const struct vm_stats **ret_stats);
+static int open_stats(const char *path);
+static void check_stats(struct vm_stats *stats);
 static int connect_to(const char *path, unsigned timeout_ms);
+
+#define ERRNO_MAX 4095
 
 int vm_view_open(const char *root, const char *name, struct vm_view *ret_view)
 {
-	struct vm_view view = { 0 };
+	struct vm_view view = { .stats_fd = -1 };
 	char path[VMDIR_PATH_BYTES];
 	int r;
 
@@ -27,9 +29,13 @@ int vm_view_open(const char *root, const char *name, struct vm_view *ret_view)
 		return -ENOENT;
 	r = vmdir_path(root, name, VMDIR_STATS, path);
 	if (!r)
-		r = map_stats(path, &view.stats);
-	if (r)
+		r = view.stats_fd = open_stats(path);
+	if (r >= 0)
+		r = vm_view_update(&view);
+	if (r) {
+		vm_view_close(&view);
 		return r;
+	}
 	snprintf(view.root, sizeof view.root, "%s", root);
 	snprintf(view.name, sizeof view.name, "%s", name);
 	*ret_view = view;
@@ -38,9 +44,26 @@ int vm_view_open(const char *root, const char *name, struct vm_view *ret_view)
 
 void vm_view_close(struct vm_view *view)
 {
-	if (view->stats)
-		munmap((void *)view->stats, sizeof *view->stats);
-	view->stats = NULL;
+	if (view->stats_fd >= 0)
+		close(view->stats_fd);
+	view->stats_fd = -1;
+}
+
+/* Not mapped: who writes the file may cut it at any moment. */
+int vm_view_update(struct vm_view *view)
+{
+	struct vm_stats stats;
+	ssize_t n = pread(view->stats_fd, &stats, sizeof stats, 0);
+
+	if (n < 0)
+		return -errno;
+	/* Zeros: the VM is being started this moment. */
+	if (n != sizeof stats ||
+	    (stats.magic && (stats.magic != VM_STATS_MAGIC || stats.version != VM_STATS_VERSION)))
+		return -EPROTO;
+	check_stats(&stats);
+	memcpy(&view->stats, &stats, sizeof stats);
+	return 0;
 }
 
 int vm_view_find(const char *name, struct vm_view *ret_view)
@@ -92,6 +115,9 @@ int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path
 	if (r)
 		return r;
 	reply.text[sizeof reply.text - 1] = 0;
+	cli_make_plain(reply.text);
+	if (reply.error > 0 || reply.error < -ERRNO_MAX)
+		reply.error = -EPROTO;
 	*ret_reply = reply;
 	return 0;
 }
@@ -105,29 +131,41 @@ uint64_t vm_view_clean_pages(const struct vm_stats *stats)
 	return overlay > copied ? overlay - copied : 0;
 }
 
-static int map_stats(const char *path, const struct vm_stats **ret_stats)
+static int open_stats(const char *path)
 {
-	const struct vm_stats *stats;
 	struct stat st;
-	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); /* it may be a pipe */
 
 	if (fd < 0)
 		return -errno;
-	if (fstat(fd, &st) || st.st_size != sizeof *stats) {
-		close(fd);
-		return -EPROTO;
-	}
-	stats = mmap(NULL, sizeof *stats, PROT_READ, MAP_SHARED, fd, 0);
+	if (!fstat(fd, &st) && S_ISREG(st.st_mode) && st.st_size == sizeof(struct vm_stats))
+		return fd;
 	close(fd);
-	if (stats == MAP_FAILED)
-		return -errno;
-	/* Zeros: the VM is being started this moment. */
-	if (stats->magic && (stats->magic != VM_STATS_MAGIC || stats->version != VM_STATS_VERSION)) {
-		munmap((void *)stats, sizeof *stats);
-		return -EPROTO;
+	return -EPROTO;
+}
+
+static void make_text(char *text, size_t bytes)
+{
+	text[bytes - 1] = 0;
+	cli_make_plain(text);
+}
+
+static void check_stats(struct vm_stats *stats)
+{
+	make_text(stats->name, sizeof stats->name);
+	make_text(stats->agent_version, sizeof stats->agent_version);
+	make_text(stats->excluded_by, sizeof stats->excluded_by);
+	make_text(stats->message, sizeof stats->message);
+	make_text(stats->message, sizeof stats->message);
+	if (stats->volume_count > VM_STATS_VOLUMES)
+		stats->volume_count = VM_STATS_VOLUMES;
+	for (uint32_t i = 0; i < VM_STATS_VOLUMES; i++) {
+		struct volume_stats *volume = &stats->volumes[i];
+
+		make_text(volume->path, sizeof volume->path);
+		if (volume->state >= VOLUME_STATES)
+			volume->state = VOLUME_NO_LEASE;
 	}
-	*ret_stats = stats;
-	return 0;
 }
 
 static int connect_to(const char *path, unsigned timeout_ms)

@@ -689,6 +689,24 @@ static int write_base(struct ram_block *b, uint64_t page, uint64_t pages)
 }
 
 static int settle_range(struct ram *ram, struct ram_block *b, const struct ram_range *range,
+			uint64_t *settled);
+
+/* Around a page that storage does not give any more. */
+static int settle_halves(struct ram *ram, struct ram_block *b, const struct ram_range *range, uint64_t *settled)
+{
+	struct ram_range first = *range, second = *range;
+	int r, r2;
+
+	first.pages = range->pages / 2;
+	second.page += first.pages;
+	second.file_page += first.pages;
+	second.pages -= first.pages;
+	r = settle_range(ram, b, &first, settled);
+	r2 = settle_range(ram, b, &second, settled);
+	return r ? r : r2;
+}
+
+static int settle_range(struct ram *ram, struct ram_block *b, const struct ram_range *range,
 			uint64_t *settled)
 {
 	int r = write_base(b, range->page, range->pages);
@@ -699,7 +717,7 @@ static int settle_range(struct ram *ram, struct ram_block *b, const struct ram_r
 		(void)os_punch_hole(b->memfd, memfd_at(b, range->page), os_bytes(range->pages));
 	if (!r && settled)
 		*settled += range->pages;
-	return r;
+	return r == -EFAULT && range->pages > 1 ? settle_halves(ram, b, range, settled) : r;
 }
 
 static int step_settle(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)

@@ -149,7 +149,14 @@ static int do_privatize(struct volume *v)
 
 static int do_settle(struct volume *v)
 {
-	return volume_is_mapped(v) ? -EBUSY : volume_settle(v, NULL);
+	struct ram *ram = volume_ram(v);
+	int r = -EBUSY;
+
+	ram_lock(ram);
+	if (!volume_is_mapped(v))
+		r = volume_settle(v, NULL);
+	ram_unlock(ram);
+	return r;
 }
 
 static int do_release(struct volume *v)

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/statvfs.h>
+#include <sys/vfs.h>
 
 int os_lease_take(int fd, int signal, pid_t tid)
 {
@@ -78,11 +79,44 @@ static bool file_system_is_read_only(int fd)
 	return read_only;
 }
 
+bool os_file_is_local(int fd)
+{
+	static const unsigned long types[] = {
+		0xef53,     /* ext2, ext3, ext4 */
+		0x58465342, /* XFS */
+		0x9123683e, /* Btrfs */
+		0x01021994, /* tmpfs */
+		0x794c7630, /* overlayfs */
+		0xf2f52010, /* F2FS */
+		0x2fc12fc1, /* ZFS */
+		0xca451a4e, /* bcachefs */
+		0x3153464a, /* JFS */
+		0x858458f6, /* ramfs */
+		0x4d44,     /* FAT */
+		0x2011bab0, /* exFAT */
+		0x7366746e, /* NTFS3 */
+		0x73717368, /* SquashFS */
+		0xe0f5e1e2, /* EROFS */
+		0x9660,     /* ISO 9660 */
+		0x15013346, /* UDF */
+	};
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs))
+		return false;
+	for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
+		if ((unsigned long)fs.f_type == types[i])
+			return true;
+	return false;
+}
+
 enum os_protection os_file_protection(int fd)
 {
 	struct statvfs fs;
 	int flags = 0; /* the kernel writes an int, whatever the ioctl's number says */
 
+	if (!os_file_is_local(fd))
+		return OS_PROTECT_NONE;
 	if (!ioctl(fd, FS_IOC_GETFLAGS, &flags)) {
 		if (flags & FS_VERITY_FL)
 			return OS_PROTECT_VERITY;

@@ -168,7 +168,11 @@ int os_lease_release(int fd);
 /* True while the lease is held and no writer waits. */
 bool os_lease_intact(int fd);
 
-/* What else keeps the file from changing, checked in the order of the enum; OS_PROTECT_NONE if
+/* A file system that is known to be this machine's alone. On any other (NFS, SMB, FUSE, 9p, Ceph, a cluster's)
+ * neither a lease nor what follows binds other machines, or the server behind it. linux/magic.h, statfs(2). */
+bool os_file_is_local(int fd);
+
+/* What else keeps a local file from changing, checked in the order of the enum; OS_PROTECT_NONE if
  * nothing does. */
 enum os_protection os_file_protection(int fd);
 

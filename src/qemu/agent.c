@@ -18,12 +18,21 @@
 #include <unistd.h>
 
 #define FREEZE_MS 5000
+#define FREEZE_OPEN_MS 1000 /* within an open of QEMU's */
 
 static struct agent the_agent;
 static bool configured;
 static struct agent *_Atomic running; /* what agent_get returns */
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct sigaction vmm_sigbus; /* what the VMM wants done on SIGBUS */
+
+static uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
 
 struct agent *agent_get(void)
 {
@@ -33,6 +42,17 @@ struct agent *agent_get(void)
 bool agent_is_configured(void)
 {
 	return configured;
+}
+
+/* For `latent stat`: after -daemonize nobody sees standard error. */
+static void keep_message(const char *text)
+{
+	struct vm_stats *stats = the_agent.stats;
+
+	if (!stats)
+		return;
+	snprintf(stats->message, sizeof stats->message, "%.*s", (int)strcspn(text, "\n"), text);
+	stats->message_unix_s = (uint64_t)time(NULL);
 }
 
 void agent_say(const char *format, ...)
@@ -48,6 +68,7 @@ void agent_say(const char *format, ...)
 	if (n > (int)sizeof text - 2)
 		n = (int)sizeof text - 2;
 	text[n++] = '\n';
+	keep_message(text);
 	/* Nobody may be reading: a message is not worth waiting for. */
 	if (poll(&out, 1, 0) == 1 && write(STDERR_FILENO, text, (size_t)n) < 0)
 		return;
@@ -161,6 +182,8 @@ __attribute__((constructor)) static void load(void)
 	keep_from_children(c->ram_fd);
 	keep_from_children(c->lock_fd);
 	keep_from_children(c->qmp_fd);
+	keep_from_children(c->qmp_vmm_fd);
+	keep_from_children(c->monitor_fd);
 	keep_from_children(c->stats_fd);
 	configured = true;
 }
@@ -300,25 +323,29 @@ void agent_note_kernel_io(void)
 	struct agent *a = agent_get();
 
 	if (a)
-		a->kernel_writes = true;
+		a->kernel_io = true;
 }
 
-/* Moves all that is mapped to base. The guest cannot be stopped over QMP from here: this may be QEMU's
- * main loop, or a vCPU with its big lock. */
-static int convert(struct agent *a, uint64_t *ret_pages)
+int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)
 {
+	uint64_t begin_us;
 	struct volume *v;
 	int r;
 
-	if (a->kernel_writes)
+	if (a->kernel_io)
 		return -EBUSY;
-	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
-		volume_swap_in(v);
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
-	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
+	begin_us = now_us();
+	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, timeout_ms);
 	if (!r) {
-		r = ram_settle_all(a->ram, ret_pages);
+		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
+			int one = all || !volume_is_mapped(v) ? volume_settle(v, &done->pages) : 0;
+
+			r = r ? r : one;
+		}
 		os_thaw();
+		r = r == -ETIMEDOUT || r == -EBUSY ? -EIO : r; /* these two mean that nothing was tried */
+		done->paused_us += now_us() - begin_us;
 	}
 	ram_unlock(a->ram);
 	return r;
@@ -334,15 +361,18 @@ static const char *why_not_converted(int r)
 int agent_exclude(const char *what)
 {
 	struct agent *a = agent_get();
+	struct settled done = { 0 };
 	struct ram_counts c;
-	uint64_t pages = 0;
+	struct volume *v;
 	int r;
 
 	if (!a || !a->overlays_allowed)
 		return 0;
 	volumes_allow(a->volumes, false);
 	ram_get_counts(a->ram, &c);
-	r = c.overlay_pages ? convert(a, &pages) : 0;
+	for (uint32_t i = 0; c.overlay_pages && (v = volumes_nth(a->volumes, i)); i++)
+		volume_swap_in(v);
+	r = c.overlay_pages ? agent_settle_frozen(a, true, FREEZE_MS, &done) : 0;
 	if (r) {
 		volumes_allow(a->volumes, true);
 		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images, and %s. "
@@ -354,14 +384,17 @@ int agent_exclude(const char *what)
 	a->overlays_allowed = false;
 	a->stats->overlays_allowed = 0;
 	agent_say("%s; %llu pages that were mapped are plain RAM now, and from now on nothing is mapped", what,
-		  (unsigned long long)pages);
+		  (unsigned long long)done.pages);
 	return 0;
 }
 
-/* The contents are kept as private copies at once; the service thread settles them as soon as the main
- * loop, which may be what opens the file, can stop the guest. */
+/*
+ * What is mapped from the file goes to base before the writer goes on. Where that cannot be done here and now,
+ * it is kept as private copies, which the service thread moves to base as soon as it can stop the guest.
+ */
 static int give_up(struct agent *a, struct volume *v, const char *path)
 {
+	struct settled done = { 0 };
 	uint64_t one = 1;
 	int r = volume_break(v, VOLUME_WRITABLE);
 
@@ -370,6 +403,8 @@ static int give_up(struct agent *a, struct volume *v, const char *path)
 			  strerror(-r));
 		return r;
 	}
+	(void)agent_settle_frozen(a, false, FREEZE_OPEN_MS, &done);
+	stat_add(&a->stats->pages_settled, done.pages);
 	volume_release(v);
 	(void)!write(a->wake_fd, &one, sizeof one); /* fails only when it is awake already */
 	return 0;
@@ -387,7 +422,8 @@ int agent_before_write(int dir, const char *path)
 	v = volume_get(a->volumes, &st);
 	if (!v)
 		return 0;
-	r = volume_is_mapped(v) ? give_up(a, v, path) : 0;
+	/* Also when somebody else is about to give it up, or could not. */
+	r = volume_is_mapped(v) || volume_overlay_pages(v) ? give_up(a, v, path) : 0;
 	volume_put(v);
 	return r;
 }

@@ -29,7 +29,7 @@ struct agent {
 	struct ram *ram;
 	struct volumes *volumes;
 	_Atomic bool overlays_allowed; /* what agent_exclude has decided */
-	_Atomic bool kernel_writes; /* the kernel writes guest RAM with no thread of ours in it */
+	_Atomic bool kernel_io; /* the kernel does I/O to guest RAM with no thread of QEMU's in it */
 	pid_t service_tid;
 	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
 };
@@ -55,6 +55,17 @@ void agent_ram_unmapped(void *hva, size_t bytes);
 int agent_exclude(const char *what);
 /* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
 void agent_note_kernel_io(void);
+
+struct settled {
+	uint64_t pages, paused_us;
+};
+
+/*
+ * Settles what is mapped no more, or `all`, with every other thread of the VMM stopped by a signal; from any
+ * thread, with no lock held. -EBUSY: the kernel may do I/O to guest RAM by itself; -ETIMEDOUT: a thread
+ * did not stop. With both nothing was done. Other errors: as volume_settle.
+ */
+int agent_settle_frozen(struct agent *agent, bool all, unsigned timeout_ms, struct settled *done);
 
 /* A file is about to be opened for writing by the VMM itself. 0, or the negative errno that the open has
  * to fail with, because pages that show the file could not be copied. */

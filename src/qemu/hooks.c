@@ -69,9 +69,26 @@ static int fail(int r)
 
 /* ---- mappings --------------------------------------------------------------------------------- */
 
+/* QEMU maps a page of guest RAM anew after a memory error. */
+static void *map_again(struct agent *a, void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
+{
+	void *at;
+
+	ram_lock(a->ram);
+	(void)ram_for_part(a->ram, addr, bytes, ram_return_base);
+	at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+	ram_unlock(a->ram);
+	return at;
+}
+
 static void *map(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
 {
-	void *at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+	struct agent *a = flags & MAP_FIXED ? agent_get() : NULL;
+	void *at;
+
+	if (a && ram_find(a->ram, addr, bytes))
+		return map_again(a, addr, bytes, prot, flags, fd, offset);
+	at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
 
 	if (at != MAP_FAILED && fd >= 0 && (flags & MAP_TYPE) != MAP_PRIVATE && (prot & PROT_WRITE) &&
 	    agent_is_ram(fd))

@@ -19,6 +19,7 @@ struct qmp {
 	unsigned last_id;
 	bool greeted; /* qmp_capabilities has been accepted */
 	uint64_t stops; /* STOP events seen */
+	bool ran;       /* the guest, when qmp_prepare looked */
 	size_t used;  /* bytes in `line` that are not consumed yet */
 	char line[LINE_BYTES];
 };
@@ -169,9 +170,11 @@ int qmp_prepare(struct qmp *q, unsigned *ret_stop_id)
 		r = query_status(q, status);
 	if (!r && strcmp(status, "running") && !is_still(status))
 		r = -EBUSY;
-	if (!r)
-		*ret_stop_id = q->last_id + 1;
-	return r;
+	if (r)
+		return r;
+	q->ran = !strcmp(status, "running");
+	*ret_stop_id = q->last_id + 1;
+	return 0;
 }
 
 int qmp_stop(struct qmp *q, bool *ret_stopped)
@@ -179,7 +182,7 @@ int qmp_stop(struct qmp *q, bool *ret_stopped)
 	uint64_t stops_before = q->stops;
 	int r = run(q, "stop", NULL);
 
-	if (r == -ETIMEDOUT)
+	if (r == -ETIMEDOUT && q->ran)
 		(void)send_command(q, "cont"); /* commands run in order: a late stop is undone */
 	if (!r)
 		*ret_stopped = q->stops != stops_before; /* else somebody else had stopped it */

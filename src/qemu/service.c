@@ -29,6 +29,9 @@
 #define DEEP_SHARE 100   /* and seldom enough to take no more than this part of a processor */
 #define RECOUNT_TICKS 60 /* and the process's mappings */
 #define TIDY_TICKS 5     /* files that were closed, or whose writer has gone, are looked for */
+#define TRY_AFTER_US 1000000
+#define TRY_AFTER_MAX_US 60000000
+#define FREEZE_MS 1000
 #define CLIENTS 16
 
 struct service {
@@ -38,7 +41,8 @@ struct service {
 	int clients[CLIENTS]; /* -1: free */
 	pid_t tid;
 	uint64_t next_deep_us;
-	uint64_t give_up_us; /* how long a broken lease is kept though pages are still being moved */
+	uint64_t lease_break_us; /* how long the kernel makes a writer wait */
+	uint64_t next_try_us, try_after_us; /* of give_way, after a failure */
 	int last_error; /* of give_way: said once */
 	sem_t ready;
 };
@@ -54,10 +58,12 @@ static uint64_t now_us(void)
 /* ---- giving files up -------------------------------------------------------------------------- */
 
 /*
- * Settling needs every writer of guest RAM stopped. QMP's `stop` halts vCPUs and drains block I/O, but
- * QEMU's main loop goes on: a serial port or a `cont` from a user may come just then. So the main loop
- * itself settles: the hook of sendmsg sees it send the reply to our `stop`, and nothing else of QEMU
- * runs meanwhile. Where the reply is not sent by the main thread, the service thread settles after it.
+ * Settling needs every writer of guest RAM stopped. Where nothing but QEMU's threads writes it, they are stopped
+ * by a signal (agent_settle_frozen). With vhost, io_uring or Linux AIO it takes QMP's `stop`, which halts vCPUs
+ * and drains block I/O, but QEMU's main loop goes on: a serial port or a `cont` from a user may come just
+ * then. So the main loop itself settles: the hook of sendmsg sees it send the reply to our `stop`, and
+ * nothing else of QEMU runs meanwhile. Where the reply is not sent by the main thread, the service thread
+ * settles after it.
  */
 enum settle_stage { SETTLE_IDLE, SETTLE_ARMED, SETTLE_RUNS, SETTLE_DONE };
 
@@ -68,10 +74,6 @@ static struct {
 	int error;
 } settling;
 
-struct detached {
-	uint64_t pages, paused_us;
-};
-
 /* What is mapped no more, and still has overlays. */
 static void settle_now(struct agent *a)
 {
@@ -79,11 +81,13 @@ static void settle_now(struct agent *a)
 
 	settling.pages = 0;
 	settling.error = 0;
+	ram_lock(a->ram);
 	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 		int r = volume_is_mapped(v) ? 0 : volume_settle(v, &settling.pages);
 
 		settling.error = settling.error ? settling.error : r;
 	}
+	ram_unlock(a->ram);
 	settling.stage = SETTLE_DONE;
 }
 
@@ -139,7 +143,7 @@ static int stop_and_settle(struct service *s, bool *ret_stopped)
 	return r;
 }
 
-static int settle(struct service *s, struct detached *d)
+static int settle_by_qmp(struct service *s, struct settled *d)
 {
 	bool stopped = false;
 	uint64_t since_us = now_us();
@@ -150,10 +154,8 @@ static int settle(struct service *s, struct detached *d)
 	cont = stopped ? qmp_cont(s->qmp) : 0;
 	if (cont)
 		agent_say("the guest was stopped and could not be continued (%s): use `cont`", strerror(-cont));
-	if (settling.stage == SETTLE_DONE) {
+	if (settling.stage == SETTLE_DONE)
 		d->pages += settling.pages;
-		stat_add(&s->agent->stats->pages_settled, settling.pages);
-	}
 	if (stopped)
 		d->paused_us += now_us() - since_us;
 	settling.stage = SETTLE_IDLE;
@@ -162,7 +164,28 @@ static int settle(struct service *s, struct detached *d)
 
 static bool is_late(struct service *s, struct volume *v)
 {
-	return now_us() - volume_broken_us(v) > s->give_up_us;
+	return now_us() - volume_broken_us(v) > s->lease_break_us / 8 * 7;
+}
+
+static int settle(struct service *s, struct settled *d)
+{
+	uint64_t before = d->pages;
+	int r = agent_settle_frozen(s->agent, false, FREEZE_MS, d);
+
+	if (r == -EBUSY || r == -ETIMEDOUT)
+		r = settle_by_qmp(s, d);
+	stat_add(&s->agent->stats->pages_settled, d->pages - before);
+	return r;
+}
+
+/* The kernel has let the writer in: what it writes may show in pages that were not copied in time. */
+static void tell_expired(struct service *s, struct volume *v)
+{
+	if (!volume_showing_pages(v) || now_us() - volume_broken_us(v) < s->lease_break_us)
+		return;
+	agent_say("%s: fs.lease-break-time is over and %llu pages of guest RAM still show the file; if it is "
+		  "changed now, the guest sees it", volume_path(v), (unsigned long long)volume_showing_pages(v));
+	volume_release(v);
 }
 
 /* A lease goes back when nothing shows the file any more, and if it may be cut: nothing refers to it. */
@@ -170,10 +193,18 @@ static void release_clear(struct service *s)
 {
 	struct volume *v;
 
-	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
-		if (!volume_is_mapped(v) && volume_is_leased(v) &&
-		    (!volume_overlay_pages(v) || (!volume_showing_pages(v) && is_late(s, v))))
-			volume_release(v);
+	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++) {
+		if (volume_is_mapped(v) || !volume_is_leased(v))
+			continue;
+		tell_expired(s, v);
+		if (volume_overlay_pages(v) && (volume_showing_pages(v) || !is_late(s, v)))
+			continue;
+		if (volume_overlay_pages(v))
+			agent_say("%s is given back though the guest could not be stopped: it may be rewritten, but if "
+				  "it is cut, %llu pages of guest RAM are lost", volume_path(v),
+				  (unsigned long long)volume_overlay_pages(v));
+		volume_release(v);
+	}
 }
 
 /* Something of a file that is mapped no more is still there. */
@@ -199,7 +230,7 @@ static bool any_volume(struct service *s, bool (*is)(struct volume *v))
 }
 
 /* Finishes what was begun with volume_break, for all volumes; to be tried again after a failure. */
-static int finish(struct service *s, struct detached *d)
+static int finish(struct service *s, struct settled *d)
 {
 	struct volume *v;
 	int r = 0;
@@ -217,21 +248,20 @@ static int finish(struct service *s, struct detached *d)
 	return r;
 }
 
-/* One volume, or all. */
-static int detach(struct service *s, struct volume *only, struct detached *d)
+/* One volume, or all, and those to come. */
+static int detach(struct service *s, struct volume *only, struct settled *d)
 {
-	struct volume *v;
-
-	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
-		if (!only || v == only)
-			(void)volume_break(v, VOLUME_DETACHED);
+	if (only)
+		(void)volume_break(only, VOLUME_DETACHED);
+	else
+		volumes_detach(s->agent->volumes);
 	return finish(s, d);
 }
 
 /* Files that somebody waits to write, and what is left from earlier. Acts first, then talks. */
 static void give_way(struct service *s)
 {
-	struct detached d = { 0 };
+	struct settled d = { 0 };
 	struct volume *v;
 	int r;
 
@@ -248,6 +278,11 @@ static void give_way(struct service *s)
 		agent_say("a file is wanted for writing: %llu pages that were mapped from it are plain RAM now; the "
 			  "guest stood for %.1f ms", (unsigned long long)d.pages, (double)d.paused_us / 1000);
 	s->last_error = r;
+	/* What cannot be moved does not get better by stopping the guest for it every second. */
+	s->try_after_us = r ? (s->try_after_us ? s->try_after_us * 2 : TRY_AFTER_US) : 0;
+	if (s->try_after_us > TRY_AFTER_MAX_US)
+		s->try_after_us = TRY_AFTER_MAX_US;
+	s->next_try_us = now_us() + s->try_after_us;
 }
 
 static void on_signal(struct service *s)
@@ -273,7 +308,7 @@ static void on_wake(struct service *s)
 static void do_detach(struct service *s, const struct control_request *q, struct control_reply *p)
 {
 	struct volume *v = q->path[0] ? volumes_by_path(s->agent->volumes, q->path) : NULL;
-	struct detached d = { 0 };
+	struct settled d = { 0 };
 
 	if (q->path[0] && !v) {
 		p->error = -ENOENT;
@@ -374,7 +409,9 @@ static void refresh(struct service *s)
 
 static void tick(struct service *s, uint64_t ticks)
 {
-	give_way(s);
+	if (now_us() >= s->next_try_us)
+		give_way(s);
+	release_clear(s);
 	if (ticks % RECOUNT_TICKS == 1)
 		(void)ram_recount_maps(s->agent->ram);
 	if (ticks % TIDY_TICKS == 0)
@@ -473,12 +510,11 @@ static int start_thread(struct service *s)
 	return 0;
 }
 
-/* The kernel lets a writer go on after fs.lease-break-time, 45 s by default: sooner by our own will. */
-static uint64_t give_up_us(void)
+static uint64_t lease_break_us(void)
 {
 	int seconds = os_features_get()->lease_break_s;
 
-	return (seconds > 0 ? (uint64_t)seconds : 45) * 1000000 / 8 * 7;
+	return (seconds > 0 ? (uint64_t)seconds : 45) * 1000000;
 }
 
 int service_start(struct agent *agent, pid_t *ret_tid)
@@ -489,7 +525,7 @@ int service_start(struct agent *agent, pid_t *ret_tid)
 	if (!s)
 		return -ENOMEM;
 	s->agent = agent;
-	s->give_up_us = give_up_us();
+	s->lease_break_us = lease_break_us();
 	for (size_t i = 0; i < CLIENTS; i++)
 		s->clients[i] = -1;
 	sem_init(&s->ready, 0, 0);

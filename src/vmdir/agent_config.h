@@ -26,6 +26,7 @@ struct agent_config {
 	int32_t lock_fd;  /* open on `lock` in the run directory, locked: the VM lives while it is open */
 	int32_t qmp_fd;   /* the agent's end of its own QMP connection (a socketpair), or -1 */
 	int32_t qmp_vmm_fd; /* the VMM's end of it, which the VMM keeps open under this number */
+	int32_t monitor_fd; /* the configuration file of the monitors */
 	int32_t stats_fd; /* `stats`, read-write, sizeof(struct vm_stats) long */
 	double share_threshold;  /* 0..1: map when the likelihood of sharing is at least this */
 	uint32_t min_run_pages;  /* shortest run to map; 0: by the cost model */

@@ -12,6 +12,7 @@
 #define PINNED "its DMA goes on to the pages that were there when guest RAM was pinned"
 #define ENCRYPTED "the processor encrypts guest RAM, so a page of an image means nothing to the guest"
 #define LOCKED "locked memory turns every page of an image into a private copy at once"
+#define NINE_P "its reads into guest RAM go on while the guest is stopped, and its files are the guest's to cut"
 #define POSTCOPY "it puts guest RAM under a userfaultfd of QEMU's own"
 
 static const struct compat_rule rules[] = {
@@ -27,6 +28,8 @@ static const struct compat_rule rules[] = {
 
 	{ COMPAT_NETDEV, "vhost-user", NULL, COMPAT_OVERLAYS, OTHER_PROCESS },
 	{ COMPAT_NETDEV, "vhost-vdpa", NULL, BOTH, PINNED },
+
+	{ COMPAT_FSDEV, "*", NULL, COMPAT_OVERLAYS, NINE_P },
 
 	{ COMPAT_OBJECT, "sev-*", NULL, BOTH, ENCRYPTED },
 	{ COMPAT_OBJECT, "tdx-guest", NULL, BOTH, ENCRYPTED },

@@ -14,6 +14,7 @@
 enum compat_subject {
 	COMPAT_DEVICE,     /* -device, device_add: the driver */
 	COMPAT_NETDEV,     /* -netdev, -nic, netdev_add: the type */
+	COMPAT_FSDEV,      /* -fsdev, -virtfs: the driver */
 	COMPAT_OBJECT,     /* -object, object-add: the QOM type */
 	COMPAT_BLOCKDEV,   /* -blockdev, -drive, blockdev-add: the driver, or a file's protocol */
 	COMPAT_MACHINE,    /* -machine: the type */

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 1u
+#define VM_STATS_VERSION 2u
 #define VM_STATS_VOLUMES 32u
 
 typedef _Atomic uint64_t stat_counter;
@@ -74,6 +74,8 @@ struct vm_stats {
 	stat_counter pages_base_now, pages_overlay_now, pages_private_now;
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
+	char message[256]; /* the last that the agent has said, or empty */
+	_Atomic uint64_t message_unix_s;
 	_Atomic uint32_t volume_count;
 	struct volume_stats volumes[VM_STATS_VOLUMES];
 };

@@ -19,7 +19,7 @@
 static int root_path(char path[VMDIR_PATH_BYTES], char *why);
 static int check_private_dir(const char *path, char *why);
 static int make_private_dir(const char *path, char *why);
-static int lock_root(const char *root, char *why);
+static int lock_root(const char *root, bool wait, char *why);
 static int claim_locked(const char *root, struct vmdir *dir, char *why);
 static int take_lock(const char *path, int *ret_fd);
 static int create_stats(struct vmdir *dir);
@@ -80,7 +80,7 @@ int vmdir_claim(const char *root, const char *name, struct vmdir *ret_dir, char 
 				root, name);
 	dir.path[strlen(dir.path) - 1] = 0; /* the slash */
 
-	root_lock = lock_root(root, why);
+	root_lock = lock_root(root, true, why);
 	if (root_lock < 0)
 		return root_lock;
 	r = claim_locked(root, &dir, why);
@@ -142,7 +142,7 @@ bool vmdir_is_live(const char *root, const char *name)
 
 	if (vmdir_path(root, name, VMDIR_LOCK, path))
 		return false;
-	fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); /* it may be a pipe */
 	if (fd < 0)
 		return false;
 	live = !fcntl(fd, F_OFD_GETLK, &held) && held.l_type != F_UNLCK;
@@ -230,7 +230,7 @@ static int check_private_dir(const char *path, char *why)
 }
 
 /* Claiming and cleaning exclude each other. The lock ends with the descriptor. */
-static int lock_root(const char *root, char *why)
+static int lock_root(const char *root, bool wait, char *why)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	char path[VMDIR_PATH_BYTES + 8];
@@ -241,7 +241,7 @@ static int lock_root(const char *root, char *why)
 	if (fd < 0)
 		return dead_end(-errno, why, "%s cannot be opened: %s", path, strerror(errno));
 	do
-		r = fcntl(fd, F_OFD_SETLKW, &lock) ? -errno : 0;
+		r = fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock) ? -errno : 0;
 	while (r == -EINTR);
 	if (!r)
 		return fd;
@@ -324,7 +324,7 @@ static int create_stats(struct vmdir *dir)
 static void clean_up_after(const char *root, const char *name)
 {
 	char why[VMDIR_WHY_BYTES];
-	int root_lock = lock_root(root, why);
+	int root_lock = lock_root(root, false, why); /* busy: the next `latent ps` cleans up */
 
 	if (root_lock < 0)
 		return;

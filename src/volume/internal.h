@@ -12,6 +12,7 @@ struct volumes {
 	struct volume_options options;
 	struct vm_stats *stats;
 	_Atomic bool allowed;
+	_Atomic bool detached; /* all volumes, also those to come */
 	pthread_mutex_t attach_lock; /* protects attaching: list[count] and count's growth */
 	_Atomic uint32_t count;
 	struct volume *list[VM_STATS_VOLUMES];
@@ -24,7 +25,8 @@ struct volume {
 	uint64_t pages;    /* whole pages of the file */
 	void *view;        /* for residency; NULL where the kernel does not tell us */
 	unsigned file;     /* index in core */
-	bool has_file;
+	bool has_file, is_regular;
+	bool detached; /* for good, by the user */
 	/* Everything above, and view, track and stats, changes only while the volume is closed and nobody
 	 * uses it: see volume_get. */
 	_Atomic bool closed;

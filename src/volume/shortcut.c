@@ -43,6 +43,38 @@ static void note_miss(struct reader *r, enum miss_reason why, size_t bytes)
 	stat_add(&r->v->stats->miss_bytes[why], bytes);
 }
 
+/* ---- storage -------------------------------------------------------------------------------- */
+
+/* Pages that storage has to deliver; asked without waiting. */
+static uint64_t missing_pages(struct volume *v, uint64_t page, uint64_t pages)
+{
+	uint8_t scratch[SCRATCH_BYTES];
+
+	if (v->view)
+		return pages - os_resident_pages(v->view, os_bytes(page), pages);
+	for (uint64_t done = 0; done < pages;) {
+		uint64_t n = pages - done;
+		struct iovec iov = { scratch, os_bytes(n) < sizeof scratch ? os_bytes(n) : sizeof scratch };
+		ssize_t got = preadv2(v->fd, &iov, 1, (off_t)os_bytes(page + done), RWF_NOWAIT);
+
+		if (got < (ssize_t)iov.iov_len)
+			return pages - done;
+		done += iov.iov_len >> OS_PAGE_SHIFT;
+	}
+	return 0;
+}
+
+/* `joined`: pages that another VM had in flight already. */
+static void note_storage(struct volume *v, uint64_t missing, uint64_t joined)
+{
+	if (joined > missing)
+		joined = missing;
+	if (joined)
+		stat_add(&v->stats->reads_joined, 1);
+	stat_add(&v->stats->pages_joined, joined);
+	stat_add(&v->stats->bytes_from_storage, os_bytes(missing - joined));
+}
+
 /* ---- copying -------------------------------------------------------------------------------- */
 
 /* Overlays that the read overwrites as a whole go back to base, where that saves mappings. */
@@ -69,17 +101,51 @@ static void return_to_base(struct reader *r, const struct iovec *to)
 	ram_unlock(ram);
 }
 
+/* Pages of the file that an ordinary read of what was gathered touches, while it is under way. */
+struct flight {
+	uint64_t page, pages;
+	bool told; /* the tracking structure has it as in flight */
+};
+
+/* Storage is asked for what is not resident, and other VMs may wait for it. */
+static struct flight begin_flight(struct reader *r)
+{
+	uint64_t begin = (uint64_t)r->offset - r->gathered_bytes, end = (uint64_t)r->offset;
+	struct volume *v = r->v;
+	struct flight f = { .page = begin >> OS_PAGE_SHIFT };
+	uint64_t missing, joined;
+
+	if (!v || !state_maps(v->state))
+		return f;
+	end = (end + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
+	f.pages = f.page >= v->pages ? 0 : (end < v->pages ? end : v->pages) - f.page;
+	missing = f.pages ? missing_pages(v, f.page, f.pages) : 0;
+	if (!missing)
+		return f;
+	f.told = v->track;
+	joined = v->track ? track_begin_flight(v->track, f.page, f.pages) : 0;
+	note_storage(v, missing, joined);
+	return f;
+}
+
 /* Reads what was gathered. 0, or 1 when the read as a whole is over: an error or the file's end. */
 static int flush(struct reader *r, ssize_t *ret_error)
 {
+	struct flight f;
 	long n;
 
 	if (!r->gathered_count)
 		return 0;
 	for (int i = 0; i < r->gathered_count; i++)
 		return_to_base(r, &r->gathered[i]);
-	n = syscall(SYS_preadv, r->fd, r->gathered, r->gathered_count,
+	f = begin_flight(r);
+	n = f.told ? os_fault(OS_FAULT_STORAGE_READ) : 0;
+	if (n)
+		errno = (int)-n;
+	n = n ? -1 : syscall(SYS_preadv, r->fd, r->gathered, r->gathered_count,
 		    (unsigned long)(r->offset - (off_t)r->gathered_bytes), 0ul);
+	if (f.told)
+		track_end_flight(r->v->track, f.page, f.pages);
 	if (n < 0) {
 		*ret_error = -errno;
 		return 1;
@@ -105,25 +171,6 @@ static int gather(struct reader *r, uint8_t *hva, size_t bytes, ssize_t *ret_err
 
 /* ---- bringing blocks in --------------------------------------------------------------------- */
 
-/* Pages that storage has to deliver; asked without waiting. */
-static uint64_t missing_pages(struct volume *v, uint64_t page, uint64_t pages)
-{
-	uint8_t scratch[SCRATCH_BYTES];
-
-	if (v->view)
-		return pages - os_resident_pages(v->view, os_bytes(page), pages);
-	for (uint64_t done = 0; done < pages;) {
-		uint64_t n = pages - done;
-		struct iovec iov = { scratch, os_bytes(n) < sizeof scratch ? os_bytes(n) : sizeof scratch };
-		ssize_t got = preadv2(v->fd, &iov, 1, (off_t)os_bytes(page + done), RWF_NOWAIT);
-
-		if (got < (ssize_t)iov.iov_len)
-			return pages - done;
-		done += iov.iov_len >> OS_PAGE_SHIFT;
-	}
-	return 0;
-}
-
 /*
  * Reads blocks into the page cache. Another VM that has one of them in flight holds its page locked,
  * and so this read waits for that one: storage is asked once.
@@ -134,12 +181,7 @@ static int bring_in(struct volume *v, uint64_t page, uint64_t pages, uint64_t mi
 	uint64_t joined = v->track ? track_begin_flight(v->track, page, pages) : 0;
 	int r = os_fault(OS_FAULT_STORAGE_READ);
 
-	if (joined > missing)
-		joined = missing;
-	if (joined)
-		stat_add(&v->stats->reads_joined, 1);
-	stat_add(&v->stats->pages_joined, joined);
-	stat_add(&v->stats->bytes_from_storage, os_bytes(missing - joined));
+	note_storage(v, missing, joined);
 	for (uint64_t done = 0; !r && done < os_bytes(pages);) {
 		size_t want = os_bytes(pages) - done < sizeof scratch ? os_bytes(pages) - done : sizeof scratch;
 		long n = syscall(SYS_pread64, v->fd, scratch, want, os_bytes(page) + done);
@@ -237,14 +279,13 @@ static enum miss_reason map_run(struct volume *v, const struct run *run)
 static enum miss_reason shortcut(struct volume *v, const struct run *run)
 {
 	enum miss_reason why = decide(v, run);
-	uint64_t missing = missing_pages(v, run->file_page, run->pages);
+	uint64_t missing;
 
 	if (v->track)
 		track_note_read(v->track, run->file_page, run->pages);
-	if (why != MISS_REASONS) { /* the ordinary read brings it in, and the kernel reads ahead of it */
-		stat_add(&v->stats->bytes_from_storage, os_bytes(missing));
+	if (why != MISS_REASONS) /* the ordinary read brings it in, and the kernel reads ahead of it */
 		return why;
-	}
+	missing = missing_pages(v, run->file_page, run->pages);
 	if (missing && bring_in(v, run->file_page, run->pages, missing))
 		return MISS_FAILED; /* the ordinary read will say how */
 	read_ahead(v, run->file_page, run->pages);

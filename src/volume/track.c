@@ -18,6 +18,7 @@
 #define TRACK_VERSION 1u
 #define TRACK_PATH_BYTES 512
 #define OPEN_TRIES 20
+#define PAGES_MAX (1ull << 40) /* no sum of bytes overflows */
 #define ALIVE_MAX_AGE_NS 100000000ull
 
 #define WORD_COUNT 0x00ffffffu /* guest pages of the VM that map the location */
@@ -199,9 +200,12 @@ static int attach(struct track *t)
 
 int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, struct track **ret_track)
 {
-	struct track *t = calloc(1, sizeof *t);
+	struct track *t;
 	int r;
 
+	if (pages > PAGES_MAX)
+		return -EFBIG;
+	t = calloc(1, sizeof *t);
 	if (!t)
 		return -ENOMEM;
 	t->pages = pages;

@@ -12,7 +12,6 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
-#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -172,6 +171,11 @@ const char *volume_path(const struct volume *v)
 	return v->stats->path;
 }
 
+struct ram *volume_ram(const struct volume *v)
+{
+	return v->all->ram;
+}
+
 /* ---- attaching ------------------------------------------------------------------------------ */
 
 static void gained(void *ctx, uint64_t page, uint64_t pages)
@@ -199,50 +203,17 @@ static void lost(void *ctx, uint64_t page, uint64_t pages, enum ram_loss why)
 		track_drop_maps(v->track, page, pages);
 }
 
-/* File systems of this machine alone. On any other (NFS, SMB, FUSE, 9p, Ceph, a cluster's, one that is not
- * known) a lease may not bind other machines, or the server behind it. linux/magic.h, statfs(2). */
-static bool is_local(int fd)
-{
-	static const unsigned long types[] = {
-		0xef53,     /* ext2, ext3, ext4 */
-		0x58465342, /* XFS */
-		0x9123683e, /* Btrfs */
-		0x01021994, /* tmpfs */
-		0x794c7630, /* overlayfs */
-		0xf2f52010, /* F2FS */
-		0x2fc12fc1, /* ZFS */
-		0xca451a4e, /* bcachefs */
-		0x3153464a, /* JFS */
-		0x858458f6, /* ramfs */
-		0x4d44,     /* FAT */
-		0x2011bab0, /* exFAT */
-		0x7366746e, /* NTFS3 */
-		0x73717368, /* SquashFS */
-		0xe0f5e1e2, /* EROFS */
-		0x9660,     /* ISO 9660 */
-		0x15013346, /* UDF */
-	};
-	struct statfs fs;
-
-	if (fstatfs(fd, &fs))
-		return false;
-	for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
-		if ((unsigned long)fs.f_type == types[i])
-			return true;
-	return false;
-}
-
 /* What keeps the file from changing; takes the lease if that is what does. */
 static enum volume_state protect(struct volume *v, int vmm_fd)
 {
 	const struct volume_options *o = &v->all->options;
-	bool local = v->fd >= 0 && is_local(v->fd);
+	bool local = v->fd >= 0 && os_file_is_local(v->fd);
 	int r = -EINVAL;
 
-	if ((fcntl(vmm_fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
-		return VOLUME_WRITABLE;
 	if (v->fd < 0)
 		return VOLUME_NO_LEASE;
+	if ((fcntl(vmm_fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
+		return VOLUME_WRITABLE;
 	/* The lease first: it notices when the immutable attribute or the read-only mount goes away. */
 	if (local)
 		r = os_lease_take(v->fd, o->lease_signal, o->lease_tid);
@@ -252,10 +223,9 @@ static enum volume_state protect(struct volume *v, int vmm_fd)
 	}
 	if (r == -EAGAIN)
 		return VOLUME_WRITABLE;
-	/* What a server or another machine may do is not told by these either. */
-	if (local && os_file_protection(v->fd) != OS_PROTECT_NONE)
+	if (os_file_protection(v->fd) != OS_PROTECT_NONE)
 		return VOLUME_SEALED;
-	return o->trust_images ? VOLUME_TRUSTED : VOLUME_NO_LEASE;
+	return o->trust_images && v->is_regular ? VOLUME_TRUSTED : VOLUME_NO_LEASE;
 }
 
 /* A descriptor of our own: the VMM may close its one, and use O_DIRECT on it. */
@@ -330,9 +300,16 @@ static void prepare_mapping(struct volume *v)
 /* `v` is closed; afterwards it is open, mapped or not. */
 static void open_volume(struct volume *v, int vmm_fd)
 {
+	struct stat st;
+
 	v->fd = reopen(vmm_fd);
+	/* The VMM may have closed its descriptor, and have another file under that number. */
+	if (v->fd >= 0 && (fstat(v->fd, &st) || !is_file(v, &st))) {
+		close(v->fd);
+		v->fd = -1;
+	}
 	name_volume(v, vmm_fd);
-	set_state(v, protect(v, vmm_fd));
+	set_state(v, v->detached || v->all->detached ? VOLUME_DETACHED : protect(v, vmm_fd));
 	if (state_maps(v->state)) {
 		prepare_mapping(v);
 	} else if (v->fd >= 0) { /* only counted */
@@ -369,6 +346,8 @@ static struct volume *take_place(struct volumes *all, const struct stat *st)
 	v->fd = -1;
 	v->dev = st->st_dev;
 	v->ino = st->st_ino;
+	v->is_regular = S_ISREG(st->st_mode); /* a block device has no lease, and is only counted */
+	v->detached = false;
 	v->try_after_us = TRY_AFTER_US;
 	v->next_try_us = 0;
 	v->broken_us = 0;
@@ -385,6 +364,8 @@ static struct volume *attach(struct volumes *all, int fd, const struct stat *st)
 		v->stats = &all->stats->volumes[all->count];
 	v->users++;
 	open_volume(v, fd);
+	if (v->state == VOLUME_WRITABLE && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY)
+		os_log("%s is open for writing elsewhere: reads of it are copied until that ends", volume_path(v));
 	if (v->stats == &all->stats->volumes[all->count]) {
 		all->list[all->count] = v;
 		all->stats->volume_count = ++all->count;
@@ -397,7 +378,7 @@ struct volume *volumes_attach(struct volumes *all, int fd)
 	struct volume *v;
 	struct stat st;
 
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+	if (fstat(fd, &st) || !(S_ISREG(st.st_mode) || S_ISBLK(st.st_mode)))
 		return NULL;
 	v = volume_get(all, &st);
 	if (v)
@@ -439,11 +420,22 @@ static int vmm_descriptor(struct volume *v, DIR *fds)
 	return found;
 }
 
+/* The same, of a volume of which nothing is mapped. */
+static bool take_unmapped(struct volume *v)
+{
+	if (!take_alone(v))
+		return false;
+	if (!volume_overlay_pages(v))
+		return true;
+	v->closed = false;
+	return false;
+}
+
 /* Each failure makes it look half as often: a file that is written time and again is not worth a stop of
  * the guest each time. */
 static void try_again(struct volume *v, int vmm_fd)
 {
-	if (now_us() < v->next_try_us || !take_alone(v))
+	if (now_us() < v->next_try_us || !take_unmapped(v))
 		return;
 	let_go(v);
 	open_volume(v, vmm_fd);
@@ -456,10 +448,13 @@ static void tidy(struct volume *v, DIR *fds)
 {
 	int vmm_fd;
 
+	/* Of a lease the kernel tells; what else protects a file may just be taken away. */
+	if (!v->closed && v->state == VOLUME_SEALED && os_file_protection(v->fd) == OS_PROTECT_NONE)
+		(void)volume_break(v, VOLUME_NO_LEASE);
 	if (v->closed || volume_overlay_pages(v))
 		return;
 	vmm_fd = vmm_descriptor(v, fds);
-	if (vmm_fd < 0 && take_alone(v)) {
+	if (vmm_fd < 0 && take_unmapped(v)) {
 		let_go(v);
 		set_state(v, VOLUME_CLOSED);
 		v->next_try_us = 0;
@@ -486,8 +481,10 @@ void volumes_tidy(struct volumes *all)
 int volume_break(struct volume *v, enum volume_state why)
 {
 	struct ram *ram = v->all->ram;
-	uint64_t showing;
+	uint64_t overlays;
 
+	if (why == VOLUME_DETACHED)
+		v->detached = true;
 	if (!v->has_file)
 		return 0;
 	ram_lock(ram); /* whoever maps looks at the state under the lock: from here on nobody does */
@@ -498,21 +495,21 @@ int volume_break(struct volume *v, enum volume_state why)
 	} else if (why == VOLUME_DETACHED) {
 		set_state(v, why);
 	}
-	showing = ram_mapped_pages(ram, v->file);
+	overlays = ram_overlay_pages(ram, v->file); /* all: the private flags may be wrong */
 	ram_unlock(ram);
-	return showing ? ram_privatize(ram, v->file) : 0;
+	return overlays ? ram_privatize(ram, v->file) : 0;
+}
+
+void volumes_detach(struct volumes *all)
+{
+	all->detached = true;
+	for (uint32_t i = 0; i < all->count; i++)
+		(void)volume_break(all->list[i], VOLUME_DETACHED);
 }
 
 int volume_settle(struct volume *v, uint64_t *ret_settled)
 {
-	int r = 0;
-
-	if (!v->has_file)
-		return 0;
-	ram_lock(v->all->ram);
-	r = ram_detach(v->all->ram, v->file, ret_settled);
-	ram_unlock(v->all->ram);
-	return r;
+	return v->has_file ? ram_detach(v->all->ram, v->file, ret_settled) : 0;
 }
 
 void volume_swap_in(struct volume *v)

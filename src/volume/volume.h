@@ -69,6 +69,7 @@ struct volume *volumes_nth(struct volumes *all, uint32_t n);
  */
 void volumes_tidy(struct volumes *all);
 const char *volume_path(const struct volume *v);
+struct ram *volume_ram(const struct volume *v);
 /* Leases that are gone or break without a signal seen (it may have been lost): the first, or NULL. */
 struct volume *volumes_broken_lease(struct volumes *all);
 
@@ -76,11 +77,12 @@ struct volume *volumes_broken_lease(struct volumes *all);
  * The three steps of giving a file up, for a writer or for `latent detach`:
  *   break    maps it no more, and makes what is mapped private: the file may then be rewritten, not
  *            yet truncated. The guest goes on. After a failure, call it again.
- *   settle   moves what is mapped to base, private or not. vCPUs and I/O stopped.
+ *   settle   [range lock held] moves what is mapped to base, private or not. vCPUs and I/O stopped.
  *   release  gives the lease back, so that a waiting writer goes on.
  * Each does nothing when it has been done. `*ret_settled` (may be NULL) grows.
  */
 int volume_break(struct volume *v, enum volume_state why);
+void volumes_detach(struct volumes *all); /* breaks all volumes for good, those to come too */
 int volume_settle(struct volume *v, uint64_t *ret_settled);
 void volume_release(struct volume *v);
 /* Before settling: what is swapped out comes back while the guest still runs. */

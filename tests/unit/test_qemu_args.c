@@ -203,6 +203,9 @@ static void devices(void **state)
 			"vfio-pci: ");
 	assert_excluded(WORDS("-device", "driver=vhost-user-fs-pci,chardev=c"), COMPAT_OVERLAYS,
 			"vhost-user-fs-pci: ");
+	assert_excluded(WORDS("-fsdev", "local,id=f,path=/srv,security_model=none"), COMPAT_OVERLAYS, "virtio-9p: ");
+	assert_excluded(WORDS("-virtfs", "local,path=/srv,mount_tag=t,security_model=none"), COMPAT_OVERLAYS,
+			"virtio-9p: ");
 	assert_excluded(WORDS("-netdev", "vhost-user,id=n,chardev=c"), COMPAT_OVERLAYS, "vhost-user: ");
 	assert_excluded(WORDS("-netdev", "type=vhost-vdpa,id=n"), both, "vhost-vdpa: ");
 	assert_excluded(WORDS("-nic", "vhost-user,chardev=c"), COMPAT_OVERLAYS, "vhost-user: ");

@@ -809,6 +809,23 @@ static void test_truncated_file_is_an_error(void **state)
 	check(rig);
 }
 
+/* What storage still gives is moved around what it does not. */
+static void test_settle_goes_around_lost_pages(void **state)
+{
+	struct rig *rig = *state;
+	uint64_t settled = 0;
+
+	assert_int_equal(overlay(rig, 8, 16, 0, 0), 0);
+	assert_int_equal(ftruncate(rig->files[0].fd_rw, (off_t)os_bytes(11)), 0);
+	assert_int_equal(settle(rig, 0, BLOCK_PAGES, &settled), -EFAULT);
+	assert_int_equal(settled, 11);
+	assert_file_tags(rig, 8, 11, 0, 0, 0);
+	assert_int_equal(range_at(rig, 18).source, ENTRY_BASE);
+	assert_int_equal(range_at(rig, 19).source, ENTRY_OVERLAY);
+	assert_int_equal(discard(rig, 19, 5), 0);
+	check(rig);
+}
+
 /* ---- reconcile ------------------------------------------------------------------------------ */
 
 static void test_reconcile_finds_written_pages_only(void **state)
@@ -1150,6 +1167,7 @@ int main(void)
 		TEST(test_settle),
 		TEST(test_detach),
 		TEST(test_truncated_file_is_an_error),
+		TEST(test_settle_goes_around_lost_pages),
 		TEST(test_reconcile_finds_written_pages_only),
 		TEST(test_reconcile_counts_unchanged_writes),
 		cmocka_unit_test_setup_teardown(test_reconcile_swapped, set_up, swap_off),

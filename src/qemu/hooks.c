@@ -9,6 +9,7 @@
  *   madvise, fallocate     discards (balloon, free page reporting), marks
  *   mbind                  NUMA policies
  *   pread, preadv          reads of disk images: shortcut I/O
+ *   posix_fadvise          what QEMU wants dropped from the page cache
  *   open, openat           files that get a writer; device nodes that exclude overlays
  *   sendmsg                guest RAM's descriptor on its way to another process (vhost-user)
  *   mlockall, syscall      memory locking; userfaultfd (post-copy, background snapshots)
@@ -271,6 +272,29 @@ HOOK ssize_t pread(int fd, void *buffer, size_t bytes, off_t offset)
 HOOK ssize_t pread64(int fd, void *buffer, size_t bytes, off64_t offset)
 {
 	return read_one(fd, buffer, bytes, offset);
+}
+
+/*
+ * When a VM is activated after a migration, QEMU drops what the host has cached of its images, for another
+ * machine may have written them. An image that cannot have changed keeps its pages: all guests share them.
+ */
+static int advise_file(int fd, off_t offset, off_t bytes, int advice)
+{
+	struct agent *a = agent_get();
+
+	if (a && advice == POSIX_FADV_DONTNEED && volumes_is_mapped(a->volumes, fd))
+		return 0;
+	return raw(SYS_fadvise64, fd, offset, bytes, advice, 0, 0) ? errno : 0;
+}
+
+HOOK int posix_fadvise(int fd, off_t offset, off_t bytes, int advice)
+{
+	return advise_file(fd, offset, bytes, advice);
+}
+
+HOOK int posix_fadvise64(int fd, off64_t offset, off64_t bytes, int advice)
+{
+	return advise_file(fd, offset, bytes, advice);
 }
 
 /* What _FORTIFY_SOURCE turns calls into; no header declares them. */

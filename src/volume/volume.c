@@ -123,6 +123,21 @@ void volume_put(struct volume *v)
 	v->users--;
 }
 
+bool volumes_is_mapped(struct volumes *all, int fd)
+{
+	struct volume *v;
+	struct stat st;
+	bool mapped;
+
+	if (fstat(fd, &st))
+		return false;
+	v = volume_get(all, &st);
+	mapped = v && volume_is_mapped(v);
+	if (v)
+		volume_put(v);
+	return mapped;
+}
+
 /* Closes it for the moment; false: somebody uses it. Under the attach lock. */
 static bool take_alone(struct volume *v)
 {

@@ -51,6 +51,9 @@ ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int c
 /* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
 
+/* Is `fd` a volume that is mapped, and so cannot have changed since it was opened? */
+bool volumes_is_mapped(struct volumes *all, int fd);
+
 /* The volume that is this file, or NULL if nothing of it was read since it was opened. Takes no lock; to be
  * put back. Other ways to a volume are for the thread that calls volumes_tidy, or for all when nobody does. */
 struct volume *volume_get(struct volumes *all, const struct stat *st);

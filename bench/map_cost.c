@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * map_cost [--json] FILE [ROUNDS]: what the engine's transitions cost by the length of the run, beside a
- * read of the same pages; FILE (at least 64 MiB) is brought into the page cache first.
+ * map_cost [--json] FILE [ROUNDS]: what shortcut reads and the engine's transitions cost by the length
+ * of the run, beside a read of the same pages; FILE (at least 64 MiB) is brought into the page cache
+ * first.
  *
+ *   shortcut         volumes_read into base pages that hold nothing, with the options that VMs have:
+ *                    likelihood (another VM has read it all), cost model, residency, mapping, tracking
  *   map, untouched   ram_map_overlay over base pages that hold nothing
  *   map, touched     the same over base pages that the guest has written: they are given back
  *   map, overlay     the same over an overlay of other pages
@@ -11,15 +14,19 @@
  *   read, touched    the same into pages that the guest has written
  *
  * Every page that was mapped or read is compared with the file. Figures are microseconds for a run:
- * the median of all operations, with the 10th and 90th percentile beside it.
+ * the median of all operations, with the 10th and 90th percentile beside it. Of the shortcut reads it
+ * also says how many were mapped: the cost model decides, by what it has measured.
  *
  * Exit status: 0, 1 contents wrong or a call failed, 2 usage.
  */
 #include "core/ram.h"
 #include "os/os.h"
+#include "volume/track.h"
+#include "volume/volume.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,15 +41,26 @@
 #define MIN_FILE_PAGES 16384u
 #define DEFAULT_ROUNDS 9u
 #define MAX_ROUNDS 1000u
+#define SHARE_THRESHOLD 0.1 /* as of `latent run` */
 
 static const unsigned lengths[] = { 1, 2, 4, 8, 12, 16, 32, 64 };
 #define LENGTHS (sizeof lengths / sizeof lengths[0])
 
-enum kind { MAP_UNTOUCHED, MAP_TOUCHED, MAP_OVERLAY, FIRST_LOOK, READ_UNTOUCHED, READ_TOUCHED, KINDS };
+enum kind {
+	SHORTCUT,
+	MAP_UNTOUCHED,
+	MAP_TOUCHED,
+	MAP_OVERLAY,
+	FIRST_LOOK,
+	READ_UNTOUCHED,
+	READ_TOUCHED,
+	KINDS
+};
 
 static const struct {
 	const char *key, *title;
 } kinds[KINDS] = {
+	[SHORTCUT] = { "shortcut", "shortcut" },
 	[MAP_UNTOUCHED] = { "map_untouched", "map, untouched" },
 	[MAP_TOUCHED] = { "map_touched", "map, touched" },
 	[MAP_OVERLAY] = { "map_overlay", "map, overlay" },
@@ -59,22 +77,30 @@ struct rig {
 	struct ram *ram;
 	struct ram_block *block;
 	unsigned file_index;
+	char tracks_dir[40];
+	struct vm_stats stats;
+	struct volumes *volumes;
+	struct track *other_vm; /* that has read the whole file */
 	unsigned shift;      /* moves the file's pages from one use to the next */
 	unsigned rounds;
 	uint64_t checked_pages, wrong_pages;
+	uint64_t shortcut_reads;
 	double *samples[KINDS][LENGTHS];
 	size_t counts[KINDS][LENGTHS];
 };
 
 static int set_up(struct rig *rig, const char *path);
+static void tear_down(struct rig *rig);
 static int measure(struct rig *rig);
 static int measure_length(struct rig *rig, size_t length);
 static int map_all(struct rig *rig, size_t length, enum kind kind);
 static int read_all(struct rig *rig, size_t length, enum kind kind);
+static ssize_t read_run(struct rig *rig, enum kind kind, void *hva, size_t bytes, uint64_t file_page);
 static void look_at_all(struct rig *rig, size_t length);
 static void compare_all(struct rig *rig, unsigned pages);
 static void touch_base(struct rig *rig);
 static int clear(struct rig *rig);
+static uint64_t mapped_reads(const struct rig *rig);
 static void sort(struct rig *rig);
 static void print_table(const struct rig *rig);
 static void print_json(const struct rig *rig);
@@ -82,7 +108,7 @@ static void print_json(const struct rig *rig);
 int main(int argc, char **argv)
 {
 	bool json = argc > 1 && !strcmp(argv[1], "--json");
-	struct rig rig = { .rounds = DEFAULT_ROUNDS };
+	static struct rig rig = { .rounds = DEFAULT_ROUNDS };
 	int r;
 
 	argv += json;
@@ -96,6 +122,7 @@ int main(int argc, char **argv)
 	r = set_up(&rig, argv[1]);
 	if (!r)
 		r = measure(&rig);
+	tear_down(&rig);
 	if (r) {
 		fprintf(stderr, "map_cost: %s: %s\n", argv[1], strerror(-r));
 		return 1;
@@ -164,6 +191,43 @@ static int add_ram(struct rig *rig)
 	return 0;
 }
 
+/* Tracking structures are where those of VMs are: in memory. */
+static int add_volumes(struct rig *rig)
+{
+	struct volume_options options = {
+		.share_threshold = SHARE_THRESHOLD,
+		.trust_images = true, /* wherever the file is */
+		.tracks_dir = rig->tracks_dir,
+		.lease_signal = SIGURG,
+		.lease_tid = gettid(),
+	};
+	struct stat st;
+	int r;
+
+	strcpy(rig->tracks_dir, "/dev/shm/latent-map-cost-XXXXXX");
+	if (!mkdtemp(rig->tracks_dir)) {
+		rig->tracks_dir[0] = 0;
+		return -errno;
+	}
+	if (fstat(rig->file_fd, &st))
+		return -errno;
+	r = track_open(rig->tracks_dir, st.st_dev, st.st_ino, rig->file_pages, &rig->other_vm);
+	if (r)
+		return r;
+	track_note_read(rig->other_vm, 0, rig->file_pages);
+	return volumes_create(rig->ram, &options, &rig->stats, &rig->volumes);
+}
+
+/* Whatever of it has been set up; the rest goes with the process. */
+static void tear_down(struct rig *rig)
+{
+	if (rig->volumes && !clear(rig))
+		volumes_destroy(rig->volumes);
+	track_close(rig->other_vm);
+	if (rig->tracks_dir[0])
+		rmdir(rig->tracks_dir);
+}
+
 static int add_samples(struct rig *rig)
 {
 	for (size_t k = 0; k < KINDS; k++) {
@@ -184,6 +248,8 @@ static int set_up(struct rig *rig, const char *path)
 		r = fill_page_cache(rig);
 	if (!r)
 		r = add_ram(rig);
+	if (!r)
+		r = add_volumes(rig);
 	return r ? r : add_samples(rig);
 }
 
@@ -208,6 +274,12 @@ static int measure_length(struct rig *rig, size_t length)
 {
 	int r = clear(rig);
 
+	if (!r)
+		r = read_all(rig, length, SHORTCUT);
+	if (r)
+		return r;
+	compare_all(rig, lengths[length]);
+	r = clear(rig);
 	if (!r)
 		r = map_all(rig, length, MAP_UNTOUCHED);
 	if (r)
@@ -272,16 +344,29 @@ static int read_all(struct rig *rig, size_t length, enum kind kind)
 {
 	rig->shift += 1 + STRIDE_PAGES / 2;
 	for (unsigned i = 0; i < OPERATIONS; i++) {
+		void *hva = rig->hva + os_bytes((uint64_t)i * STRIDE_PAGES);
 		size_t bytes = os_bytes(lengths[length]);
 		double start_us = now_us();
-		ssize_t n = pread(rig->file_fd, rig->hva + os_bytes((uint64_t)i * STRIDE_PAGES), bytes,
-				  (off_t)os_bytes(file_page_of(rig, i)));
+		ssize_t n = read_run(rig, kind, hva, bytes, file_page_of(rig, i));
 
 		add_sample(rig, kind, length, now_us() - start_us);
 		if (n != (ssize_t)bytes)
-			return n < 0 ? -errno : -EIO;
+			return n < 0 ? (int)n : -EIO;
 	}
 	return 0;
+}
+
+static ssize_t read_run(struct rig *rig, enum kind kind, void *hva, size_t bytes, uint64_t file_page)
+{
+	off_t offset = (off_t)os_bytes(file_page);
+
+	if (kind != SHORTCUT) {
+		ssize_t n = pread(rig->file_fd, hva, bytes, offset);
+
+		return n < 0 ? -errno : n;
+	}
+	rig->shortcut_reads++;
+	return volumes_read(rig->volumes, rig->file_fd, &(struct iovec){ hva, bytes }, 1, offset);
 }
 
 static void look_at_all(struct rig *rig, size_t length)
@@ -328,6 +413,8 @@ static int clear(struct rig *rig)
 	return r;
 }
 
+static uint64_t mapped_reads(const struct rig *rig) { return stat_get(&rig->stats.volumes[0].maps); }
+
 /* ---- telling ---------------------------------------------------------------------------------- */
 
 static int by_value(const void *a, const void *b)
@@ -362,13 +449,18 @@ static void print_table(const struct rig *rig)
 			       quantile(rig, k, i, 90));
 		printf("\n");
 	}
+	printf("%ju of %ju shortcut reads were mapped\n", (uintmax_t)mapped_reads(rig),
+	       (uintmax_t)rig->shortcut_reads);
 	printf("%ju pages compared, %ju wrong\n", (uintmax_t)rig->checked_pages, (uintmax_t)rig->wrong_pages);
 }
 
 static void print_json(const struct rig *rig)
 {
-	printf("{\"checked_pages\": %ju, \"wrong_pages\": %ju, \"lengths_pages\": [",
-	       (uintmax_t)rig->checked_pages, (uintmax_t)rig->wrong_pages);
+	printf("{\"checked_pages\": %ju, \"wrong_pages\": %ju, \"shortcut_reads\": %ju, "
+	       "\"mapped_reads\": %ju, "
+	       "\"lengths_pages\": [",
+	       (uintmax_t)rig->checked_pages, (uintmax_t)rig->wrong_pages,
+	       (uintmax_t)rig->shortcut_reads, (uintmax_t)mapped_reads(rig));
 	for (size_t i = 0; i < LENGTHS; i++)
 		printf("%s%u", i ? ", " : "", lengths[i]);
 	printf("]");

@@ -156,6 +156,18 @@ def storage_read_bytes(pid):
     raise GuestError(f"/proc/{pid}/io has no read_bytes")
 
 
+@contextlib.contextmanager
+def stopped(guests):
+    """Guests that stand still: the kernel shows one mapping after another, and not one moment."""
+    for guest in guests:
+        guest.qmp("stop")
+    try:
+        yield
+    finally:
+        for guest in guests:
+            guest.qmp("cont")
+
+
 def memory_kib(guest):
     """Where a guest's memory is, in KiB of Pss (a page that n processes map counts 1/n in each).
 
@@ -165,21 +177,20 @@ def memory_kib(guest):
       total    both: the process's Pss
       private, shared   the same total by whether anybody else maps the page
 
-    The guest is stopped meanwhile: the kernel shows one mapping after another, not one moment.
+    To be asked of guests that are stopped.
     """
-    guest.qmp("stop")
-    try:
-        ram = guest.ram_kib()
-        rollup = host.memory_rollup_kib(guest.pid)
-    finally:
-        guest.qmp("cont")
+    ram = guest.ram_kib()
+    rollup = host.memory_rollup_kib(guest.pid)
+    # smaps cuts the Pss of each mapping to whole KiB, the rollup only the sum; most mappings are the image's.
+    cut_kib = rollup["Pss"] - ram["total_pss_kib"] - ram["rest_pss_kib"] if ram["image"]["mappings"] else 0
+    ram_kib = ram["total_pss_kib"] + cut_kib
     private_kib = rollup["Private_Clean"] + rollup["Private_Dirty"]
     return {
-        "ram": ram["total_pss_kib"],
+        "ram": ram_kib,
         "ram_private": ram["private"]["pss_kib"],
         "ram_memfd": ram["memfd"]["pss_kib"],
-        "ram_image": ram["image"]["pss_kib"],
-        "own": rollup["Pss"] - ram["total_pss_kib"],
+        "ram_image": ram["image"]["pss_kib"] + cut_kib,
+        "own": rollup["Pss"] - ram_kib,
         "total": rollup["Pss"],
         "private": private_kib,
         "shared": rollup["Pss"] - private_kib,
@@ -188,6 +199,7 @@ def memory_kib(guest):
 
 
 def sum_memory_kib(guests):
+    """The sum over guests that are stopped; of the image, the pages that any of them maps, once."""
     figures = [memory_kib(guest) for guest in guests]
     return {key: sum(figure[key] for figure in figures) for key in figures[0]}
 

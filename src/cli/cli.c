@@ -16,6 +16,7 @@ static int wrong(const struct cli_parser *parser, const char *format, const char
 static int match(struct cli_parser *parser, const char *word);
 static int take_value(struct cli_parser *parser, const struct cli_option *option, const char *given);
 static void say(const char *format, va_list args);
+static size_t plain_bytes(const char *text);
 
 int cli_next_option(struct cli_parser *parser)
 {
@@ -104,6 +105,18 @@ void cli_say(const char *format, ...)
 	va_start(args, format);
 	say(format, args);
 	va_end(args);
+}
+
+void cli_make_plain(char *text)
+{
+	while (*text) {
+		size_t bytes = plain_bytes(text);
+
+		if (bytes)
+			text += bytes;
+		else
+			*text++ = '?';
+	}
 }
 
 const char *cli_size(uint64_t bytes, char text[CLI_SIZE_TEXT])
@@ -218,6 +231,30 @@ static int take_value(struct cli_parser *parser, const struct cli_option *option
 	return 0;
 }
 
+/* The length of the character at `text`; 0: none, or one that a terminal may obey. */
+static size_t plain_bytes(const char *text)
+{
+	static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 }; /* by length */
+	uint8_t first = (uint8_t)text[0];
+	size_t length = first < 0x80   ? 1
+			: first < 0xc0 ? 0
+			: first < 0xe0 ? 2
+			: first < 0xf0 ? 3
+			: first < 0xf8 ? 4
+				       : 0;
+	uint32_t code = length > 1 ? first & (0x7fu >> length) : first;
+
+	for (size_t i = 1; i < length; i++) {
+		if ((text[i] & 0xc0) != 0x80)
+			return 0; /* the end of the text is none, too */
+		code = code << 6 | (text[i] & 0x3fu);
+	}
+	if (code < 0x20 || (code >= 0x7f && code < 0xa0) || code < least[length] ||
+	    (code >= 0xd800 && code < 0xe000) || code > 0x10ffff)
+		return 0;
+	return length;
+}
+
 /* One write, so that lines of several VMs do not mix. */
 static void say(const char *format, va_list args)
 {
@@ -227,6 +264,7 @@ static void say(const char *format, va_list args)
 
 	if (length < 0)
 		return;
+	cli_make_plain(line);
 	used = used + (size_t)length < sizeof line - 2 ? used + (size_t)length : sizeof line - 2;
 	line[used] = '\n';
 	if (write(STDERR_FILENO, line, used + 1) < 0)

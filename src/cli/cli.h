@@ -37,7 +37,8 @@ struct cli_command {
 	int (*run)(const struct cli_command *command, int argc, char **argv);
 };
 
-extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor;
+extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore, cli_info,
+	cli_verify;
 
 /* ---- options -------------------------------------------------------------------------------- */
 
@@ -83,6 +84,9 @@ int cli_fail(int status, const char *format, ...) __attribute__((format(printf, 
 
 /* "latent: SENTENCE" to stderr, and nothing fails. */
 void cli_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* Text that others have written: control characters, and bytes that are no UTF-8, become '?'. */
+void cli_make_plain(char *text);
 
 /* "512 B", "1.5 GiB" */
 #define CLI_SIZE_TEXT 16

@@ -67,6 +67,7 @@ static int examine(int images, char **paths, bool json)
 					  strerror(-r));
 		else if (is_lacking(&list) && !status)
 			status = CLI_LACKING;
+		cli_make_plain(paths[i]);
 		if (!json && !r)
 			print_checks(paths[i], &list);
 		one = json_object_new_object();
@@ -101,6 +102,7 @@ void check_found(struct check *check, enum check_status status, const char *form
 	va_start(args, format);
 	vsnprintf(check->found, sizeof check->found, format, args);
 	va_end(args);
+	cli_make_plain(check->found); /* names and paths are in it, some from an image */
 }
 
 void check_remedy(struct check *check, const char *format, ...)

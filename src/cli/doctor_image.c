@@ -37,8 +37,10 @@ struct image {
 	const char *path; /* absolute */
 	char format[32];
 	struct json_object *chain; /* qemu-img info --backing-chain; NULL: no qemu-img */
+	bool unreadable;           /* by qemu-img, which is asked no more */
 };
 
+static int refuse_type(const char *path);
 static void check_format(struct image *image);
 static void check_encryption(struct image *image, struct json_object *data);
 static void check_compression(struct image *image);
@@ -49,24 +51,25 @@ static void check_alignment(struct image *image);
 static void check_file_system(struct image *image, uint64_t start_byte, bool *found);
 static void check_reading(struct image *image);
 static size_t list_partitions(const uint8_t head[HEAD_BYTES], uint64_t starts[PARTITIONS_MAX]);
-static bool read_guest(const struct image *image, uint64_t offset, void *to, size_t bytes);
+static bool read_guest(struct image *image, uint64_t offset, void *to, size_t bytes);
 static bool extract(const struct image *image, uint64_t offset, size_t bytes, int fd);
-static struct json_object *ask_qemu_img(const char *const *argv, unsigned timeout_s, int max_status);
+static struct json_object *ask_qemu_img(const char *const *argv, enum json_type type, unsigned timeout_s,
+					int max_status);
+static bool has_qemu_img(void);
 static const char *text_of(struct json_object *json, const char *key);
 
 int doctor_check_image(struct check_list *list, const char *path)
 {
 	char *absolute = realpath(path, NULL);
 	struct image image = { .list = list, .path = absolute };
-	int fd = absolute ? open(absolute, O_RDONLY | O_CLOEXEC | O_NONBLOCK) : -1;
-	int r = fd < 0 ? -errno : 0;
+	int r = absolute ? refuse_type(absolute) : -errno;
 
-	if (!r) {
+	if (absolute && !r) {
 		const char *const argv[] = { QEMU_IMG,        "info",   "-U", "--backing-chain",
 					     "--output=json", absolute, NULL };
 
-		close(fd);
-		image.chain = ask_qemu_img(argv, INFO_TIMEOUT_S, 0);
+		image.chain = ask_qemu_img(argv, json_type_array, INFO_TIMEOUT_S, 0);
+		image.unreadable = !image.chain; /* whatever the reason: nothing more of it is tried */
 		check_format(&image);
 		check_layers(&image);
 		check_alignment(&image);
@@ -74,6 +77,23 @@ int doctor_check_image(struct check_list *list, const char *path)
 		json_object_put(image.chain);
 	}
 	free(absolute);
+	return r;
+}
+
+/* A device may hold an image; nothing else but a file does. */
+static int refuse_type(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), r;
+	struct stat st;
+
+	if (fd < 0)
+		return -errno;
+	r = fstat(fd, &st) ? -errno : 0;
+	close(fd);
+	if (!r && S_ISDIR(st.st_mode))
+		return -EISDIR;
+	if (!r && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+		return -ENOTBLK;
 	return r;
 }
 
@@ -97,6 +117,11 @@ static void check_format(struct image *image)
 	if (strcmp(image->format, "raw") && strcmp(image->format, "qcow2")) {
 		check_found(check, CHECK_LIMITED, "%s: nobody has tried it", image->format);
 		check_remedy(check, "qemu-img convert -O qcow2, for a format that is known to do");
+		return;
+	}
+	if (!image->chain && has_qemu_img()) {
+		check_found(check, CHECK_MISSING, "%s, and qemu-img cannot open it", image->format);
+		check_remedy(check, "qemu-img info --backing-chain says what is wrong");
 		return;
 	}
 	check_found(check, CHECK_OK, "%s%s", image->format,
@@ -125,7 +150,8 @@ static void check_compression(struct image *image)
 {
 	const char *const argv[] = { QEMU_IMG, "check",         "-U",        "-f",
 				     "qcow2",  "--output=json", image->path, NULL };
-	struct json_object *json = ask_qemu_img(argv, CHECK_TIMEOUT_S, CHECK_MAX_STATUS);
+	struct json_object *json =
+		ask_qemu_img(argv, json_type_object, CHECK_TIMEOUT_S, CHECK_MAX_STATUS);
 	struct json_object *clusters;
 	int64_t all, compressed = 0;
 	struct check *check;
@@ -169,7 +195,10 @@ static void check_layer(struct image *image, const char *path, bool top)
 	struct check *check = check_add(image->list, top ? "this file" : "backing file",
 					"mapping it: nothing may change it unnoticed");
 	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), r;
+	struct stat st;
 	enum os_protection protection = fd < 0 ? OS_PROTECT_NONE : os_file_protection(fd);
+	bool is_file = fd >= 0 && !fstat(fd, &st) && S_ISREG(st.st_mode);
+	bool local = fd >= 0 && os_file_is_local(fd);
 	char writers[160];
 
 	r = fd < 0 ? -errno : os_lease_take(fd, SIGURG, gettid());
@@ -179,6 +208,15 @@ static void check_layer(struct image *image, const char *path, bool top)
 		close(fd);
 	if (fd < 0) {
 		check_found(check, CHECK_MISSING, "%.200s cannot be opened: %s", path, strerror(-r));
+	} else if (!is_file) {
+		check_found(check, CHECK_LIMITED, "%.200s is no file: what is read from it is copied",
+			    path);
+		check_remedy(check, "put the image into a file");
+	} else if (!local) {
+		check_found(check, CHECK_LIMITED,
+			    "%.200s is not on a file system that is known to be this machine's alone: reads are copied",
+			    path);
+		check_remedy(check, "keep it on a local disk, or vouch for it with --trust-image");
 	} else if (protection != OS_PROTECT_NONE) {
 		check_found(check, CHECK_OK, "%.200s cannot change", path);
 	} else if (!r) {
@@ -299,7 +337,7 @@ static uint64_t le64(const uint8_t *at) { return le32(at) | (uint64_t)le32(at + 
 /* ext2 to ext4: the block size is 1024 << s_log_block_size. Of others nothing is said. */
 static void check_file_system(struct image *image, uint64_t start_byte, bool *found)
 {
-	uint8_t super[SECTOR_BYTES];
+	uint8_t super[SECTOR_BYTES] = { 0 };
 	struct check *check;
 
 	if (*found || !read_guest(image, start_byte + EXT_AT_BYTES, super, sizeof super))
@@ -358,8 +396,9 @@ static void check_reading(struct image *image)
 		    "copied");
 }
 
-/* What a guest finds there: the file's own bytes, or what qemu-img makes of them. Whole sectors. */
-static bool read_guest(const struct image *image, uint64_t offset, void *to, size_t bytes)
+/* What a guest finds there: the file's own bytes, or what qemu-img makes of them. Whole sectors; beyond the
+ * end `to` stays as it is. */
+static bool read_guest(struct image *image, uint64_t offset, void *to, size_t bytes)
 {
 	bool raw = !strcmp(image->format, "raw");
 	int fd = raw ? open(image->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
@@ -368,7 +407,8 @@ static bool read_guest(const struct image *image, uint64_t offset, void *to, siz
 
 	if (fd < 0)
 		return false;
-	done = raw || extract(image, offset, bytes, fd);
+	done = raw || (!image->unreadable && extract(image, offset, bytes, fd));
+	image->unreadable = !done;
 	if (done)
 		done = offset < INT64_MAX && pread(fd, to, bytes, raw ? (off_t)offset : 0) > 0;
 	close(fd);
@@ -401,13 +441,28 @@ static bool extract(const struct image *image, uint64_t offset, size_t bytes, in
 	return true;
 }
 
-static struct json_object *ask_qemu_img(const char *const *argv, unsigned timeout_s, int max_status)
+/* NULL: no answer, or none of this type. */
+static struct json_object *ask_qemu_img(const char *const *argv, enum json_type type, unsigned timeout_s,
+					int max_status)
 {
 	char *text = capture(argv, -1, INFO_MAX_BYTES, timeout_s, max_status);
 	struct json_object *json = text ? json_tokener_parse(text) : NULL;
 
 	free(text);
-	return json;
+	if (json_object_is_type(json, type))
+		return json;
+	json_object_put(json);
+	return NULL;
+}
+
+static bool has_qemu_img(void)
+{
+	const char *const argv[] = { QEMU_IMG, "--version", NULL };
+	char *text = capture(argv, -1, INFO_MAX_BYTES, INFO_TIMEOUT_S, 0);
+	bool has = text != NULL;
+
+	free(text);
+	return has;
 }
 
 static const char *text_of(struct json_object *json, const char *key)

@@ -120,7 +120,7 @@ static bool recall(const char *root, const char *key, char version[PREFLIGHT_VER
 	int fd;
 
 	snprintf(path, sizeof path, "%s/.vmms", root);
-	fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); /* it may be a pipe */
 	if (fd < 0)
 		return false;
 	bytes = read(fd, memory, MEMORY_MAX_BYTES);
@@ -141,7 +141,7 @@ static void remember(const char *root, const char *key, const char *version)
 	int fd;
 
 	snprintf(path, sizeof path, "%s/.vmms", root);
-	fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW | O_CLOEXEC, 0600);
+	fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return;
 	if (!fstat(fd, &st) && st.st_size + length > MEMORY_MAX_BYTES && ftruncate(fd, 0))

@@ -83,8 +83,7 @@ static int run(const struct cli_command *command, int argc, char **argv)
 
 static void gather(const struct vm_view *view, struct row *row)
 {
-	const struct vm_stats *stats = view->stats;
-	uint32_t volumes = stats->volume_count;
+	const struct vm_stats *stats = &view->stats;
 
 	*row = (struct row){
 		.name = view->name,
@@ -100,7 +99,7 @@ static void gather(const struct vm_view *view, struct row *row)
 		.maps_budget = stat_get(&stats->maps_budget_now),
 		.started_unix_s = stats->started_unix_s,
 	};
-	for (uint32_t i = 0; i < volumes && i < VM_STATS_VOLUMES; i++) {
+	for (uint32_t i = 0; i < stats->volume_count; i++) {
 		row->asked_bytes += stat_get(&stats->volumes[i].bytes_asked);
 		row->shortcut_bytes += stat_get(&stats->volumes[i].bytes_shortcut);
 	}

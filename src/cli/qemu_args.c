@@ -99,7 +99,7 @@ static int scan_words(struct scan *scan, int argc, const char *const *argv)
 	int r = 0;
 
 	for (int i = 1; !r && i < argc; i++) {
-		const char *option = argv[i], *value = NULL;
+		const char *option = argv[i], *value = "";
 
 		if (option[0] != '-') {
 			r = take_file(scan, option);

@@ -7,6 +7,7 @@
 #include "cli/preflight.h"
 #include "cli/props.h"
 #include "cli/qemu_args.h"
+#include "cli/run.h"
 #include "os/os.h"
 #include "os/probe.h"
 #include "os/selftest.h"
@@ -66,6 +67,8 @@ struct launch {
 	uint64_t min_run_pages, budget_maps;
 	bool trust_images, no_overlays;
 
+	const struct agent_restore *restore; /* NULL: it boots */
+
 	int argc; /* QEMU's own line */
 	char **argv;
 	struct qemu_plan plan;
@@ -105,28 +108,46 @@ static void give_up(struct launch *launch);
 static int write_all(int fd, const void *data, size_t bytes);
 static char *read_config(void *ctx, const char *path);
 
-static int run(const struct cli_command *command, int argc, char **argv)
+static const struct launch no_launch = {
+	.share_threshold = AGENT_SHARE_THRESHOLD,
+	.dir = { .lock_fd = -1, .stats_fd = -1 },
+	.ram_fd = -1,
+	.qmp_agent_fd = -1,
+	.qmp_vmm_fd = -1,
+	.monitor_fd = -1,
+	.config_fd = -1,
+};
+
+static int launch_vmm(struct launch *launch)
 {
-	struct launch launch = {
-		.share_threshold = AGENT_SHARE_THRESHOLD,
-		.dir = { .lock_fd = -1, .stats_fd = -1 },
-		.ram_fd = -1,
-		.qmp_agent_fd = -1,
-		.qmp_vmm_fd = -1,
-		.monitor_fd = -1,
-		.config_fd = -1,
-	};
 	static int (*const steps[])(struct launch *) = {
 		plan, find_vmm, check_vmm, claim, prepare, become_vmm,
 	};
+	int status = CLI_OK;
+
+	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++)
+		status = steps[i](launch);
+	give_up(launch); /* a success does not come back */
+	return status;
+}
+
+static int run(const struct cli_command *command, int argc, char **argv)
+{
+	struct launch launch = no_launch;
 	int status = parse_options(command, &launch, argc, argv);
 
-	if (!launch.argc)
-		return status;
-	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++)
-		status = steps[i](&launch);
-	give_up(&launch); /* a success does not come back */
-	return status;
+	return launch.argc ? launch_vmm(&launch) : status;
+}
+
+int run_restored(const char *name, const struct agent_restore *restore, int argc, char **argv)
+{
+	struct launch launch = no_launch;
+
+	launch.name = name;
+	launch.restore = restore;
+	launch.argc = argc;
+	launch.argv = argv;
+	return launch_vmm(&launch);
 }
 
 /* Without QEMU's line in launch->argc the status is final. */
@@ -234,7 +255,7 @@ static int find_vmm(struct launch *launch)
 	}
 	if (!found)
 		return cli_fail(CLI_NOT_FOUND, "%s: command not found", word);
-	if (access(launch->vmm_path, X_OK))
+	if (!launch->vmm_path || access(launch->vmm_path, X_OK))
 		return cli_fail(CLI_NOT_EXECUTABLE, "%s cannot be run: %s", word, strerror(errno));
 	return CLI_OK;
 }
@@ -330,13 +351,14 @@ static int make_descriptors(struct launch *launch)
 }
 
 /*
- * The two monitors come in a configuration file: with -mon on the command line QEMU would leave out
+ * The monitors come in a configuration file: with -mon on the command line QEMU would leave out
  * its default monitor, and a user of -nographic would miss it.
  */
 static int make_monitor_config(void)
 {
 	static const char text[] =
 		"[mon \"latent-qmp\"]\n  chardev = \"latent-qmp\"\n  mode = \"control\"\n"
+		"[mon \"latent-mover\"]\n  chardev = \"latent-mover\"\n  mode = \"control\"\n"
 		"[mon \"latent-agent\"]\n  chardev = \"latent-agent\"\n  mode = \"control\"\n";
 	int fd = os_memfd_create("latent-monitors", 0, true);
 	int r = fd < 0 ? fd : write_all(fd, text, sizeof text - 1);
@@ -366,6 +388,8 @@ static int make_agent_config(const struct launch *launch)
 	};
 	int fd, r;
 
+	if (launch->restore)
+		config.restore = *launch->restore;
 	snprintf(config.excluded_by, sizeof config.excluded_by, "%s", why_no_overlays(launch));
 	config.overlays_allowed = !config.excluded_by[0];
 	snprintf(config.block_name, sizeof config.block_name, "%s", launch->plan.block_name);
@@ -460,7 +484,7 @@ static int add_option(struct launch *launch, const char *option, const char *for
 /* The user's line as it is, and behind it guest RAM and the monitors. */
 static int make_argv(struct launch *launch)
 {
-	static const size_t own_words = 10;
+	static const size_t own_words = 14;
 	size_t count = (size_t)launch->argc;
 	int r;
 
@@ -478,6 +502,8 @@ static int make_argv(struct launch *launch)
 		       launch->plan.block_name, (uintmax_t)launch->plan.ram_bytes, launch->ram_fd);
 	if (!r)
 		r = add_option(launch, "-machine", "memory-backend=%s", launch->plan.block_name);
+	if (!r && launch->restore) /* the agent says when and what from */
+		r = add_option(launch, "-incoming", "defer");
 	if (!r)
 		r = add_monitors(launch);
 	return r;
@@ -491,6 +517,9 @@ static int add_monitors(struct launch *launch)
 	if (!r)
 		r = add_option(launch, "-chardev",
 			       "socket,id=latent-qmp,path=%s/" VMDIR_QMP ",server=on,wait=off", dir);
+	if (!r)
+		r = add_option(launch, "-chardev",
+			       "socket,id=latent-mover,path=%s/" VMDIR_MOVER ",server=on,wait=off", dir);
 	if (!r)
 		r = add_option(launch, "-chardev", "socket,id=latent-agent,fd=%d", launch->qmp_vmm_fd);
 	if (!r)

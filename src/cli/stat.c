@@ -42,6 +42,7 @@ static const struct {
 	[MISS_BUDGET] = { "budget", "no mappings to spare" },
 	[MISS_WRITABLE] = { "writable", "open for writing somewhere" },
 	[MISS_NO_LEASE] = { "no_lease", "nothing keeps the file from changing" },
+	[MISS_SAVING] = { "saving", "while the VM was saved" },
 	[MISS_DETACHED] = { "detached", "detached" },
 	[MISS_EXCLUDED] = { "excluded", "a device needs plain RAM" },
 	[MISS_END_OF_FILE] = { "end_of_file", "beyond the last whole page" },

@@ -7,15 +7,24 @@
 #include "vmdir/stats.h"
 #include "vmdir/vmdir.h"
 
+/*
+ * The VMM is what a guest breaks out into, so neither its statistics nor its answers are trusted: they are
+ * copied, and checked once. In the copies every text ends and is plain, and every index is within its
+ * bounds; numbers may be anything.
+ */
 struct vm_view {
 	char root[VMDIR_PATH_BYTES];
 	char name[VMDIR_NAME_BYTES];
-	const struct vm_stats *stats;
+	int stats_fd;
+	struct vm_stats stats; /* as it was at vm_view_open or the last vm_view_update */
 };
 
 /* -ENOENT: no live VM has this name. -EPROTO: its statistics are of another version of Latent. */
 int vm_view_open(const char *root, const char *name, struct vm_view *ret_view);
 void vm_view_close(struct vm_view *view);
+
+/* Reads the statistics again; the old ones stay on failure. */
+int vm_view_update(struct vm_view *view);
 
 /* Opens the VM that a user names; prints the sentence and returns an exit status on failure. */
 int vm_view_find(const char *name, struct vm_view *ret_view);

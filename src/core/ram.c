@@ -31,7 +31,8 @@ struct ram {
 	struct ram_block *blocks[RAM_BLOCKS]; /* slots are read without the lock by ram_find */
 	struct ram_file files[ENTRY_FILES];
 	struct ram_counts counts;
-	struct os_pagemap *pagemap; /* used by ram_reconcile's one thread */
+	bool base_held; /* see ram_hold */
+	struct os_pagemap *pagemap; /* used under the lock */
 };
 
 /* ---- life ----------------------------------------------------------------------------------- */
@@ -286,6 +287,11 @@ void ram_remove_block(struct ram *ram, struct ram_block *b)
 	destroy_block(b);
 }
 
+struct ram_block *ram_block_at(struct ram *ram, unsigned n)
+{
+	return n < RAM_BLOCKS ? __atomic_load_n(&ram->blocks[n], __ATOMIC_ACQUIRE) : NULL;
+}
+
 struct ram_block *ram_find(struct ram *ram, const void *hva, size_t bytes)
 {
 	const uint8_t *at = hva;
@@ -506,6 +512,8 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	if (!pages || page >= b->pages || pages > b->pages - page || file_page >= f->pages ||
 	    pages > f->pages - file_page)
 		return -ERANGE;
+	if (ram->base_held)
+		return -EBUSY;
 	hva = page_hva(b, page);
 	before = count_starts(b, page, page + pages);
 	after = count_starts_if(b, page, pages, head);
@@ -585,11 +593,88 @@ static int step_discard(struct ram *ram, struct ram_block *b, const struct ram_r
 	return 0;
 }
 
+/* The next run of pages in [page, end) that hold data in the memfd; false: none. */
+static bool next_data(struct ram_block *b, uint64_t page, uint64_t end, uint64_t *ret_page, uint64_t *ret_pages)
+{
+	uint64_t from, to;
+
+	if (!os_next_data(b->memfd, memfd_at(b, page), memfd_at(b, end), &from, &to))
+		return false;
+	*ret_page = (from - b->memfd_offset) >> OS_PAGE_SHIFT;
+	*ret_pages = (to - from) >> OS_PAGE_SHIFT;
+	return true;
+}
+
+/* Zeros as the guest itself would write them, where there is anything else. */
+static int zero_base(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	(void)ctx;
+	memset(page_hva(b, page), 0, os_bytes(pages));
+	return 0;
+}
+
+static int for_base_of(struct ram_block *b, uint64_t page, uint64_t end, bool data_only, ram_run each, void *ctx)
+{
+	int r = 0;
+
+	for (struct ram_range range; !r && page < end; page = range.page + range.pages) {
+		uint64_t at, pages;
+
+		range = ram_range_at(b, page, end);
+		if (range.source != ENTRY_BASE)
+			continue;
+		if (!data_only) {
+			r = each(ctx, b, page, range.pages);
+			continue;
+		}
+		for (at = page; !r && next_data(b, at, page + range.pages, &at, &pages); at += pages)
+			r = each(ctx, b, at, pages);
+	}
+	return r;
+}
+
+static int for_base_of_all(struct ram *ram, bool data_only, ram_run each, void *ctx)
+{
+	int r = 0;
+
+	assert_locked(ram);
+	for (size_t i = 0; !r && i < RAM_BLOCKS; i++)
+		if (ram->blocks[i])
+			r = for_base_of(ram->blocks[i], 0, ram->blocks[i]->pages, data_only, each, ctx);
+	return r;
+}
+
+int ram_for_base(struct ram *ram, ram_run each, void *ctx)
+{
+	return for_base_of_all(ram, false, each, ctx);
+}
+
+int ram_for_base_data(struct ram *ram, ram_run each, void *ctx)
+{
+	return for_base_of_all(ram, true, each, ctx);
+}
+
+void ram_hold(struct ram *ram, bool held)
+{
+	assert_locked(ram);
+	ram->base_held = held;
+}
+
+bool ram_is_held(struct ram *ram)
+{
+	assert_locked(ram);
+	return ram->base_held;
+}
+
 int ram_discard(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	int r;
 
 	assert_locked(ram);
+	if (ram->base_held) {
+		(void)for_base_of(b, page, page + pages, true, zero_base, NULL);
+		return for_overlays(ram, b, page, pages, step_discard, NULL);
+	}
 	/* Punched before base is mapped: what lay beneath an overlay must not be seen again. */
 	r = os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
 	if (r) {
@@ -836,6 +921,54 @@ int ram_reconcile(struct ram *ram)
 		}
 	}
 	return 0;
+}
+
+struct private_runs {
+	struct ram *ram;
+	struct ram_block *block;
+	ram_run each;
+	void *ctx;
+	int error;
+};
+
+static void note_private(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct private_runs *p = ctx;
+	struct reconcile c = { p->ram, p->block };
+
+	found_private(&c, hva, pages);
+	if (!p->error)
+		p->error = p->each(p->ctx, p->block, (uint64_t)(hva - p->block->hva) >> OS_PAGE_SHIFT, pages);
+}
+
+/* Whole overlays at a time, as pagemap knows nothing of where base begins. */
+static int for_private_of(struct private_runs *p)
+{
+	struct ram_block *b = p->block;
+	struct ram_range range;
+	int r = 0;
+
+	for (uint64_t page = 0; !r && page < b->pages; page = range.page + range.pages) {
+		range = ram_range_at(b, page, b->pages);
+		if (range.source == ENTRY_OVERLAY)
+			r = os_pagemap_private_runs(p->ram->pagemap, page_hva(b, page), range.pages, note_private, p);
+		r = r ? r : p->error;
+	}
+	return r;
+}
+
+int ram_for_private(struct ram *ram, ram_run each, void *ctx)
+{
+	struct private_runs p = { .ram = ram, .each = each, .ctx = ctx };
+	int r = 0;
+
+	assert_locked(ram);
+	for (size_t i = 0; !r && i < RAM_BLOCKS; i++) {
+		p.block = ram->blocks[i];
+		if (p.block)
+			r = for_private_of(&p);
+	}
+	return r;
 }
 
 int ram_recount_maps(struct ram *ram)

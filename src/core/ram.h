@@ -89,6 +89,8 @@ int ram_add_block(struct ram *ram, const char *name, void *hva, uint64_t pages, 
 		  uint64_t memfd_offset, struct ram_block **ret_block);
 /* [locked] The caller unmaps or has unmapped it. */
 void ram_remove_block(struct ram *ram, struct ram_block *block);
+/* [locked] The block in slot n, 0..RAM_BLOCKS-1, or NULL. */
+struct ram_block *ram_block_at(struct ram *ram, unsigned n);
 /* The block that holds all of [hva, hva+bytes), or NULL. Needs no lock as long as no block is
  * removed. */
 struct ram_block *ram_find(struct ram *ram, const void *hva, size_t bytes);
@@ -106,9 +108,26 @@ int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_obser
 void ram_drop_file(struct ram *ram, unsigned file);
 
 /* [locked] Contents are free. Maps pages of the file there. -EDQUOT: over the budget of mappings;
- * -ERANGE: outside the file or block; else as os_map_file_over. */
+ * -ERANGE: outside the file or block; -EBUSY: held; else as os_map_file_over. */
 int ram_map_overlay(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
 		    unsigned file, uint64_t file_page);
+
+/*
+ * [locked] While held, what base holds now stays readable in its memfd until it is overwritten by a write
+ * to guest RAM, which write-protection can see: nothing is punched, no overlay is made (-EBUSY), and a
+ * discard writes zeros. For whoever reads base while the guest runs (a save).
+ */
+void ram_hold(struct ram *ram, bool held);
+bool ram_is_held(struct ram *ram); /* [locked] */
+
+/* [locked] Calls `each` for every longest run of base pages that hold data, in order; ends at and returns its
+ * first result that is not 0. */
+typedef int (*ram_run)(void *ctx, struct ram_block *block, uint64_t page, uint64_t pages);
+int ram_for_base_data(struct ram *ram, ram_run each, void *ctx);
+/* [locked] The same for all of base, whether it holds data or not. */
+int ram_for_base(struct ram *ram, ram_run each, void *ctx);
+/* [locked] Brings the private flags up to date, all at once, and calls `each` for every run of private copies. */
+int ram_for_private(struct ram *ram, ram_run each, void *ctx);
 
 /* [locked] Contents are free. Gives overlays of the pages back to base; those that were overlays
  * then read as zeros, or hold what they held. */

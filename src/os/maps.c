@@ -161,6 +161,18 @@ bool os_has_data(int fd, uint64_t offset, size_t bytes)
 	return (uint64_t)at < offset + bytes;
 }
 
+bool os_next_data(int fd, uint64_t from, uint64_t end, uint64_t *ret_from, uint64_t *ret_to)
+{
+	off_t data = lseek(fd, (off_t)from, SEEK_DATA), hole;
+
+	if (data < 0 || (uint64_t)data >= end)
+		return false;
+	hole = lseek(fd, data, SEEK_HOLE);
+	*ret_from = (uint64_t)data;
+	*ret_to = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole;
+	return true;
+}
+
 void *os_view_file(int fd, size_t bytes, bool writable)
 {
 	int prot = PROT_READ | (writable ? PROT_WRITE : 0);

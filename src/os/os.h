@@ -81,6 +81,9 @@ int os_punch_hole(int fd, uint64_t offset, size_t bytes);
  * descriptor's file position. */
 bool os_has_data(int fd, uint64_t offset, size_t bytes);
 
+/* The first run in [from, end) that holds data; false: there is none. As os_has_data. */
+bool os_next_data(int fd, uint64_t from, uint64_t end, uint64_t *ret_from, uint64_t *ret_to);
+
 /* A shared view of a file from its beginning, which children do not inherit and core dumps leave out.
  * NULL on failure. os_unview_file takes NULL. */
 void *os_view_file(int fd, size_t bytes, bool writable);
@@ -175,6 +178,24 @@ bool os_file_is_local(int fd);
 /* What else keeps a local file from changing, checked in the order of the enum; OS_PROTECT_NONE if
  * nothing does. */
 enum os_protection os_file_protection(int fd);
+
+/* ---- uffd.c: faults that user space serves ---------------------------------------------------- */
+
+/*
+ * A userfaultfd that serves faults of the kernel too (KVM, vhost, system calls), with `features` (enum
+ * os_uffd_feature, os/probe.h). Non-blocking, close-on-exec; ranges belong to the process that has opened it,
+ * and any process that was given a duplicate may serve it. Returns the descriptor; -EPERM: it takes root,
+ * /dev/userfaultfd, or vm.unprivileged_userfaultfd=1; -EOPNOTSUPP: the kernel lacks a feature.
+ */
+int os_uffd_open(uint64_t features);
+int os_uffd_new(int flags); /* userfaultfd(2): a descriptor or a negative errno */
+/* Whole mappings of shared memory; -EINVAL for those of ordinary files, -EBUSY: another one has it. */
+int os_uffd_register_wp(int uffd, void *hva, size_t bytes);
+int os_uffd_unregister(int uffd, void *hva, size_t bytes); /* wakes all that wait, and protects nothing */
+/* Addresses are those of the process that has opened it. Taking protection away wakes who waits. */
+int os_uffd_protect(int uffd, void *hva, size_t bytes, bool on);
+/* 1: a page (its address) is waited for; 0: none now; -ENOSPC and others: it is over. */
+int os_uffd_next_fault(int uffd, uintptr_t *ret_addr);
 
 /* ---- freeze.c: all other threads stopped for a moment ---------------------------------------- */
 

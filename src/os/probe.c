@@ -165,9 +165,9 @@ static void probe_userfaultfd(void)
 {
 	int flags = O_CLOEXEC | O_NONBLOCK;
 
-	features.uffd_syscall = take_uffd((int)syscall(SYS_userfaultfd, flags));
+	features.uffd_syscall = take_uffd(os_uffd_new(flags));
 	features.uffd_device = take_uffd(uffd_from_device());
-	features.uffd_user_only = take_uffd((int)syscall(SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY));
+	features.uffd_user_only = take_uffd(os_uffd_new(flags | UFFD_USER_MODE_ONLY));
 	features.uffd_sysctl = (int)read_number("/proc/sys/vm/unprivileged_userfaultfd", -1);
 }
 

@@ -269,16 +269,19 @@ static int start(struct agent *a)
 static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t offset)
 {
 	int same_opening = fcntl(fd, F_DUPFD_CLOEXEC, 0), r;
+	struct ram_block *block;
 
 	if (same_opening < 0)
 		return -errno;
 	ram_lock(a->ram);
 	r = ram_add_block(a->ram, a->config.block_name, hva, bytes >> OS_PAGE_SHIFT, same_opening, offset,
-			  NULL);
+			  &block);
 	ram_unlock(a->ram);
 	if (r) {
 		close(same_opening);
 	} else {
+		if (a->config.restore.active && restorer_fill(a, block))
+			_exit(1); /* it has said why; a guest with half of its RAM must not run */
 		a->ram_bytes += bytes;
 		a->stats->ram_bytes = a->ram_bytes;
 		a->stats->pid = (uint32_t)getpid();
@@ -509,5 +512,7 @@ __attribute__((destructor)) static void unload(void)
 		return;
 	/* The child of -daemonize, which has this descriptor too, is then all that keeps the lock. */
 	close(the_agent.config.lock_fd);
+	if (agent_get() && the_agent.stats->pid == (uint32_t)getpid())
+		volumes_abandon(the_agent.volumes);
 	(void)vmdir_remove_if_dead(the_agent.config.run_dir);
 }

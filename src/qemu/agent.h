@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The agent inside QEMU, loaded by LD_PRELOAD. Four files:
+ * The agent inside QEMU, loaded by LD_PRELOAD:
  *   agent.c    its life: configuration, start at the first mapping of guest RAM, clean-up
  *   hooks.c    the C library's functions that it stands in front of
  *   service.c  its one thread: control socket, lease breaks, housekeeping
- *   qmp.c      its own QMP connection, to stop and continue the guest
+ *   saver.c    its part of a save
+ *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
  */
@@ -13,6 +14,7 @@
 
 #include "core/ram.h"
 #include "vmdir/agent_config.h"
+#include "vmdir/control.h"
 #include "vmdir/stats.h"
 #include "volume/volume.h"
 
@@ -88,17 +90,36 @@ int service_start(struct agent *agent, pid_t *ret_tid);
  * the agent's own `stop`, sent by the main loop. */
 void service_before_send(int fd, const struct iovec *iov, size_t count);
 
-/* qmp.c: one thread (the service's) uses it. */
-struct qmp;
-int qmp_open(int fd, struct qmp **ret_qmp); /* takes the descriptor */
+/* pause.c: one thread (the service's) uses it. */
+struct pause;
+int pause_open(int fd, struct pause **ret_pause); /* the agent's end of its QMP connection; takes it */
 /* Is this a moment in which the guest can be stopped for good? -EBUSY: no (a migration, a suspend).
- * `*ret_stop_id`: the id that the next request, qmp_stop's, will have. -ETIMEDOUT. */
-int qmp_prepare(struct qmp *qmp, unsigned *ret_stop_id);
+ * `*ret_stop_id`: the id that the next request, pause_stop's, will have. -ETIMEDOUT. */
+int pause_prepare(struct pause *pause, unsigned *ret_stop_id);
 /* Stops the guest and drains its I/O. `*ret_stopped`: it ran before, and it was us. -ETIMEDOUT. */
-int qmp_stop(struct qmp *qmp, bool *ret_stopped);
-int qmp_cont(struct qmp *qmp);
-int qmp_poll_fd(const struct qmp *qmp);
-void qmp_drain(struct qmp *qmp); /* reads and drops what has come */
+int pause_stop(struct pause *pause, bool *ret_stopped);
+int pause_end(struct pause *pause);
+int pause_poll_fd(const struct pause *pause);
+/* `migrate-incoming` from an inherited descriptor. */
+int pause_load_state(struct pause *pause, int fd, char *why, size_t why_bytes);
+void pause_drain(struct pause *pause); /* reads and drops what has come */
+
+/* saver.c: requests of a save, from the service thread; `client` is the connection that they came by. */
+struct control_reply;
+void saver_begin(struct agent *agent, int client, struct control_reply *reply);
+void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
+void saver_point(struct agent *agent, int client, struct control_reply *reply);
+void saver_end(struct agent *agent, int client, struct control_reply *reply);
+void saver_client_gone(struct agent *agent, int client);
+
+/* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */
+int restorer_fill(struct agent *agent, struct ram_block *block);
+/* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
+void restorer_load_state(struct agent *agent, struct pause *pause);
+
+/* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
+struct msghdr;
+ssize_t agent_send(int fd, const struct msghdr *message);
 
 /* "latent: NAME: text" on standard error. */
 void agent_say(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -27,7 +27,8 @@
 #define TICK_MS 1000
 #define DEEP_US 5000000  /* copies on write are counted that often, */
 #define DEEP_SHARE 100   /* and seldom enough to take no more than this part of a processor */
-#define RECOUNT_TICKS 60 /* and the process's mappings */
+#define RECOUNT_TICKS 60 /* and the process's mappings; */
+#define FEW_MAPS 4000    /* below that, every few seconds */
 #define TIDY_TICKS 5     /* files that were closed, or whose writer has gone, are looked for */
 #define TRY_AFTER_US 1000000
 #define TRY_AFTER_MAX_US 60000000
@@ -36,7 +37,7 @@
 
 struct service {
 	struct agent *agent;
-	struct qmp *qmp;
+	struct pause *pause;
 	int listen_fd, signal_fd;
 	int clients[CLIENTS]; /* -1: free */
 	pid_t tid;
@@ -123,13 +124,13 @@ void service_before_send(int fd, const struct iovec *iov, size_t count)
 static int stop_and_settle(struct service *s, bool *ret_stopped)
 {
 	unsigned stop_id;
-	int r = s->qmp ? qmp_prepare(s->qmp, &stop_id) : -ENOTCONN;
+	int r = s->pause ? pause_prepare(s->pause, &stop_id) : -ENOTCONN;
 
 	if (r)
 		return r;
 	settling.stop_id = stop_id;
 	settling.stage = SETTLE_ARMED;
-	r = qmp_stop(s->qmp, ret_stopped);
+	r = pause_stop(s->pause, ret_stopped);
 	if (take_stage()) { /* the main thread has not */
 		if (!r)
 			settle_now(s->agent);
@@ -151,7 +152,7 @@ static int settle_by_qmp(struct service *s, struct settled *d)
 
 	settling.pages = 0;
 	r = stop_and_settle(s, &stopped);
-	cont = stopped ? qmp_cont(s->qmp) : 0;
+	cont = stopped ? pause_end(s->pause) : 0;
 	if (cont)
 		agent_say("the guest was stopped and could not be continued (%s): use `cont`", strerror(-cont));
 	if (settling.stage == SETTLE_DONE)
@@ -327,7 +328,7 @@ static void do_detach(struct service *s, const struct control_request *q, struct
 		snprintf(p->text, sizeof p->text, "the pages could not be moved to base: %s", strerror(-p->error));
 }
 
-static void answer(struct service *s, const struct control_request *q, struct control_reply *p)
+static void answer(struct service *s, int client, const struct control_request *q, struct control_reply *p)
 {
 	switch (q->op) {
 	case CONTROL_REFRESH:
@@ -335,6 +336,15 @@ static void answer(struct service *s, const struct control_request *q, struct co
 		break;
 	case CONTROL_DETACH:
 		do_detach(s, q, p);
+		break;
+	case CONTROL_SAVE_BEGIN:
+		saver_begin(s->agent, client, p);
+		break;
+	case CONTROL_SAVE_POINT:
+		saver_point(s->agent, client, p);
+		break;
+	case CONTROL_SAVE_END:
+		saver_end(s->agent, client, p);
 		break;
 	default:
 		p->error = -EOPNOTSUPP;
@@ -352,18 +362,22 @@ static void on_client(struct service *s, int *client)
 {
 	struct control_reply p = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION };
 	static struct control_request q; /* only this thread */
-	ssize_t n = recv(*client, &q, sizeof q, MSG_DONTWAIT);
+	ssize_t n = recv(*client, &q, sizeof q, MSG_DONTWAIT | MSG_TRUNC); /* a longer one is none */
 
 	if (n > 0) {
 		if (is_valid(&q, n)) {
-			answer(s, &q, &p);
+			answer(s, *client, &q, &p);
 		} else {
 			p.error = -EPROTO;
 			snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
 		}
-		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p)
+		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p) {
+			if (q.op == CONTROL_SAVE_BEGIN && !p.error)
+				saver_began(s->agent, *client);
 			return;
+		}
 	}
+	saver_client_gone(s->agent, *client);
 	close(*client);
 	*client = -1;
 }
@@ -381,14 +395,21 @@ static void on_connect(struct service *s)
 {
 	int client = accept4(s->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-	for (size_t i = 0; client >= 0 && may_ask(client) && i < CLIENTS; i++) {
-		if (s->clients[i] < 0) {
-			s->clients[i] = client;
-			return;
-		}
+	static size_t next; /* whose place is taken when none is free */
+	size_t place = 0;
+
+	if (client < 0 || !may_ask(client)) {
+		if (client >= 0)
+			close(client);
+		return;
 	}
-	if (client >= 0)
-		close(client);
+	while (place < CLIENTS && s->clients[place] >= 0)
+		place++;
+	if (place == CLIENTS) {
+		place = next++ % CLIENTS;
+		close(s->clients[place]);
+	}
+	s->clients[place] = client;
 }
 
 /* ---- the loop --------------------------------------------------------------------------------- */
@@ -407,12 +428,21 @@ static void refresh(struct service *s)
 	}
 }
 
+/* The process's mappings are listed as text: often while they are few. */
+static uint64_t recount_ticks(struct service *s)
+{
+	struct ram_counts c;
+
+	ram_get_counts(s->agent->ram, &c);
+	return c.maps + c.other_maps < FEW_MAPS ? 3 : RECOUNT_TICKS;
+}
+
 static void tick(struct service *s, uint64_t ticks)
 {
 	if (now_us() >= s->next_try_us)
 		give_way(s);
 	release_clear(s);
-	if (ticks % RECOUNT_TICKS == 1)
+	if (ticks % recount_ticks(s) == 1)
 		(void)ram_recount_maps(s->agent->ram);
 	if (ticks % TIDY_TICKS == 0)
 		volumes_tidy(s->agent->volumes);
@@ -430,7 +460,7 @@ static void serve(struct service *s)
 			[POLL_LISTEN] = { .fd = s->listen_fd, .events = POLLIN },
 			[POLL_SIGNAL] = { .fd = s->signal_fd, .events = POLLIN },
 			[POLL_WAKE] = { .fd = s->agent->wake_fd, .events = POLLIN },
-			[POLL_QMP] = { .fd = s->qmp ? qmp_poll_fd(s->qmp) : -1, .events = POLLIN },
+			[POLL_QMP] = { .fd = s->pause ? pause_poll_fd(s->pause) : -1, .events = POLLIN },
 		};
 		uint64_t now = now_us();
 
@@ -444,7 +474,7 @@ static void serve(struct service *s)
 		if (p[POLL_WAKE].revents)
 			on_wake(s);
 		if (p[POLL_QMP].revents & POLLIN)
-			qmp_drain(s->qmp); /* events: QEMU would keep them all */
+			pause_drain(s->pause); /* events: QEMU would keep them all */
 		if (p[POLL_LISTEN].revents)
 			on_connect(s);
 		for (size_t i = 0; i < CLIENTS; i++)
@@ -486,6 +516,8 @@ static void *service_main(void *arg)
 	sigaddset(&lease, SERVICE_LEASE_SIGNAL);
 	s->signal_fd = signalfd(-1, &lease, SFD_CLOEXEC | SFD_NONBLOCK);
 	sem_post(&s->ready);
+	if (s->agent->config.restore.active)
+		restorer_load_state(s->agent, s->pause);
 	serve(s);
 	return NULL;
 }
@@ -531,7 +563,7 @@ int service_start(struct agent *agent, pid_t *ret_tid)
 	sem_init(&s->ready, 0, 0);
 	r = s->listen_fd = listen_at(agent->config.run_dir);
 	if (r >= 0)
-		r = agent->config.qmp_fd >= 0 ? qmp_open(agent->config.qmp_fd, &s->qmp) : 0;
+		r = agent->config.qmp_fd >= 0 ? pause_open(agent->config.qmp_fd, &s->pause) : 0;
 	if (!r)
 		r = start_thread(s);
 	if (r) {

@@ -13,11 +13,22 @@
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
-#define AGENT_CONFIG_VERSION 1u
+#define AGENT_CONFIG_VERSION 2u
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
 #define AGENT_HELLO_TEXT "latent agent " LATENT_VERSION_TEXT "\n"
+
+#define AGENT_RESTORE_VOLUMES 32
+
+/* What guest RAM begins with, and the state that its devices get; see snapshot/format.h. All descriptors are
+ * read-only and inherited. */
+struct agent_restore {
+	uint32_t active;
+	int32_t pages_fd, ram_fd, state_fd;
+	uint32_t volumes;
+	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
+};
 
 struct agent_config {
 	uint32_t magic, version;
@@ -33,6 +44,7 @@ struct agent_config {
 	uint32_t budget_maps;    /* mappings that the whole process may have; 0: half of the limit */
 	uint32_t trust_images;   /* map images that nothing protects */
 	uint32_t overlays_allowed;
+	struct agent_restore restore;
 	char excluded_by[160];   /* with overlays_allowed == 0: the sentence that says why */
 	char block_name[64];     /* stock QEMU's name of the RAM block: "pc.ram" */
 	char name[64];

@@ -9,11 +9,22 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 1u
+#define CONTROL_VERSION 2u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
 	CONTROL_DETACH,  /* turn overlays of `path` (empty: all) into plain RAM and map it no more */
+	/*
+	 * A save, in this order, over one connection; its end, by whatever cause, ends the save too.
+	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
+	 *          a struct control_layout with descriptors.
+	 *   POINT  with the guest stopped: private copies are copied out, base that holds data is
+	 *          write-protected. From then on the other side has to serve write faults.
+	 *   END    protection is taken away.
+	 */
+	CONTROL_SAVE_BEGIN,
+	CONTROL_SAVE_POINT,
+	CONTROL_SAVE_END,
 	CONTROL_OPS
 };
 
@@ -26,9 +37,36 @@ struct control_reply {
 	uint32_t magic, version;
 	int32_t error;         /* 0 or a negative errno */
 	uint32_t reserved;
-	uint64_t pages;        /* CONTROL_DETACH: pages settled */
-	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped */
+	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied */
+	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped; SAVE_POINT: its threads */
+	uint64_t base_runs, private_runs; /* CONTROL_SAVE_POINT: in the table of runs, in this order */
 	char text[512];        /* with error: one sentence with the remedy */
+};
+
+/* Follows the reply to SAVE_BEGIN. */
+struct control_layout {
+	uint32_t blocks, volumes;
+	struct control_block {
+		char name[64];
+		uint64_t pages, hva, memfd_offset;
+	} block[64];
+	struct control_volume {
+		char path[256]; /* as the VMM opened it */
+		uint64_t dev, ino, pages;
+		uint32_t file, reserved; /* file: the index in page entries */
+	} volume[32];
+};
+
+/* Its descriptors: these, and for each block its memfd and the table of its page entries. */
+enum control_save_fd {
+	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
+	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */
+	CONTROL_FD_COPIES, /* contents of the private runs, one after the other; written by SAVE_POINT */
+	CONTROL_FD_BLOCKS
+};
+
+struct control_run {
+	uint64_t block, page, pages;
 };
 
 #endif

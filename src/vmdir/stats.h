@@ -28,6 +28,7 @@ enum miss_reason {
 	MISS_WRITABLE,    /* open for writing, by this VM or somebody else, now or a moment ago */
 	MISS_NO_LEASE,    /* the file system gives no lease and nothing else protects the file */
 	MISS_DETACHED,    /* `latent detach` */
+	MISS_SAVING,      /* guest RAM is being saved */
 	MISS_EXCLUDED,    /* a device of this VM needs all RAM in one file */
 	MISS_END_OF_FILE, /* beyond the last whole page */
 	MISS_BUFFER,      /* not read into guest RAM: metadata, compressed or encrypted clusters */

@@ -347,7 +347,7 @@ static int remove_if_dead(const char *root, const char *name)
 int vmdir_remove_if_dead(const char *path)
 {
 	struct stat st;
-	int fd, r;
+	int fd = -1, r;
 
 	if (lstat(path, &st) || !S_ISDIR(st.st_mode))
 		return -ENOENT;

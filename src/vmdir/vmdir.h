@@ -8,7 +8,9 @@
  *   ROOT/NAME/lock       locked as long as the VM lives
  *   ROOT/NAME/stats      struct vm_stats
  *   ROOT/NAME/vm.json    command line, version of QEMU, time of start
- *   ROOT/NAME/qmp.sock, control.sock
+ *   ROOT/NAME/qmp.sock      QMP, for the user's tools
+ *   ROOT/NAME/mover.sock    QMP, for `latent save`
+ *   ROOT/NAME/control.sock  the agent (vmdir/control.h)
  *
  * Directories have mode 0700, files 0600, and all have one owner; anything else is refused. Sockets are
  * what the umask makes them: nobody else gets into the directory. The lock is
@@ -34,6 +36,7 @@
 #define VMDIR_JSON "vm.json"
 #define VMDIR_QMP "qmp.sock"
 #define VMDIR_CONTROL "control.sock"
+#define VMDIR_MOVER "mover.sock"
 #define VMDIR_VOLUMES "volumes"
 
 /* A VM's directory that this process has claimed. */

@@ -47,7 +47,4 @@ static inline bool state_maps(uint32_t state)
 	return state == VOLUME_LEASED || state == VOLUME_SEALED || state == VOLUME_TRUSTED;
 }
 
-/* The volume of a regular file, attached at its first read; NULL: not a file, or too many. To be put. */
-struct volume *volumes_attach(struct volumes *all, int fd);
-
 #endif

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #define SCRATCH_BYTES (64u << 10)
+#define SHORT_PAGES 8u
 #define AHEAD_PAGES 256u     /* read ahead of a sequential reader at most */
 #define AHEAD_FROM_PAGES 32u /* that has read so much in one go */
 
@@ -24,7 +25,7 @@ struct reader {
 	int fd;
 	off_t offset;         /* in the file, of the first byte that is neither mapped nor gathered */
 	size_t done;          /* bytes that are in place */
-	struct iovec gathered[IOV_MAX];
+	struct iovec *gathered; /* IOV_MAX of them, in the caller's frame: never all set */
 	int gathered_count;
 	size_t gathered_bytes;
 };
@@ -45,23 +46,34 @@ static void note_miss(struct reader *r, enum miss_reason why, size_t bytes)
 
 /* ---- storage -------------------------------------------------------------------------------- */
 
+/* Bytes that are there from `page` on, at most SCRATCH_BYTES; read without waiting. */
+static size_t bytes_at_hand(struct volume *v, uint64_t page, uint64_t pages)
+{
+	uint8_t scratch[SCRATCH_BYTES];
+	struct iovec iov = { scratch, os_bytes(pages) < sizeof scratch ? os_bytes(pages) : sizeof scratch };
+	ssize_t got = preadv2(v->fd, &iov, 1, (off_t)os_bytes(page), RWF_NOWAIT);
+
+	return got > 0 ? (size_t)got : 0;
+}
+
 /* Pages that storage has to deliver; asked without waiting. */
 static uint64_t missing_pages(struct volume *v, uint64_t page, uint64_t pages)
 {
-	uint8_t scratch[SCRATCH_BYTES];
+	uint64_t done = 0;
 
+	/* To copy a few is cheaper than to ask. */
+	if (pages <= SHORT_PAGES && bytes_at_hand(v, page, pages) == os_bytes(pages))
+		return 0;
 	if (v->view)
 		return pages - os_resident_pages(v->view, os_bytes(page), pages);
-	for (uint64_t done = 0; done < pages;) {
-		uint64_t n = pages - done;
-		struct iovec iov = { scratch, os_bytes(n) < sizeof scratch ? os_bytes(n) : sizeof scratch };
-		ssize_t got = preadv2(v->fd, &iov, 1, (off_t)os_bytes(page + done), RWF_NOWAIT);
+	while (done < pages) {
+		uint64_t got = bytes_at_hand(v, page + done, pages - done) >> OS_PAGE_SHIFT;
 
-		if (got < (ssize_t)iov.iov_len)
-			return pages - done;
-		done += iov.iov_len >> OS_PAGE_SHIFT;
+		if (!got)
+			break;
+		done += got;
 	}
-	return 0;
+	return pages - done;
 }
 
 /* `joined`: pages that another VM had in flight already. */
@@ -272,7 +284,7 @@ static enum miss_reason map_run(struct volume *v, const struct run *run)
 		r = ram_map_overlay(ram, run->block, run->page, run->pages, v->file, run->file_page);
 	ram_unlock(ram);
 	if (r)
-		why = r == -EDQUOT ? MISS_BUDGET : MISS_FAILED;
+		why = r == -EDQUOT ? MISS_BUDGET : r == -EBUSY ? MISS_SAVING : MISS_FAILED;
 	return why;
 }
 
@@ -363,7 +375,8 @@ static int read_all(struct reader *r, const struct iovec *iov, int count, ssize_
 
 ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int count, off_t offset)
 {
-	struct reader r = { .all = all, .fd = fd, .offset = offset };
+	struct iovec gathered[IOV_MAX];
+	struct reader r = { .all = all, .fd = fd, .offset = offset, .gathered = gathered };
 	ssize_t error = 0;
 	size_t bytes = 0;
 

@@ -248,6 +248,11 @@ void track_close(struct track *t)
 	free(t);
 }
 
+void track_abandon(struct track *t)
+{
+	unlink_if_last(t->fd, t->path);
+}
+
 void track_sweep(const char *dir)
 {
 	DIR *files = opendir(dir);

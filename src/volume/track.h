@@ -36,6 +36,8 @@ struct track;
 int track_open(const char *dir, uint64_t dev, uint64_t ino, uint64_t pages, struct track **ret_track);
 /* The last one removes the file. NULL is allowed. */
 void track_close(struct track *track);
+/* The process ends, and other threads may still use it: removes the file if nobody else is attached. */
+void track_abandon(struct track *track);
 /* Removes the structures in `dir` that nobody is attached to: VMs that are killed leave theirs. */
 void track_sweep(const char *dir);
 

@@ -81,6 +81,13 @@ void volumes_destroy(struct volumes *all)
 	free(all);
 }
 
+void volumes_abandon(struct volumes *all)
+{
+	for (uint32_t i = 0; i < all->count; i++)
+		if (!all->list[i]->closed && all->list[i]->track)
+			track_abandon(all->list[i]->track);
+}
+
 void volumes_lease_to(struct volumes *all, pid_t tid)
 {
 	all->options.lease_tid = tid;
@@ -184,6 +191,16 @@ struct volume *volumes_broken_lease(struct volumes *all)
 const char *volume_path(const struct volume *v)
 {
 	return v->stats->path;
+}
+
+bool volume_describe(const struct volume *v, uint64_t *ret_dev, uint64_t *ret_ino, uint64_t *ret_pages,
+		     uint32_t *ret_file)
+{
+	*ret_dev = v->dev;
+	*ret_ino = v->ino;
+	*ret_pages = v->pages;
+	*ret_file = v->file;
+	return v->has_file;
 }
 
 struct ram *volume_ram(const struct volume *v)
@@ -489,6 +506,19 @@ void volumes_tidy(struct volumes *all)
 		tidy(all->list[i], fds);
 	pthread_mutex_unlock(&all->attach_lock);
 	closedir(fds);
+}
+
+int volume_map(struct volume *v, struct ram_block *block, uint64_t page, uint64_t pages, uint64_t file_page)
+{
+	int r = -EACCES;
+
+	ram_lock(v->all->ram);
+	if (state_maps(v->state) && v->all->allowed)
+		r = ram_map_overlay(v->all->ram, block, page, pages, v->file, file_page);
+	ram_unlock(v->all->ram);
+	if (!r)
+		stat_add(&v->stats->maps, 1);
+	return r;
 }
 
 /* ---- giving a file up ----------------------------------------------------------------------- */

@@ -33,6 +33,8 @@ struct volume;
 /* `stats` outlives the volumes. */
 int volumes_create(struct ram *ram, const struct volume_options *options, struct vm_stats *stats,
 		   struct volumes **ret_volumes);
+/* The process ends: removes what would be left of it in tracks_dir; nothing else is given up. */
+void volumes_abandon(struct volumes *all);
 /* The thread that gets the leases' signal from now on, if it was not in the options. */
 void volumes_lease_to(struct volumes *all, pid_t tid);
 /* Releases leases and descriptors. No overlay may be left: remove or settle the RAM before. */
@@ -47,6 +49,13 @@ void volumes_allow(struct volumes *all, bool allowed);
  * are not mapped anew go back to base where that saves mappings.
  */
 ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int count, off_t offset);
+
+/* [no lock] Contents are free. Maps pages of the file there, whatever it costs and however likely it is that
+ * somebody shares them. As ram_map_overlay; -EACCES: the volume is not mapped. */
+int volume_map(struct volume *v, struct ram_block *block, uint64_t page, uint64_t pages, uint64_t file_page);
+
+/* The volume of an open file, attached if it was not; NULL: no file, or too many. To be put. */
+struct volume *volumes_attach(struct volumes *all, int fd);
 
 /* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
@@ -72,6 +81,9 @@ struct volume *volumes_nth(struct volumes *all, uint32_t n);
  */
 void volumes_tidy(struct volumes *all);
 const char *volume_path(const struct volume *v);
+/* False: it has no file in core, and no page entry names it. */
+bool volume_describe(const struct volume *v, uint64_t *ret_dev, uint64_t *ret_ino, uint64_t *ret_pages,
+		     uint32_t *ret_file);
 struct ram *volume_ram(const struct volume *v);
 /* Leases that are gone or break without a signal seen (it may have been lost): the first, or NULL. */
 struct volume *volumes_broken_lease(struct volumes *all);

@@ -269,8 +269,10 @@ static void test_memfd_sealed_under_us(void **state)
 	(void)state;
 	/* Before 6.12 the refusal comes after the old mapping is gone, and base, being sealed, cannot come
 	 * back: nothing could mend that, and nobody but this test seals guest RAM. */
-	if (kernel->kernel_major < 6 || (kernel->kernel_major == 6 && kernel->kernel_minor < 12))
+	if (kernel->kernel_major < 6 || (kernel->kernel_major == 6 && kernel->kernel_minor < 12)) {
+		print_message("SKIP: needs Linux 6.12\n");
 		skip();
+	}
 	open_model(&m);
 	m.real_failures = m.punch_fails = true;
 	for (size_t i = 0; i < STEPS; i++) {

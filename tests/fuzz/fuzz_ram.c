@@ -1,39 +1,30 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
  * Bytes as a sequence of transitions, guest accesses and failures on a small guest RAM, compared with
- * the model of tests/unit/ram_model.h after each.
- *
- * With clang: -fsanitize=fuzzer,address,undefined. With gcc: -DFUZZ_STANDALONE, and then
- *     fuzz_ram SECONDS [CORPUS FILE OR DIRECTORY…]
- * runs the corpus once, then random inputs and mutations of the corpus for SECONDS, the same ones each
- * time unless FUZZ_SEED says otherwise. An input that fails is written to ./crash-ram; FUZZ_TRACE=1
- * says what each input does.
+ * the model of tests/unit/ram_model.h after each. With FUZZ_TRACE=1 it says what each input does.
  *
  * Input: a byte of settings, then operations of one to six bytes (see `operations`).
  */
 #include "../unit/ram_model.h"
 
-#include <dirent.h>
-#include <limits.h>
-#include <signal.h>
-#include <time.h>
+#include "fuzz.h"
 
 #define FILE_PAGES 96
 #define MAX_OPERATIONS 64
 
 static const uint64_t block_pages[RIG_BLOCKS] = { 40, 24 };
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+const struct fuzz_target fuzz_target = { "ram", 256, NULL, false };
 
 /* ---- reading the input ---------------------------------------------------------------------- */
 
 struct input {
-	const uint8_t *at, *end;
+	struct fuzz_reader bytes;
 	struct model *m;
 	bool trace;
 };
 
-static uint8_t next(struct input *in) { return in->at < in->end ? *in->at++ : 0; }
+static uint8_t next(struct input *in) { return fuzz_byte(&in->bytes); }
 
 struct part {
 	unsigned block;
@@ -233,8 +224,8 @@ static uint64_t budget_of(uint8_t settings)
 
 static void report(const struct input *in, const uint8_t *data, const char *why)
 {
-	fprintf(stderr, "fuzz_ram: after %zu bytes: %s\ninput:", (size_t)(in->at - data), why);
-	for (const uint8_t *at = data; at < in->end; at++)
+	fprintf(stderr, "fuzz_ram: after %zu bytes: %s\ninput:", (size_t)(in->bytes.at - data), why);
+	for (const uint8_t *at = data; at < in->bytes.end; at++)
 		fprintf(stderr, " %02x", *at);
 	fprintf(stderr, "\n");
 	abort();
@@ -243,13 +234,13 @@ static void report(const struct input *in, const uint8_t *data, const char *why)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
 	static struct model m;
-	struct input in = { .at = data, .end = data + bytes, .m = &m, .trace = getenv("FUZZ_TRACE") };
+	struct input in = { .bytes = { data, data + bytes }, .m = &m, .trace = getenv("FUZZ_TRACE") };
 	uint8_t settings = next(&in);
 	const char *why = NULL;
 
 	model_open(&m, block_pages, FILE_PAGES, budget_of(settings));
 	m.touch_all = settings & 1;
-	for (unsigned n = 0; !why && in.at < in.end && n < MAX_OPERATIONS; n++)
+	for (unsigned n = 0; !why && in.bytes.at < in.bytes.end && n < MAX_OPERATIONS; n++)
 		why = operations[next(&in) % OPERATIONS](&in);
 	if (!why)
 		why = model_reconcile(&m);
@@ -258,136 +249,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 	model_close(&m);
 	return 0;
 }
-
-/* ---- without libFuzzer ---------------------------------------------------------------------- */
-
-#ifdef FUZZ_STANDALONE
-
-#define MAX_INPUT_BYTES 256
-#define MAX_CORPUS 512
-
-struct bytes {
-	uint8_t data[MAX_INPUT_BYTES];
-	size_t bytes;
-};
-
-static struct bytes corpus[MAX_CORPUS];
-static size_t corpus_files;
-static uint64_t random_state;
-
-/* Read by on_abort only. */
-static const struct bytes *running;
-
-static uint32_t random_below(uint32_t limit)
-{
-	random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-	return (uint32_t)(random_state >> 33) % limit;
-}
-
-static void on_abort(int signal)
-{
-	int fd = open("crash-ram", O_WRONLY | O_CREAT | O_TRUNC, 0644);
-
-	(void)signal;
-	if (fd >= 0 && running && write(fd, running->data, running->bytes) > 0)
-		fprintf(stderr, "fuzz_ram: the input is in ./crash-ram; FUZZ_TRACE=1 fuzz_ram 0 crash-ram\n");
-	_exit(1);
-}
-
-static void run(const struct bytes *input)
-{
-	running = input;
-	LLVMFuzzerTestOneInput(input->data, input->bytes);
-	running = NULL;
-}
-
-static void load_file(const char *path)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t n = -1;
-
-	if (fd >= 0 && corpus_files < MAX_CORPUS)
-		n = read(fd, corpus[corpus_files].data, MAX_INPUT_BYTES);
-	if (fd >= 0)
-		close(fd);
-	if (n < 0) {
-		fprintf(stderr, "fuzz_ram: cannot read %s\n", path);
-		exit(1);
-	}
-	corpus[corpus_files++].bytes = (size_t)n;
-}
-
-static void load(const char *path)
-{
-	DIR *dir = opendir(path);
-	struct dirent *entry;
-	char name[PATH_MAX];
-
-	if (!dir) {
-		load_file(path);
-		return;
-	}
-	while ((entry = readdir(dir))) {
-		if (entry->d_name[0] == '.')
-			continue;
-		snprintf(name, sizeof name, "%s/%s", path, entry->d_name);
-		load_file(name);
-	}
-	closedir(dir);
-}
-
-static void make_random(struct bytes *input)
-{
-	input->bytes = 8 + random_below(MAX_INPUT_BYTES - 8);
-	for (size_t i = 0; i < input->bytes; i++)
-		input->data[i] = (uint8_t)random_below(256);
-}
-
-static void mutate(struct bytes *input)
-{
-	const struct bytes *other = &corpus[random_below((uint32_t)corpus_files)];
-
-	*input = corpus[random_below((uint32_t)corpus_files)];
-	if (!input->bytes)
-		return;
-	for (uint32_t n = 1 + random_below(6); n; n--)
-		input->data[random_below((uint32_t)input->bytes)] = (uint8_t)random_below(256);
-	for (size_t i = 1; random_below(2) && i < other->bytes && input->bytes < MAX_INPUT_BYTES; i++)
-		input->data[input->bytes++] = other->data[i];
-}
-
-static double now_s(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
-int main(int argc, char **argv)
-{
-	double seconds = argc > 1 ? strtod(argv[1], NULL) : 5, end;
-	const char *seed = getenv("FUZZ_SEED");
-	uint64_t runs = 0;
-	struct bytes input;
-
-	random_state = seed ? strtoull(seed, NULL, 10) : 1;
-	signal(SIGABRT, on_abort);
-	signal(SIGSEGV, on_abort);
-	signal(SIGBUS, on_abort);
-	for (int i = 2; i < argc; i++)
-		load(argv[i]);
-	for (size_t i = 0; i < corpus_files; i++)
-		run(&corpus[i]);
-	for (end = now_s() + seconds; now_s() < end; runs++) {
-		if (corpus_files && random_below(2))
-			mutate(&input);
-		else
-			make_random(&input);
-		run(&input);
-	}
-	printf("fuzz_ram: %zu corpus files, %" PRIu64 " random inputs, all agree\n", corpus_files, runs);
-	return 0;
-}
-
-#endif

@@ -1018,8 +1018,10 @@ static bool has_policy(const void *hva, const char *policy)
 	char line[512], want[32];
 	bool found = false;
 
-	if (!f) /* a kernel without NUMA */
+	if (!f) {
+		print_message("SKIP: the kernel has no NUMA\n");
 		skip();
+	}
 	snprintf(want, sizeof want, "%lx ", (unsigned long)hva);
 	while (!found && fgets(line, sizeof line, f))
 		found = !strncmp(line, want, strlen(want)) && strstr(line, policy);

@@ -8,7 +8,8 @@
 
     case.main("What this test proves, in a sentence.", body, timeout_s=120)
 
-Exit status: 0 passed, 1 failed, 77 skipped (test.skip("why")). A failure leaves
+Exit status: 0 passed, 1 failed, 77 skipped (test.skip("why")). What the machine keeps a
+test from trying, the rest being tried, is said by test.not_tried(). A failure leaves
 the VMs' files and prints their logs and a command that repeats the test; at the
 timeout the state of every VM and Python stack is dumped first.
 """
@@ -58,6 +59,10 @@ class Test:
 
     def skip(self, reason):
         raise Skip(reason)
+
+    def not_tried(self, what):
+        """A part of the test cannot be tried on this machine; `what` says why. scripts/check counts it."""
+        print(f"[  SKIPPED ] {what}", flush=True)
 
     def need_latent(self):
         """Skips unless the `latent` command was built."""

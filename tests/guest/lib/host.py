@@ -96,13 +96,19 @@ def guest_ram_kib(pid, hva, size_bytes):
       private  anonymous pages: plain guest RAM, or copies in an overlay
       image    pages of ordinary files mapped into the guest
 
-    Each with rss_kib, and pss_kib of the mappings of that kind; `mappings` counts them.
+    Each with rss_kib and pss_kib of these pages, and the number of its mappings; an overlay counts as
+    one of `image`, and the copies in it as pages of `private`. rest_pss_kib is that of the process's
+    other mappings.
     """
     figures = {kind: {"rss_kib": 0, "pss_kib": 0, "mappings": 0}
                for kind in ("memfd", "private", "image")}
+    rest_kib = 0
     for mapping in mappings(pid):
         if mapping["start"] < hva + size_bytes and mapping["end"] > hva:
             _add_mapping(figures, mapping)
+        else:
+            rest_kib += mapping.get("Pss", 0)
+    figures["rest_pss_kib"] = rest_kib
     figures["total_rss_kib"] = sum(figures[k]["rss_kib"] for k in ("memfd", "private", "image"))
     figures["total_pss_kib"] = sum(figures[k]["pss_kib"] for k in ("memfd", "private", "image"))
     return figures
@@ -116,10 +122,14 @@ def _add_mapping(figures, mapping):
     else:
         kind = "image"
     anonymous_kib = mapping["Anonymous"]
+    # smaps has no Pss of anonymous pages alone. Copies in a file's mapping are this process's, all of
+    # them, unless KSM has merged some.
+    own_kib = mapping["Pss"] if kind == "private" else min(anonymous_kib, mapping["Pss"])
     figures[kind]["mappings"] += 1
-    figures[kind]["pss_kib"] += mapping["Pss"]
     figures["private"]["rss_kib"] += anonymous_kib
+    figures["private"]["pss_kib"] += own_kib
     figures[kind]["rss_kib"] += mapping["Rss"] - anonymous_kib
+    figures[kind]["pss_kib"] += mapping["Pss"] - own_kib
 
 
 def _parse_kib_lines(text):

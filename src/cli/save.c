@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* latent save: writes a running VM into a directory; the work is snapshot/'s, here it is shown. */
+#include "cli/cli.h"
+#include "cli/vm_view.h"
+#include "snapshot/save.h"
+
+#include <errno.h>
+#include <json-c/json.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE_BYTES 4096
+#define PROGRESS_MS 200
+
+enum { OPT_LIVE, OPT_STOP, OPT_NO_DISK, OPT_LIMIT, OPT_JSON };
+
+static const struct cli_option options[] = {
+	[OPT_LIVE] = { "live", CLI_FLAG, NULL, "let the guest run while its RAM is written (the default)" },
+	[OPT_STOP] = { "stop", CLI_FLAG, NULL, "let the guest stand until all is written" },
+	[OPT_NO_DISK] = { "no-disk", CLI_FLAG, NULL, "leave the disks as they are, and out of the snapshot" },
+	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB a second" },
+	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object" },
+	{ NULL, CLI_FLAG, NULL, NULL },
+};
+
+static int run(const struct cli_command *command, int argc, char **argv);
+
+const struct cli_command cli_save = {
+	.name = "save",
+	.arguments = "[OPTIONS] NAME DIR",
+	.summary = "Save a running virtual machine into a directory",
+	.details = "The guest stands for milliseconds. Each writable disk gets a new overlay, and what it was\n"
+		   "before becomes part of the snapshot. Ctrl-C ends the writing, and the guest goes on.",
+	.options = options,
+	.run = run,
+};
+
+static struct source_progress progress;
+
+static int parse(struct cli_parser *parser, struct save_options *save, bool *ret_json);
+static int save_vm(struct vm_view *view, const struct save_options *options_given, bool json);
+static void print_text(const struct save_options *save, const struct save_result *result);
+static void print_json(const struct save_options *save, const struct save_result *result);
+
+static int run(const struct cli_command *command, int argc, char **argv)
+{
+	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
+	struct save_options save = { 0 };
+	struct vm_view view;
+	bool json = false;
+	int status = parse(&parser, &save, &json);
+
+	if (status != CLI_END)
+		return cli_end_status(status);
+	if (parser.operands != 2)
+		return cli_fail(CLI_USAGE, "save: give a VM's name and a directory that is not there yet (see latent "
+					   "save --help)");
+	status = vm_view_find(argv[1], &view);
+	if (status)
+		return status;
+	save.name = argv[1];
+	save.dir = argv[2];
+	status = save_vm(&view, &save, json);
+	vm_view_close(&view);
+	return status;
+}
+
+static int parse(struct cli_parser *parser, struct save_options *save, bool *ret_json)
+{
+	uint64_t mib;
+	int option;
+
+	while ((option = cli_next_option(parser)) >= 0) {
+		switch (option) {
+		case OPT_LIVE:
+			save->stop = false;
+			break;
+		case OPT_STOP:
+			save->stop = true;
+			break;
+		case OPT_NO_DISK:
+			save->no_disks = true;
+			break;
+		case OPT_LIMIT:
+			if (!cli_parse_unsigned(parser->value, 1 << 20, &mib) || !mib) {
+				cli_fail(CLI_USAGE, "save: --limit takes a number of MiB a second");
+				return CLI_WRONG;
+			}
+			save->limit_bytes_s = mib << 20;
+			break;
+		case OPT_JSON:
+			*ret_json = true;
+			break;
+		default:
+			break;
+		}
+	}
+	return option;
+}
+
+/* ---- progress -------------------------------------------------------------------------------- */
+
+static void on_interrupt(int signal)
+{
+	(void)signal;
+	progress.stop = true;
+}
+
+static void show_progress(void)
+{
+	uint64_t all = progress.pages_all, done = progress.pages_done;
+	char size[CLI_SIZE_TEXT];
+
+	if (all)
+		fprintf(stderr, "\rwriting RAM: %3.0f %%, %s written ", 100 * (double)done / (double)all,
+			cli_size(progress.bytes_written, size));
+}
+
+static void *progress_main(void *arg)
+{
+	const _Atomic bool *done = arg;
+
+	while (!*done) {
+		show_progress();
+		usleep(PROGRESS_MS * 1000);
+	}
+	fprintf(stderr, "\r\033[K");
+	return NULL;
+}
+
+static int save_vm(struct vm_view *view, const struct save_options *options_given, bool json)
+{
+	struct save_options save = *options_given;
+	struct sigaction action = { .sa_handler = on_interrupt };
+	char run_dir[VMDIR_PATH_BYTES], why[SNAPSHOT_WHY_BYTES] = "";
+	struct save_result result;
+	_Atomic bool done = false;
+	bool shown = isatty(STDERR_FILENO);
+	pthread_t thread;
+	int r;
+
+	snprintf(run_dir, sizeof run_dir, "%.180s/%.63s", view->root, view->name);
+	save.run_dir = run_dir;
+	sigaction(SIGINT, &action, NULL);
+	sigaction(SIGTERM, &action, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	shown = shown && !pthread_create(&thread, NULL, progress_main, &done);
+	r = snapshot_save(&save, &progress, &result, why);
+	done = true;
+	if (shown)
+		pthread_join(thread, NULL);
+	if (r)
+		return cli_fail(r == -EEXIST ? CLI_USAGE : CLI_NO_ANSWER, "%s was not saved: %s", view->name,
+				why[0] ? why : strerror(-r));
+	(json ? print_json : print_text)(&save, &result);
+	return CLI_OK;
+}
+
+/* ---- results --------------------------------------------------------------------------------- */
+
+static void print_text(const struct save_options *save, const struct save_result *result)
+{
+	const struct snapshot_counts *p = &result->pages;
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT];
+
+	printf("%s is saved in %s; the guest stood for %.1f ms\n", save->name, save->dir,
+	       (double)result->pause_us / 1000);
+	printf("  RAM %s: stored %s, on disk images %s, zero or of one word %s\n", cli_size(p->pages * PAGE_BYTES, a),
+	       cli_size(p->data * PAGE_BYTES, b), cli_size(p->volume * PAGE_BYTES, c),
+	       cli_size(p->word * PAGE_BYTES, d));
+	printf("  device state %s, disks %u; written in %.1f s, %ju pages first for the guest\n",
+	       cli_size(result->state_bytes, a), result->disks, (double)result->write_us / 1e6,
+	       (uintmax_t)result->source.faults);
+}
+
+static void add(struct json_object *json, const char *key, uint64_t number)
+{
+	json_object_object_add(json, key, json_object_new_uint64(number));
+}
+
+static void print_json(const struct save_options *save, const struct save_result *result)
+{
+	struct json_object *json = json_object_new_object();
+
+	json_object_object_add(json, "name", json_object_new_string(save->name));
+	json_object_object_add(json, "dir", json_object_new_string(save->dir));
+	add(json, "pause_us", result->pause_us);
+	add(json, "point_us", result->point_us);
+	add(json, "write_us", result->write_us);
+	add(json, "state_bytes", result->state_bytes);
+	add(json, "ram_bytes_written", result->ram_bytes_written);
+	add(json, "pages", result->pages.pages);
+	add(json, "pages_stored", result->pages.data);
+	add(json, "pages_on_volumes", result->pages.volume);
+	add(json, "pages_zero", result->pages.zero);
+	add(json, "pages_of_one_word", result->pages.word);
+	add(json, "private_pages", result->source.private_pages);
+	add(json, "faults", result->source.faults);
+	add(json, "disks", result->disks);
+	printf("%s\n", json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
+	json_object_put(json);
+}

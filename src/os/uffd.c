@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* userfaultfd: Documentation/admin-guide/mm/userfaultfd.rst. */
+#include "os/os.h"
+
+#include "os/probe.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef USERFAULTFD_IOC_NEW /* linux/userfaultfd.h of 6.1 */
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+int os_uffd_new(int flags)
+{
+	long r;
+
+	/* Not by syscall(2): the agent stands in front of that, to see what QEMU does. System V ABI, x86-64. */
+	__asm__ volatile("syscall" : "=a"(r) : "a"(SYS_userfaultfd), "D"((long)flags) : "rcx", "r11", "memory");
+	return (int)r;
+}
+
+static int from_device(int flags)
+{
+	int device = (int)syscall(SYS_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	int fd = device < 0 ? -errno : ioctl(device, USERFAULTFD_IOC_NEW, flags);
+
+	if (device >= 0 && fd < 0)
+		fd = -errno;
+	if (device >= 0)
+		close(device);
+	return fd;
+}
+
+int os_uffd_open(uint64_t features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	int flags = O_CLOEXEC | O_NONBLOCK, fd;
+
+	if ((os_features_get()->uffd_features & features) != features)
+		return -EOPNOTSUPP;
+	fd = os_uffd_new(flags);
+	if (fd < 0)
+		fd = from_device(flags);
+	if (fd < 0)
+		return -EPERM;
+	if (ioctl(fd, UFFDIO_API, &api)) {
+		int r = -errno;
+
+		close(fd);
+		return r;
+	}
+	return fd;
+}
+
+int os_uffd_register_wp(int uffd, void *hva, size_t bytes)
+{
+	struct uffdio_register range = { .range = { (uintptr_t)hva, bytes }, .mode = UFFDIO_REGISTER_MODE_WP };
+
+	return ioctl(uffd, UFFDIO_REGISTER, &range) ? -errno : 0;
+}
+
+int os_uffd_unregister(int uffd, void *hva, size_t bytes)
+{
+	struct uffdio_range range = { (uintptr_t)hva, bytes };
+
+	return ioctl(uffd, UFFDIO_UNREGISTER, &range) ? -errno : 0;
+}
+
+int os_uffd_protect(int uffd, void *hva, size_t bytes, bool on)
+{
+	struct uffdio_writeprotect wp = {
+		.range = { (uintptr_t)hva, bytes },
+		.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
+	};
+	int r;
+
+	do
+		r = ioctl(uffd, UFFDIO_WRITEPROTECT, &wp) ? -errno : 0;
+	while (r == -EAGAIN || r == -EINTR);
+	return r;
+}
+
+int os_uffd_next_fault(int uffd, uintptr_t *ret_addr)
+{
+	struct uffd_msg message;
+	ssize_t n;
+
+	do {
+		n = read(uffd, &message, sizeof message);
+		if (n < 0)
+			return errno == EAGAIN ? 0 : -errno;
+		if (n != sizeof message)
+			return -EIO;
+	} while (message.event != UFFD_EVENT_PAGEFAULT);
+	*ret_addr = (uintptr_t)message.arg.pagefault.address & ~(OS_PAGE_BYTES - 1);
+	return 1;
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* The guest stopped and continued over the agent's own QMP connection. */
+#include "qemu/agent.h"
+
+#include "vmdir/qmp.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define REPLY_MS 5000
+#define START_MS 60000 /* QEMU answers when its machine is made */
+
+struct pause {
+	struct qmp *qmp;
+	uint64_t stops; /* STOP events seen */
+	bool ran;       /* the guest, when pause_prepare looked */
+};
+
+static void on_event(void *ctx, const char *name, struct json_object *data)
+{
+	struct pause *p = ctx;
+
+	(void)data;
+	p->stops += !strcmp(name, "STOP");
+}
+
+int pause_open(int fd, struct pause **ret_pause)
+{
+	struct pause *p = calloc(1, sizeof *p);
+	int r = p ? qmp_open(fd, on_event, p, &p->qmp) : -ENOMEM;
+
+	if (r)
+		free(p);
+	else
+		*ret_pause = p;
+	return r;
+}
+
+static int run(struct pause *p, const char *name, struct json_object **ret_value)
+{
+	const struct qmp_command command = { .name = name, .timeout_ms = REPLY_MS };
+
+	return qmp_run(p->qmp, &command, ret_value, NULL);
+}
+
+/* States in which nothing but a command of a user makes the guest run. */
+static bool is_still(const char *status)
+{
+	static const char *const still[] = { "paused", "prelaunch", "shutdown", "io-error", "guest-panicked",
+					     "internal-error", "watchdog" };
+
+	for (size_t i = 0; i < sizeof still / sizeof still[0]; i++)
+		if (!strcmp(status, still[i]))
+			return true;
+	return false;
+}
+
+static int query_status(struct pause *p, char ret_status[32])
+{
+	struct json_object *value = NULL, *status;
+	int r = run(p, "query-status", &value);
+
+	if (!r && !json_object_object_get_ex(value, "status", &status))
+		r = -EPROTO;
+	if (!r)
+		snprintf(ret_status, 32, "%s", json_object_get_string(status));
+	json_object_put(value);
+	return r;
+}
+
+int pause_prepare(struct pause *p, unsigned *ret_stop_id)
+{
+	char status[32];
+	int r = qmp_greet(p->qmp, REPLY_MS);
+
+	if (!r)
+		r = query_status(p, status);
+	if (!r && strcmp(status, "running") && !is_still(status))
+		r = -EBUSY;
+	if (r)
+		return r;
+	p->ran = !strcmp(status, "running");
+	*ret_stop_id = qmp_next_id(p->qmp);
+	return 0;
+}
+
+int pause_stop(struct pause *p, bool *ret_stopped)
+{
+	const struct qmp_command undo = { .name = "cont" };
+	uint64_t stops_before = p->stops;
+	int r = run(p, "stop", NULL);
+
+	if (r == -ETIMEDOUT && p->ran)
+		(void)qmp_send(p->qmp, &undo); /* commands run in order: a late stop is undone */
+	if (!r)
+		*ret_stopped = p->stops != stops_before; /* else somebody else had stopped it */
+	return r;
+}
+
+int pause_end(struct pause *p)
+{
+	char status[32];
+	int r = query_status(p, status);
+
+	if (!r && strcmp(status, "paused")) /* something else has happened to it meanwhile */
+		return 0;
+	return r ? r : run(p, "cont", NULL);
+}
+
+int pause_load_state(struct pause *p, int fd, char *why, size_t why_bytes)
+{
+	struct qmp_command capability = { .name = "migrate-set-capabilities", .timeout_ms = START_MS };
+	struct qmp_command incoming = { .name = "migrate-incoming", .timeout_ms = START_MS };
+	char words[QMP_WHY_BYTES] = "QEMU does not answer", text[64];
+	int r = qmp_greet(p->qmp, START_MS);
+
+	if (!r) {
+		capability.arguments = json_tokener_parse(
+			"{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+			"{\"capability\": \"events\", \"state\": true}]}");
+		r = qmp_run(p->qmp, &capability, NULL, words);
+	}
+	if (!r) {
+		snprintf(text, sizeof text, "{\"uri\": \"fd:%d\"}", fd);
+		incoming.arguments = json_tokener_parse(text);
+		r = qmp_run(p->qmp, &incoming, NULL, words);
+	}
+	snprintf(why, why_bytes, "%s", words);
+	return r;
+}
+
+int pause_poll_fd(const struct pause *p)
+{
+	return qmp_poll_fd(p->qmp);
+}
+
+void pause_drain(struct pause *p)
+{
+	qmp_drain(p->qmp);
+}

@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The agent's part of a save: the point in time of guest RAM, and faults that another process serves. See
+ * "Save" in ARCHITECTURE.md. All of it runs in the service thread.
+ */
+#include "qemu/agent.h"
+
+#include "os/os.h"
+#include "os/probe.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define UFFD_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
+#define FREEZE_MS 2000
+
+static struct {
+	int client; /* -1: nobody saves */
+	int uffd, runs_fd, copies_fd;
+	uint64_t total_pages;
+	struct control_run *runs;
+	uint8_t *copies;
+	uint64_t base_runs, private_runs, copied_pages;
+} saver = { .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
+
+static size_t runs_bytes(void)
+{
+	return os_bytes((saver.total_pages * sizeof *saver.runs + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT);
+}
+
+/* ---- begin ------------------------------------------------------------------------------------ */
+
+static int register_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	(void)ctx;
+	return os_uffd_register_wp(saver.uffd, b->hva + os_bytes(page), os_bytes(pages));
+}
+
+/* Both are as long as the worst case needs, and empty. */
+static int make_tables(void)
+{
+	saver.runs_fd = os_memfd_create("latent-save-runs", runs_bytes(), false);
+	saver.copies_fd = os_memfd_create("latent-save-copies", os_bytes(saver.total_pages), false);
+	if (saver.runs_fd < 0 || saver.copies_fd < 0)
+		return -ENOMEM;
+	saver.runs = os_view_file(saver.runs_fd, runs_bytes(), true);
+	saver.copies = os_view_file(saver.copies_fd, os_bytes(saver.total_pages), true);
+	return saver.runs && saver.copies ? 0 : -ENOMEM;
+}
+
+static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	(void)b;
+	(void)page;
+	*(uint64_t *)ctx += pages;
+	return 0;
+}
+
+static int begin(struct agent *a)
+{
+	struct ram_counts c;
+	uint64_t private = 0;
+	int r;
+
+	ram_get_counts(a->ram, &c);
+	saver.total_pages = c.pages;
+	r = saver.uffd = os_uffd_open(UFFD_FEATURES);
+	if (r >= 0)
+		r = make_tables();
+	if (r < 0)
+		return r;
+	ram_lock(a->ram);
+	ram_hold(a->ram, true);
+	r = ram_for_base(a->ram, register_run, NULL);
+	if (!r)
+		r = ram_for_private(a->ram, count_private, &private);
+	ram_unlock(a->ram);
+	/* What the copies will need is allocated before the guest waits for it. */
+	if (!r && private)
+		(void)os_populate_write(saver.copies, os_bytes(private));
+	return r;
+}
+
+/* ---- the point in time ------------------------------------------------------------------------- */
+
+static int block_index(struct agent *a, const struct ram_block *b)
+{
+	for (unsigned i = 0; i < RAM_BLOCKS; i++)
+		if (ram_block_at(a->ram, i) == b)
+			return (int)i;
+	return -1;
+}
+
+static void note_run(struct agent *a, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	saver.runs[saver.base_runs + saver.private_runs] =
+		(struct control_run){ (uint64_t)block_index(a, b), page, pages };
+}
+
+static int protect_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	uint8_t *hva = b->hva + os_bytes(page);
+	int r = os_uffd_protect(saver.uffd, hva, os_bytes(pages), true);
+
+	if (r == -ENOENT || r == -EINVAL) { /* it has become base since the save began */
+		r = os_uffd_register_wp(saver.uffd, hva, os_bytes(pages));
+		if (!r)
+			r = os_uffd_protect(saver.uffd, hva, os_bytes(pages), true);
+	}
+	if (!r) {
+		note_run(ctx, b, page, pages);
+		saver.base_runs++;
+	}
+	return r;
+}
+
+static int copy_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	memcpy(saver.copies + os_bytes(saver.copied_pages), b->hva + os_bytes(page), os_bytes(pages));
+	saver.copied_pages += pages;
+	note_run(ctx, b, page, pages);
+	saver.private_runs++;
+	return 0;
+}
+
+/* The VM is stopped; its main loop may go on, and so all threads stop, too. */
+static int take_point(struct agent *a)
+{
+	int r;
+
+	saver.base_runs = saver.private_runs = saver.copied_pages = 0;
+	ram_lock(a->ram);
+	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
+	if (!r) {
+		r = ram_for_base_data(a->ram, protect_run, a);
+		if (!r)
+			r = ram_for_private(a->ram, copy_run, a);
+		os_thaw();
+	}
+	ram_unlock(a->ram);
+	return r;
+}
+
+/* ---- the end ----------------------------------------------------------------------------------- */
+
+static int unregister_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	(void)ctx;
+	(void)os_uffd_unregister(saver.uffd, b->hva + os_bytes(page), os_bytes(pages));
+	return 0;
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static void end(struct agent *a)
+{
+	ram_lock(a->ram);
+	if (saver.uffd >= 0)
+		(void)ram_for_base(a->ram, unregister_run, NULL);
+	ram_hold(a->ram, false);
+	ram_unlock(a->ram);
+	os_unview_file(saver.runs, runs_bytes());
+	os_unview_file(saver.copies, os_bytes(saver.total_pages));
+	saver.runs = NULL;
+	saver.copies = NULL;
+	close_fd(&saver.uffd);
+	close_fd(&saver.runs_fd);
+	close_fd(&saver.copies_fd);
+	saver.client = -1;
+}
+
+void saver_client_gone(struct agent *a, int client)
+{
+	if (client != saver.client)
+		return;
+	agent_say("a save was broken off; the VM is as it was");
+	end(a);
+}
+
+/* ---- requests ---------------------------------------------------------------------------------- */
+
+static void describe(struct agent *a, struct control_layout *layout)
+{
+	struct volume *v;
+
+	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
+		const struct ram_block *b = ram_block_at(a->ram, i);
+		struct control_block *to = &layout->block[i];
+
+		if (!b)
+			continue;
+		layout->blocks = i + 1;
+		snprintf(to->name, sizeof to->name, "%s", b->name);
+		to->pages = b->pages;
+		to->hva = (uintptr_t)b->hva;
+		to->memfd_offset = b->memfd_offset;
+	}
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
+		struct control_volume *to = &layout->volume[layout->volumes];
+
+		if (volume_describe(v, &to->dev, &to->ino, &to->pages, &to->file)) {
+			snprintf(to->path, sizeof to->path, "%s", volume_path(v));
+			layout->volumes++;
+		}
+	}
+}
+
+static int send_layout(struct agent *a, int client)
+{
+	static struct control_layout layout; /* only this thread */
+	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd };
+	char control[CMSG_SPACE(sizeof fds)] = { 0 };
+	struct iovec iov = { &layout, sizeof layout };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control };
+	size_t count = CONTROL_FD_BLOCKS;
+	struct cmsghdr *c;
+
+	memset(&layout, 0, sizeof layout);
+	describe(a, &layout);
+	for (unsigned i = 0; i < layout.blocks; i++) {
+		const struct ram_block *b = ram_block_at(a->ram, i);
+
+		if (!b)
+			return -EAGAIN; /* blocks come and go just now */
+		fds[count++] = b->memfd;
+		fds[count++] = b->entries_fd;
+	}
+	message.msg_controllen = CMSG_SPACE(count * sizeof fds[0]);
+	c = CMSG_FIRSTHDR(&message);
+	c->cmsg_level = SOL_SOCKET;
+	c->cmsg_type = SCM_RIGHTS;
+	c->cmsg_len = CMSG_LEN(count * sizeof fds[0]);
+	memcpy(CMSG_DATA(c), fds, count * sizeof fds[0]);
+	/* Not the hooked one: this is the agent's own socket. */
+	return agent_send(client, &message) == (ssize_t)sizeof layout ? 0 : -EPIPE;
+}
+
+static const char *why_not(int r)
+{
+	switch (r) {
+	case -EPERM:
+		return "it takes a userfaultfd that serves the kernel's faults: run as root, allow /dev/userfaultfd, or "
+		       "set vm.unprivileged_userfaultfd=1";
+	case -EOPNOTSUPP:
+		return "the kernel cannot write-protect shared memory (Linux 5.19)";
+	case -EBUSY:
+		return "something else watches guest RAM (QEMU's post-copy or background snapshot)";
+	default:
+		return strerror(-r);
+	}
+}
+
+void saver_begin(struct agent *a, int client, struct control_reply *p)
+{
+	if (saver.client >= 0) {
+		p->error = -EALREADY;
+		snprintf(p->text, sizeof p->text, "the VM is being saved already");
+		return;
+	}
+	saver.client = client;
+	p->error = begin(a);
+	if (p->error > 0)
+		p->error = 0;
+	if (p->error) {
+		snprintf(p->text, sizeof p->text, "guest RAM cannot be held still: %s", why_not(p->error));
+		end(a);
+	}
+}
+
+void saver_began(struct agent *a, int client)
+{
+	if (saver.client == client && send_layout(a, client))
+		end(a);
+}
+
+void saver_point(struct agent *a, int client, struct control_reply *p)
+{
+	p->error = client == saver.client ? take_point(a) : -EPROTO;
+	if (p->error)
+		snprintf(p->text, sizeof p->text, "the point in time could not be taken: %s", why_not(p->error));
+	p->base_runs = saver.base_runs;
+	p->private_runs = saver.private_runs;
+	p->pages = saver.copied_pages;
+}
+
+void saver_end(struct agent *a, int client, struct control_reply *p)
+{
+	if (client == saver.client)
+		end(a);
+	else
+		p->error = -EPROTO;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The files `pages` and `ram` of a snapshot. Errors are negative errno values; -EBADMSG: the file is not what it
+ * should be, and `why` says what is wrong where. One thread at a time.
+ */
+#ifndef LATENT_SNAPSHOT_IMAGE_H
+#define LATENT_SNAPSHOT_IMAGE_H
+
+#include "snapshot/format.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define SNAPSHOT_WHY_BYTES 256
+
+struct snapshot_image {
+	uint32_t blocks, volumes;
+	struct {
+		char name[SNAPSHOT_NAME_BYTES];
+		uint64_t pages;
+		uint64_t ram_page;           /* where the block begins in `ram` */
+		struct snapshot_page *table; /* of the whole block */
+	} block[SNAPSHOT_BLOCKS];
+	uint64_t pages;
+	void *memory; /* that the tables are in */
+	size_t memory_bytes;
+};
+
+/* An image of blocks with these names and sizes, all zeros. -ENOMEM. */
+int snapshot_image_create(const struct snapshot_image *layout, struct snapshot_image *ret_image);
+void snapshot_image_free(struct snapshot_image *image);
+
+/* What the page holds: SNAPSHOT_WORD with the word, or SNAPSHOT_DATA with the digest. */
+struct snapshot_page snapshot_classify(const void *page);
+
+int snapshot_image_write(const struct snapshot_image *image, int fd);
+/* Checks all of it before anything is believed. `fd`: the file `pages`. */
+int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
+
+/* Pages of each kind; zero: those of SNAPSHOT_WORD that are zero, which are counted there, too. */
+struct snapshot_counts {
+	uint64_t pages, zero, word, data, volume;
+};
+void snapshot_image_count(const struct snapshot_image *image, struct snapshot_counts *ret_counts);
+
+/* Compares the contents of `ram` with their digests. `*ret_bad`: pages that differ; the first is named in `why`. */
+int snapshot_image_verify(const struct snapshot_image *image, int ram_fd, uint64_t *ret_bad,
+			  char why[SNAPSHOT_WHY_BYTES]);
+
+#endif

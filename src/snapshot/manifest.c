@@ -1,0 +1,306 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "snapshot/manifest.h"
+
+#include "os/os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#define FORMAT_NAME "latent-snapshot"
+#define MAX_BYTES (1 << 20)
+#define SAMPLES 1024u
+
+/* ---- fingerprints --------------------------------------------------------------------------- */
+
+int manifest_fingerprint(int fd, uint64_t *ret_bytes, uint64_t *ret_fingerprint)
+{
+	uint8_t page[OS_PAGE_BYTES];
+	XXH3_state_t *state;
+	struct stat st;
+	uint64_t pages;
+	int r = 0;
+
+	if (fstat(fd, &st))
+		return -errno;
+	state = XXH3_createState();
+	if (!state)
+		return -ENOMEM;
+	XXH3_64bits_reset(state);
+	XXH3_64bits_update(state, &st.st_size, sizeof st.st_size);
+	pages = ((uint64_t)st.st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
+	for (uint64_t i = 0; !r && i < SAMPLES && i < pages; i++) {
+		uint64_t at = pages <= SAMPLES ? i : i * (pages - 1) / (SAMPLES - 1);
+		ssize_t n = pread(fd, page, sizeof page, (off_t)os_bytes(at));
+
+		if (n < 0)
+			r = -errno;
+		else
+			XXH3_64bits_update(state, page, (size_t)n);
+	}
+	*ret_bytes = (uint64_t)st.st_size;
+	*ret_fingerprint = XXH3_64bits_digest(state);
+	XXH3_freeState(state);
+	return r;
+}
+
+/* ---- writing -------------------------------------------------------------------------------- */
+
+static void add_text(struct json_object *json, const char *key, const char *text)
+{
+	json_object_object_add(json, key, json_object_new_string(text));
+}
+
+static void add_number(struct json_object *json, const char *key, uint64_t number)
+{
+	json_object_object_add(json, key, json_object_new_uint64(number));
+}
+
+static struct json_object *volume_to_json(const struct manifest_volume *v)
+{
+	struct json_object *json = json_object_new_object();
+	char text[24];
+
+	add_text(json, "path", v->path);
+	add_number(json, "bytes", v->bytes);
+	snprintf(text, sizeof text, "%016jx", (uintmax_t)v->fingerprint);
+	add_text(json, "fingerprint", text);
+	return json;
+}
+
+static struct json_object *disk_to_json(const struct manifest_disk *d)
+{
+	struct json_object *json = json_object_new_object(), *layers = json_object_new_array();
+
+	add_text(json, "drive", d->drive);
+	add_number(json, "bytes", d->bytes);
+	for (uint32_t i = 0; i < d->layers; i++) {
+		struct json_object *layer = volume_to_json(&d->layer[i].volume);
+
+		add_text(layer, "file", d->layer[i].file);
+		add_text(layer, "format", d->layer[i].format);
+		json_object_array_add(layers, layer);
+	}
+	json_object_object_add(json, "layers", layers);
+	return json;
+}
+
+static struct json_object *to_json(const struct manifest *m)
+{
+	struct json_object *json = json_object_new_object(), *volumes = json_object_new_array(),
+			   *disks = json_object_new_array();
+
+	add_text(json, "format", FORMAT_NAME);
+	add_number(json, "version", SNAPSHOT_VERSION);
+	add_text(json, "name", m->name);
+	add_text(json, "qemu_version", m->qemu_version);
+	add_number(json, "created_unix_s", m->created_unix_s);
+	add_number(json, "ram_bytes", m->ram_bytes);
+	add_number(json, "state_bytes", m->state_bytes);
+	for (uint32_t i = 0; i < m->volumes; i++)
+		json_object_array_add(volumes, volume_to_json(&m->volume[i]));
+	for (uint32_t i = 0; i < m->disks; i++)
+		json_object_array_add(disks, disk_to_json(&m->disk[i]));
+	json_object_object_add(json, "volumes", volumes);
+	json_object_object_add(json, "disks", disks);
+	return json;
+}
+
+int manifest_write(const struct manifest *m, int dir_fd)
+{
+	struct json_object *json = to_json(m);
+	const char *text = json_object_to_json_string_ext(json, JSON_C_TO_STRING_PRETTY);
+	int fd = openat(dir_fd, SNAPSHOT_MANIFEST, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	int r = fd < 0 ? -errno : os_write_all(fd, text, strlen(text), 0);
+
+	if (!r && fsync(fd))
+		r = -errno;
+	if (fd >= 0)
+		close(fd);
+	json_object_put(json);
+	return r;
+}
+
+/* ---- reading -------------------------------------------------------------------------------- */
+
+struct reading {
+	char *why;
+	int r;
+};
+
+static void wrong(struct reading *d, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+static void wrong(struct reading *d, const char *format, ...)
+{
+	va_list args;
+
+	if (d->r)
+		return;
+	d->r = -EBADMSG;
+	va_start(args, format);
+	vsnprintf(d->why, SNAPSHOT_WHY_BYTES, format, args);
+	va_end(args);
+}
+
+static struct json_object *member(struct reading *d, struct json_object *json, const char *key, json_type type)
+{
+	struct json_object *value = NULL;
+
+	if (!json_object_object_get_ex(json, key, &value) || !json_object_is_type(value, type)) {
+		wrong(d, SNAPSHOT_MANIFEST ": \"%s\" is missing, or is no %s", key, json_type_to_name(type));
+		return NULL;
+	}
+	return value;
+}
+
+/* Printable, and short enough. */
+static void take_text(struct reading *d, struct json_object *json, const char *key, char *to, size_t room)
+{
+	struct json_object *value = member(d, json, key, json_type_string);
+	const char *text = value ? json_object_get_string(value) : "";
+	size_t bytes = value ? (size_t)json_object_get_string_len(value) : 0;
+
+	if (bytes >= room || strlen(text) != bytes)
+		wrong(d, SNAPSHOT_MANIFEST ": \"%s\" is too long", key);
+	for (size_t i = 0; i < bytes; i++)
+		if ((unsigned char)text[i] < ' ' || text[i] == 0x7f)
+			wrong(d, SNAPSHOT_MANIFEST ": \"%s\" has control characters", key);
+	if (!d->r)
+		memcpy(to, text, bytes + 1);
+}
+
+/* In one directory: nothing else can be meant by it. */
+static bool is_name(const char *text)
+{
+	return text[0] && text[0] != '.' && !strchr(text, '/');
+}
+
+static void take_name(struct reading *d, struct json_object *json, const char *key, char *to, size_t room)
+{
+	take_text(d, json, key, to, room);
+	if (!d->r && !is_name(to))
+		wrong(d, SNAPSHOT_MANIFEST ": \"%s\" is no plain name of a file", key);
+}
+
+static uint64_t take_number(struct reading *d, struct json_object *json, const char *key, uint64_t max)
+{
+	struct json_object *value = member(d, json, key, json_type_int);
+	int64_t number = value ? json_object_get_int64(value) : 0;
+
+	if (number < 0 || (uint64_t)number > max)
+		wrong(d, SNAPSHOT_MANIFEST ": \"%s\" is out of bounds", key);
+	return d->r ? 0 : (uint64_t)number;
+}
+
+static void take_volume(struct reading *d, struct json_object *json, struct manifest_volume *v)
+{
+	char text[24] = "", *end;
+
+	take_text(d, json, "path", v->path, sizeof v->path);
+	v->bytes = take_number(d, json, "bytes", INT64_MAX);
+	take_text(d, json, "fingerprint", text, sizeof text);
+	v->fingerprint = strtoull(text, &end, 16);
+	if (!d->r && (strlen(text) != 16 || *end))
+		wrong(d, SNAPSHOT_MANIFEST ": \"fingerprint\" is not 16 hexadecimal digits");
+}
+
+static struct json_object *take_array(struct reading *d, struct json_object *json, const char *key, size_t max,
+				      uint32_t *ret_count)
+{
+	struct json_object *array = member(d, json, key, json_type_array);
+	size_t count = array ? json_object_array_length(array) : 0;
+
+	if (count > max)
+		wrong(d, SNAPSHOT_MANIFEST ": \"%s\" has %zu members, and %zu are the most", key, count, max);
+	*ret_count = d->r ? 0 : (uint32_t)count;
+	return array;
+}
+
+static void take_disk(struct reading *d, struct json_object *json, struct manifest_disk *disk)
+{
+	struct json_object *array;
+
+	take_text(d, json, "drive", disk->drive, sizeof disk->drive);
+	disk->bytes = take_number(d, json, "bytes", INT64_MAX);
+	array = take_array(d, json, "layers", MANIFEST_LAYERS, &disk->layers);
+	if (!d->r && !disk->layers)
+		wrong(d, SNAPSHOT_MANIFEST ": the disk %s has no layers", disk->drive);
+	for (uint32_t i = 0; i < disk->layers; i++) {
+		struct json_object *one = json_object_array_get_idx(array, i);
+		struct manifest_layer *layer = &disk->layer[i];
+
+		take_volume(d, one, &layer->volume);
+		take_name(d, one, "format", layer->format, sizeof layer->format);
+		take_text(d, one, "file", layer->file, sizeof layer->file);
+		if (!d->r && layer->file[0] && !is_name(layer->file))
+			wrong(d, SNAPSHOT_MANIFEST ": \"file\" is no plain name of a file");
+	}
+}
+
+static void take_all(struct reading *d, struct json_object *json, struct manifest *m)
+{
+	struct json_object *array;
+	char format[32] = "";
+
+	take_text(d, json, "format", format, sizeof format);
+	if (!d->r && strcmp(format, FORMAT_NAME))
+		wrong(d, SNAPSHOT_MANIFEST ": this is no snapshot of Latent");
+	if (take_number(d, json, "version", UINT32_MAX) != SNAPSHOT_VERSION)
+		wrong(d, SNAPSHOT_MANIFEST ": another version of the format; this Latent reads %u", SNAPSHOT_VERSION);
+	take_text(d, json, "name", m->name, sizeof m->name);
+	take_text(d, json, "qemu_version", m->qemu_version, sizeof m->qemu_version);
+	m->created_unix_s = take_number(d, json, "created_unix_s", INT64_MAX);
+	m->ram_bytes = take_number(d, json, "ram_bytes", INT64_MAX);
+	m->state_bytes = take_number(d, json, "state_bytes", 1ull << 32);
+	array = take_array(d, json, "volumes", SNAPSHOT_VOLUMES, &m->volumes);
+	for (uint32_t i = 0; i < m->volumes; i++)
+		take_volume(d, json_object_array_get_idx(array, i), &m->volume[i]);
+	array = take_array(d, json, "disks", MANIFEST_DISKS, &m->disks);
+	for (uint32_t i = 0; i < m->disks; i++)
+		take_disk(d, json_object_array_get_idx(array, i), &m->disk[i]);
+}
+
+static char *read_text(int dir_fd, char *why)
+{
+	int fd = openat(dir_fd, SNAPSHOT_MANIFEST, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+	char *text = fd < 0 ? NULL : calloc(1, MAX_BYTES + 1);
+	ssize_t n = text ? pread(fd, text, MAX_BYTES + 1, 0) : -1;
+
+	if (n < 0 || n > MAX_BYTES) {
+		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_MANIFEST ": %s",
+			 n < 0 ? strerror(errno) : "larger than any manifest");
+		free(text);
+		text = NULL;
+	}
+	if (fd >= 0)
+		close(fd);
+	return text;
+}
+
+int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct manifest m = { 0 };
+	struct reading d = { .why = why };
+	char *text = read_text(dir_fd, why);
+	struct json_object *json;
+
+	if (!text)
+		return -EBADMSG;
+	json = json_tokener_parse(text);
+	if (json && json_object_is_type(json, json_type_object))
+		take_all(&d, json, &m);
+	else
+		wrong(&d, SNAPSHOT_MANIFEST ": no JSON object");
+	json_object_put(json);
+	free(text);
+	if (!d.r)
+		*ret_manifest = m;
+	return d.r;
+}

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The manifest of a snapshot: what it was taken of, and what has to be there to restore it. It may come from
+ * anywhere, so whatever is read from it is checked: names are plain, sizes are in bounds, files within the
+ * directory are plain names, and volumes are known by their contents, not by where they were.
+ */
+#ifndef LATENT_SNAPSHOT_MANIFEST_H
+#define LATENT_SNAPSHOT_MANIFEST_H
+
+#include "snapshot/image.h"
+
+#define MANIFEST_PATH_BYTES 256
+#define MANIFEST_DISKS 16
+#define MANIFEST_LAYERS 24
+
+/* A file that RAM refers to, or a disk. */
+struct manifest_volume {
+	char path[MANIFEST_PATH_BYTES]; /* where it was; a hint */
+	uint64_t bytes;
+	uint64_t fingerprint; /* see manifest_fingerprint */
+};
+
+/* A disk is a chain of files, the guest's own first; each lies over the next one. */
+struct manifest_layer {
+	char file[64]; /* within disks/; empty: it is where it was */
+	char format[16];
+	struct manifest_volume volume; /* path: what it was called when the VM ran */
+};
+
+struct manifest_disk {
+	char drive[64]; /* QEMU's name of it: of the drive, or of the block node */
+	uint64_t bytes; /* as the guest sees it */
+	uint32_t layers;
+	struct manifest_layer layer[MANIFEST_LAYERS];
+};
+
+struct manifest {
+	char name[64], qemu_version[64];
+	uint64_t created_unix_s, ram_bytes, state_bytes;
+	uint32_t volumes, disks;
+	struct manifest_volume volume[SNAPSHOT_VOLUMES];
+	struct manifest_disk disk[MANIFEST_DISKS];
+};
+
+/* Into `dir` (an open directory), with fsync. */
+int manifest_write(const struct manifest *manifest, int dir_fd);
+/* -EBADMSG: `why` says what is wrong with it. */
+int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
+
+/*
+ * XXH3-64 over the size and up to 1,024 pages, evenly spread, the first and the last among them. It tells one
+ * image from another, and one that was replaced; not every change of a few bytes.
+ */
+int manifest_fingerprint(int fd, uint64_t *ret_bytes, uint64_t *ret_fingerprint);
+
+#endif

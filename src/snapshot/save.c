@@ -1,0 +1,618 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "snapshot/save.h"
+
+#include "os/os.h"
+#include "snapshot/manifest.h"
+#include "vmdir/qmp.h"
+#include "vmdir/vmdir.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define COMMAND_MS 20000
+#define STATE_MS 60000
+#define FINALIZE_TRIES 2000
+
+_Static_assert(QMP_WHY_BYTES <= SNAPSHOT_WHY_BYTES, "QEMU's words fit");
+
+struct save {
+	const struct save_options *options;
+	struct save_result *result;
+	char *why;
+	struct manifest manifest;
+	struct qmp *qmp;
+	struct source *source;
+	struct snapshot_image image;
+	char partial[PATH_MAX]; /* the directory until it is whole */
+	int dir_fd, state_fd;
+	char migration[32];     /* the last status that QEMU has told */
+	uint64_t stopped_us;    /* 0: not stopped yet */
+	bool ran, stopped;      /* ran: before the save */
+	char device[MANIFEST_DISKS][64]; /* of the manifest's disks: how QMP calls them */
+	bool is_node[MANIFEST_DISKS];
+};
+
+static uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
+
+static int fail(struct save *s, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+static int fail(struct save *s, int r, const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(s->why, SNAPSHOT_WHY_BYTES, format, args);
+	va_end(args);
+	return r;
+}
+
+/* ---- QMP ------------------------------------------------------------------------------------- */
+
+static void on_event(void *ctx, const char *name, struct json_object *data)
+{
+	struct save *s = ctx;
+	struct json_object *status;
+
+	if (!strcmp(name, "STOP") && !s->stopped_us)
+		s->stopped_us = now_us();
+	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status))
+		snprintf(s->migration, sizeof s->migration, "%s", json_object_get_string(status));
+}
+
+static int run(struct save *s, const char *name, struct json_object *arguments, struct json_object **ret_value)
+{
+	const struct qmp_command command = { .name = name, .arguments = arguments, .timeout_ms = COMMAND_MS };
+	char words[QMP_WHY_BYTES];
+	int r = qmp_run(s->qmp, &command, ret_value, words);
+
+	return r ? fail(s, r, "QEMU's %s: %.200s", name, words) : 0;
+}
+
+static struct json_object *object_of(const char *text)
+{
+	return json_tokener_parse(text);
+}
+
+static int wait_migration(struct save *s, const char *wanted)
+{
+	uint64_t until_us = now_us() + STATE_MS * 1000ull;
+
+	while (strcmp(s->migration, wanted)) {
+		int r = now_us() < until_us ? qmp_wait(s->qmp, 1000) : -ETIMEDOUT;
+
+		if (!strcmp(s->migration, "failed") || !strcmp(s->migration, "cancelled"))
+			return fail(s, -EIO, "QEMU could not save its device state; its own messages say why");
+		if (r && (r != -ETIMEDOUT || now_us() >= until_us))
+			return fail(s, r, "QEMU's device state did not come: %s", strerror(-r));
+	}
+	return 0;
+}
+
+static const char *text_of(struct json_object *json, const char *key)
+{
+	struct json_object *value;
+
+	return json_object_object_get_ex(json, key, &value) ? json_object_get_string(value) : "";
+}
+
+/* The path of an image, which QEMU calls json:{...} when it was given more than a path. */
+static void path_of(struct json_object *image, char path[MANIFEST_PATH_BYTES])
+{
+	const char *name = text_of(image, "filename");
+	struct json_object *json = strncmp(name, "json:", 5) ? NULL : json_tokener_parse(name + 5), *file;
+
+	if (json && json_object_object_get_ex(json, "file", &file))
+		name = text_of(file, "filename");
+	if (snprintf(path, MANIFEST_PATH_BYTES, "%s", name) >= MANIFEST_PATH_BYTES)
+		path[0] = '\0';
+	json_object_put(json);
+}
+
+static bool is_plain_format(const char *format)
+{
+	return !strcmp(format, "qcow2") || !strcmp(format, "raw");
+}
+
+/* The files of a disk, as query-block's ImageInfo has them. */
+static int take_layers(struct save *s, struct json_object *image, struct manifest_disk *disk)
+{
+	struct json_object *value;
+
+	if (json_object_object_get_ex(image, "virtual-size", &value))
+		disk->bytes = (uint64_t)json_object_get_int64(value);
+	do {
+		struct manifest_layer *layer = &disk->layer[disk->layers];
+		const char *file = layer->volume.path, *format = text_of(image, "format");
+
+		if (disk->layers == MANIFEST_LAYERS)
+			return fail(s, -E2BIG, "the disk %.60s lies over more than %d files: join some (block-commit)",
+				    disk->drive, MANIFEST_LAYERS);
+		path_of(image, layer->volume.path);
+		if (!is_plain_format(format) || access(file, R_OK))
+			return fail(s, -ENOTSUP, "the disk %.60s uses %.80s (%.10s): only qcow2 and raw files can be part of "
+				    "a snapshot; use --no-disk and save it yourself", disk->drive, file, format);
+		snprintf(layer->format, sizeof layer->format, "%s", format);
+		snprintf(layer->file, sizeof layer->file, "disk%u.%u.%s", s->manifest.disks, disk->layers, format);
+		disk->layers++;
+	} while (json_object_object_get_ex(image, "backing-image", &image));
+	return 0;
+}
+
+/* One writable disk of query-block. */
+static int take_disk(struct save *s, struct json_object *device)
+{
+	struct json_object *inserted, *value;
+	struct manifest_disk *disk = &s->manifest.disk[s->manifest.disks];
+	const char *name = text_of(device, "device");
+	int r;
+
+	if (!json_object_object_get_ex(device, "inserted", &inserted))
+		return 0;
+	if (json_object_object_get_ex(inserted, "ro", &value) && json_object_get_boolean(value))
+		return 0;
+	if (s->manifest.disks == MANIFEST_DISKS)
+		return fail(s, -E2BIG, "more than %d writable disks", MANIFEST_DISKS);
+	s->is_node[s->manifest.disks] = !*name;
+	if (!*name)
+		name = text_of(inserted, "node-name");
+	snprintf(s->device[s->manifest.disks], sizeof s->device[0], "%s", name);
+	snprintf(disk->drive, sizeof disk->drive, "%s", name);
+	if (!json_object_object_get_ex(inserted, "image", &value))
+		return fail(s, -ENOTSUP, "QEMU says nothing of the files of the disk %.60s: use --no-disk", name);
+	r = take_layers(s, value, disk);
+	s->manifest.disks += !r;
+	return r;
+}
+
+static int list_disks(struct save *s)
+{
+	struct json_object *devices = NULL;
+	int r = s->options->no_disks ? 0 : run(s, "query-block", NULL, &devices);
+
+	for (size_t i = 0; !r && devices && i < json_object_array_length(devices); i++)
+		r = take_disk(s, json_object_array_get_idx(devices, i));
+	json_object_put(devices);
+	return r;
+}
+
+static int query(struct save *s)
+{
+	struct json_object *value = NULL, *part;
+	int r = qmp_greet(s->qmp, COMMAND_MS);
+
+	if (r)
+		return fail(s, r, "QEMU does not answer on the monitor for saving: %s", strerror(-r));
+	r = run(s, "query-version", NULL, &value);
+	if (!r && json_object_object_get_ex(value, "qemu", &part))
+		snprintf(s->manifest.qemu_version, sizeof s->manifest.qemu_version, "%d.%d.%d",
+			 json_object_get_int(json_object_object_get(part, "major")),
+			 json_object_get_int(json_object_object_get(part, "minor")),
+			 json_object_get_int(json_object_object_get(part, "micro")));
+	json_object_put(value);
+	value = NULL;
+	if (!r)
+		r = run(s, "query-status", NULL, &value);
+	if (!r && json_object_object_get_ex(value, "status", &part)) {
+		const char *status = json_object_get_string(part);
+
+		s->ran = !strcmp(status, "running");
+		if (!s->ran && strcmp(status, "paused") && strcmp(status, "postmigrate"))
+			r = fail(s, -EBUSY, "the VM cannot be saved now: it is in the state \"%.40s\"", status);
+	}
+	json_object_put(value);
+	return r ? r : list_disks(s);
+}
+
+/* ---- the pause ------------------------------------------------------------------------------- */
+
+static int set_capabilities(struct save *s, bool on)
+{
+	struct json_object *arguments = object_of(
+		on ? "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+		     "{\"capability\": \"pause-before-switchover\", \"state\": true},"
+		     "{\"capability\": \"events\", \"state\": true}]}"
+		   : "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": false},"
+		     "{\"capability\": \"pause-before-switchover\", \"state\": false}]}");
+
+	return run(s, "migrate-set-capabilities", arguments, NULL);
+}
+
+static int start_state(struct save *s)
+{
+	struct qmp_command getfd = { .name = "getfd", .timeout_ms = COMMAND_MS };
+	char words[QMP_WHY_BYTES];
+	int r;
+
+	s->state_fd = os_memfd_create("latent-state", 0, false);
+	if (s->state_fd < 0)
+		return fail(s, s->state_fd, "no memory for the device state");
+	getfd.arguments = object_of("{\"fdname\": \"latent-state\"}");
+	getfd.fd = s->state_fd;
+	r = qmp_run(s->qmp, &getfd, NULL, words);
+	if (r)
+		return fail(s, r, "QEMU's getfd: %.200s", words);
+	r = run(s, "migrate-set-parameters", object_of("{\"max-bandwidth\": 1099511627776}"), NULL);
+	if (!r)
+		r = set_capabilities(s, true);
+	return r ? r : run(s, "migrate", object_of("{\"uri\": \"fd:latent-state\"}"), NULL);
+}
+
+/* NAME.1.qcow2 beside the disk, or the first such name that is free. */
+static int name_overlay(struct save *s, uint32_t disk, char path[PATH_MAX])
+{
+	const char *old = s->manifest.disk[disk].layer[0].volume.path;
+	const char *slash = strrchr(old, '/'), *base = slash ? slash + 1 : old, *dot = strchr(base, '.');
+	int stem = (int)(dot && dot > base ? dot - old : (long)strlen(old));
+
+	for (unsigned n = 1; n < 10000; n++)
+		if (snprintf(path, PATH_MAX, "%.*s.%u.qcow2", stem, old, n) < PATH_MAX && access(path, F_OK))
+			return 0;
+	return fail(s, -EEXIST, "no free name for a new overlay of %.200s", old);
+}
+
+/* From this instant on the guest writes to new files; the old ones belong to the snapshot. */
+static int switch_disks(struct save *s)
+{
+	struct json_object *arguments, *actions = json_object_new_array();
+	int r = 0;
+
+	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
+		struct json_object *action = json_object_new_object(), *data = json_object_new_object();
+		char path[PATH_MAX], node[32];
+
+		r = name_overlay(s, i, path);
+		snprintf(node, sizeof node, "latent-%llx", (unsigned long long)now_us());
+		json_object_object_add(data, s->is_node[i] ? "node-name" : "device",
+				       json_object_new_string(s->device[i]));
+		if (s->is_node[i])
+			json_object_object_add(data, "snapshot-node-name", json_object_new_string(node));
+		json_object_object_add(data, "snapshot-file", json_object_new_string(path));
+		json_object_object_add(data, "format", json_object_new_string("qcow2"));
+		json_object_object_add(action, "type", json_object_new_string("blockdev-snapshot-sync"));
+		json_object_object_add(action, "data", data);
+		json_object_array_add(actions, action);
+	}
+	if (r || !s->manifest.disks) {
+		json_object_put(actions);
+		return r;
+	}
+	arguments = json_object_new_object();
+	json_object_object_add(arguments, "actions", actions);
+	return run(s, "transaction", arguments, NULL);
+}
+
+static int finish_state(struct save *s)
+{
+	struct stat st;
+	int r = run(s, "migrate-continue", object_of("{\"state\": \"pre-switchover\"}"), NULL);
+
+	if (!r)
+		r = wait_migration(s, "completed");
+	if (!r && fstat(s->state_fd, &st))
+		r = fail(s, -errno, "the device state cannot be read");
+	if (!r)
+		s->result->state_bytes = s->manifest.state_bytes = (uint64_t)st.st_size;
+	return r;
+}
+
+/* QEMU tells that a migration is complete a moment before it lets the guest go on. */
+static int go_on(struct save *s)
+{
+	const struct qmp_command command = { .name = "cont", .timeout_ms = COMMAND_MS };
+	char words[QMP_WHY_BYTES] = "";
+	int r = 0;
+
+	if (!s->ran || !s->stopped)
+		return 0;
+	for (int tries = 0; tries < FINALIZE_TRIES; tries++) {
+		r = qmp_run(s->qmp, &command, NULL, words);
+		if (r != -EREMOTEIO || !strstr(words, "not finalized"))
+			break;
+		usleep(300);
+	}
+	s->stopped = false;
+	s->result->pause_us = now_us() - s->stopped_us;
+	return r ? fail(s, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
+}
+
+static int pause_and_take(struct save *s)
+{
+	int r = start_state(s);
+
+	s->stopped = true;
+	if (!r)
+		r = wait_migration(s, "pre-switchover");
+	if (!r)
+		r = switch_disks(s);
+	if (!r)
+		r = finish_state(s);
+	if (!r)
+		r = source_point(s->source, &s->result->point_us, s->why);
+	return r;
+}
+
+/* After a failure: the guest shall run, whatever state QEMU is in. */
+static void undo_pause(struct save *s)
+{
+	char why[SNAPSHOT_WHY_BYTES], *kept = s->why;
+
+	s->why = why; /* what failed first is what the user shall hear */
+	if (s->stopped) {
+		if (strcmp(s->migration, "completed")) {
+			(void)run(s, "migrate_cancel", NULL, NULL);
+			for (int i = 0; i < 100 && strcmp(s->migration, "cancelled") && strcmp(s->migration, "failed"); i++)
+				(void)qmp_wait(s->qmp, 10);
+		}
+		(void)go_on(s);
+	}
+	s->why = kept;
+}
+
+/* ---- files ----------------------------------------------------------------------------------- */
+
+static int make_dir(struct save *s)
+{
+	const char *dir = s->options->dir;
+
+	if (!access(dir, F_OK))
+		return fail(s, -EEXIST, "%.200s is there already", dir);
+	if (snprintf(s->partial, sizeof s->partial, "%s.partial-XXXXXX", dir) >= (int)sizeof s->partial)
+		return fail(s, -ENAMETOOLONG, "the name of the directory is too long");
+	if (!mkdtemp(s->partial)) {
+		int r = -errno;
+
+		s->partial[0] = '\0';
+		return fail(s, r, "%.200s cannot be made: %s", dir, strerror(-r));
+	}
+	s->dir_fd = open(s->partial, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (s->dir_fd < 0 || mkdirat(s->dir_fd, SNAPSHOT_DISKS, 0700))
+		return fail(s, -errno, "%.200s cannot be used", s->partial);
+	return 0;
+}
+
+static void remove_partial(struct save *s)
+{
+	static const char *const files[] = { SNAPSHOT_RAM, SNAPSHOT_PAGES, SNAPSHOT_STATE, SNAPSHOT_MANIFEST };
+	char path[128];
+
+	if (!s->partial[0])
+		return;
+	for (size_t i = 0; i < sizeof files / sizeof files[0]; i++)
+		(void)unlinkat(s->dir_fd, files[i], 0);
+	for (uint32_t i = 0; i < s->manifest.disks; i++) {
+		for (uint32_t j = 0; j < s->manifest.disk[i].layers; j++) {
+			snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", s->manifest.disk[i].layer[j].file);
+			(void)unlinkat(s->dir_fd, path, 0);
+		}
+	}
+	(void)unlinkat(s->dir_fd, SNAPSHOT_DISKS, AT_REMOVEDIR);
+	(void)rmdir(s->partial);
+}
+
+static int create(struct save *s, const char *name)
+{
+	int fd = openat(s->dir_fd, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+	return fd < 0 ? fail(s, -errno, "%s cannot be made: %s", name, strerror(errno)) : fd;
+}
+
+static int sync_and_close(struct save *s, int fd, const char *name, int r)
+{
+	if (!r && fsync(fd))
+		r = fail(s, -errno, "%s cannot be written: %s", name, strerror(errno));
+	close(fd);
+	return r;
+}
+
+static int write_ram(struct save *s, struct source_progress *progress)
+{
+	int fd = create(s, SNAPSHOT_RAM), r;
+
+	if (fd < 0)
+		return fd;
+	r = source_write(s->source, fd, s->options->limit_bytes_s, progress, &s->image, s->why);
+	/* Guest RAM is let go before the disk is waited for. */
+	source_get_counts(s->source, &s->result->source);
+	source_end(s->source);
+	s->source = NULL;
+	r = sync_and_close(s, fd, SNAPSHOT_RAM, r);
+	if (r)
+		return r;
+	snapshot_image_count(&s->image, &s->result->pages);
+	s->manifest.ram_bytes = os_bytes(s->image.pages);
+	fd = create(s, SNAPSHOT_PAGES);
+	if (fd < 0)
+		return fd;
+	r = snapshot_image_write(&s->image, fd);
+	if (r)
+		fail(s, r, SNAPSHOT_PAGES " cannot be written: %s", strerror(-r));
+	return sync_and_close(s, fd, SNAPSHOT_PAGES, r);
+}
+
+static int write_state(struct save *s)
+{
+	uint64_t bytes = s->manifest.state_bytes;
+	void *state = mmap(NULL, bytes ? bytes : 1, PROT_READ, MAP_SHARED, s->state_fd, 0);
+	int fd = create(s, SNAPSHOT_STATE), r;
+
+	if (fd < 0 || state == MAP_FAILED)
+		return fd < 0 ? fd : fail(s, -errno, "the device state cannot be read");
+	r = os_write_all(fd, state, bytes, 0);
+	munmap(state, bytes ? bytes : 1);
+	if (r)
+		fail(s, r, SNAPSHOT_STATE " cannot be written: %s", strerror(-r));
+	return sync_and_close(s, fd, SNAPSHOT_STATE, r);
+}
+
+static int fingerprint(struct save *s, struct manifest_volume *v)
+{
+	int fd = open(v->path, O_RDONLY | O_CLOEXEC), r;
+
+	r = fd < 0 ? -errno : manifest_fingerprint(fd, &v->bytes, &v->fingerprint);
+	if (fd >= 0)
+		close(fd);
+	return r ? fail(s, r, "%.200s cannot be read: %s", v->path, strerror(-r)) : 0;
+}
+
+/* The files stay where they are, beneath the running VM; the snapshot has other names for them. What cannot get
+ * one, and is not the VM's own (another owner's, another file system's), is referred to. */
+static int keep_layers(struct save *s, struct manifest_disk *disk)
+{
+	int r = 0;
+
+	for (uint32_t i = 0; !r && i < disk->layers; i++) {
+		struct manifest_layer *layer = &disk->layer[i];
+		char path[128];
+
+		snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", layer->file);
+		if (linkat(AT_FDCWD, layer->volume.path, s->dir_fd, path, 0)) {
+			if (!i)
+				return fail(s, -errno, "%.150s cannot become part of the snapshot (%s): save onto the same "
+					    "file system, or use --no-disk", layer->volume.path, strerror(errno));
+			layer->file[0] = '\0';
+		}
+		r = fingerprint(s, &layer->volume);
+	}
+	return r;
+}
+
+static int write_manifest(struct save *s, const struct control_layout *layout)
+{
+	int r = 0;
+
+	snprintf(s->manifest.name, sizeof s->manifest.name, "%s", s->options->name);
+	s->manifest.created_unix_s = (uint64_t)time(NULL);
+	s->manifest.volumes = layout->volumes;
+	for (uint32_t i = 0; !r && i < layout->volumes; i++) {
+		memcpy(s->manifest.volume[i].path, layout->volume[i].path, sizeof s->manifest.volume[i].path);
+		r = fingerprint(s, &s->manifest.volume[i]);
+	}
+	for (uint32_t i = 0; !r && i < s->manifest.disks; i++)
+		r = keep_layers(s, &s->manifest.disk[i]);
+	s->result->disks = s->manifest.disks;
+	if (!r) {
+		r = manifest_write(&s->manifest, s->dir_fd);
+		if (r)
+			fail(s, r, SNAPSHOT_MANIFEST " cannot be written: %s", strerror(-r));
+	}
+	return r;
+}
+
+/* It gets its name when all of it is on the disk. */
+static int complete(struct save *s)
+{
+	int parent;
+
+	if (fsync(s->dir_fd) || rename(s->partial, s->options->dir))
+		return fail(s, -errno, "%.200s cannot get its name: %s", s->options->dir, strerror(errno));
+	s->partial[0] = '\0';
+	parent = openat(s->dir_fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (parent >= 0) {
+		(void)fsync(parent);
+		close(parent);
+	}
+	return 0;
+}
+
+/* ---- all of it ------------------------------------------------------------------------------- */
+
+static int connect_vm(struct save *s)
+{
+	char path[VMDIR_PATH_BYTES];
+	int r;
+
+	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, s->options->run_dir);
+	r = qmp_connect(path, on_event, s, &s->qmp);
+	if (r)
+		return fail(s, r, "the VM's monitor for saving cannot be reached: %s", strerror(-r));
+	r = query(s);
+	if (r)
+		return r;
+	snprintf(path, sizeof path, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
+	return source_begin(path, &s->source, s->why);
+}
+
+static int save(struct save *s, struct source_progress *progress)
+{
+	static struct control_layout layout;
+	uint64_t begin_us;
+	int r = make_dir(s);
+
+	if (!r)
+		r = connect_vm(s);
+	if (r)
+		return r;
+	r = pause_and_take(s);
+	if (!r && !s->options->stop)
+		r = go_on(s);
+	if (r) {
+		undo_pause(s);
+		return r;
+	}
+	layout = *source_layout(s->source);
+	begin_us = now_us();
+	r = write_ram(s, progress);
+	if (s->options->stop) {
+		if (r)
+			undo_pause(s);
+		else
+			r = go_on(s);
+	}
+	if (!r)
+		r = write_state(s);
+	if (!r)
+		r = write_manifest(s, &layout);
+	if (!r)
+		r = complete(s);
+	s->result->write_us = now_us() - begin_us;
+	s->result->ram_bytes_written = progress->bytes_written;
+	return r;
+}
+
+int snapshot_save(const struct save_options *options, struct source_progress *progress,
+		  struct save_result *ret_result, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct save *s = calloc(1, sizeof *s);
+	int r;
+
+	if (!s)
+		return -ENOMEM;
+	*ret_result = (struct save_result){ 0 };
+	s->options = options;
+	s->result = ret_result;
+	s->why = why;
+	s->dir_fd = s->state_fd = -1;
+	r = save(s, progress);
+	source_end(s->source);
+	if (s->qmp && s->state_fd >= 0) {
+		char ignored[SNAPSHOT_WHY_BYTES];
+
+		s->why = ignored;
+		(void)set_capabilities(s, false);
+	}
+	qmp_close(s->qmp);
+	if (r)
+		remove_partial(s);
+	snapshot_image_free(&s->image);
+	if (s->state_fd >= 0)
+		close(s->state_fd);
+	if (s->dir_fd >= 0)
+		close(s->dir_fd);
+	free(s);
+	return r;
+}

@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Saves a running VM into a directory: see "Save" in ARCHITECTURE.md. The device state comes over QMP, RAM from
+ * the VM's agent; the guest stands for the device state and the point in time, and runs while its RAM is
+ * written.
+ */
+#ifndef LATENT_SNAPSHOT_SAVE_H
+#define LATENT_SNAPSHOT_SAVE_H
+
+#include "snapshot/source.h"
+
+struct save_options {
+	const char *run_dir;    /* of the VM */
+	const char *name;       /* of the VM */
+	const char *dir;        /* the snapshot's; must not be there yet */
+	bool stop;              /* the guest stands until all is written */
+	bool no_disks;          /* disks are left as they are, and are not part of the snapshot */
+	uint64_t limit_bytes_s; /* of writing; 0: none */
+};
+
+struct save_result {
+	uint64_t pause_us;       /* the guest stood */
+	uint64_t point_us;       /* of that, for the point in time of RAM */
+	uint64_t write_us, state_bytes, ram_bytes_written;
+	struct snapshot_counts pages;
+	struct source_counts source;
+	uint32_t disks;
+};
+
+/* 0, or a negative errno with a sentence in `why`; then nothing of the snapshot is left, and the VM runs as it
+ * did. -EINTR: progress->stop was set. Progress may be looked at from another thread. */
+int snapshot_save(const struct save_options *options, struct source_progress *progress,
+		  struct save_result *ret_result, char why[SNAPSHOT_WHY_BYTES]);
+
+#endif

@@ -1,0 +1,658 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "snapshot/source.h"
+
+#include "core/entry.h"
+#include "os/os.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define CHUNK_PAGES 128u
+#define EARLY_MAX 16384u /* copies of pages that the guest was about to write: 64 MiB */
+#define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
+
+/* What has become of a page that was write-protected. */
+enum page_state { PAGE_FREE, PAGE_PENDING, PAGE_BUSY, PAGE_SAVED };
+
+/* A page that the guest wrote before the writer came to it. */
+struct early {
+	struct early *next;
+	uint64_t page; /* of the image */
+	uint8_t bytes[OS_PAGE_BYTES];
+};
+
+struct source {
+	int control;
+	struct control_layout layout;
+	int fds[MAX_FDS];
+	unsigned fd_count;
+	struct {
+		const uint8_t *view;      /* base, as this process sees it */
+		const uint64_t *entries;  /* the agent's table */
+		uint64_t *point;          /* the entries as they were at the instant */
+		_Atomic uint8_t *state;   /* enum page_state */
+		uint64_t first;           /* the block's first page in the image */
+	} block[SNAPSHOT_BLOCKS];
+	struct control_run *runs; /* base, then private */
+	uint8_t *copies;
+	uint64_t total_pages, base_runs, private_runs, private_pages, base_pages;
+
+	pthread_t server;
+	bool serving;
+	int end_fd; /* eventfd: the server shall end */
+	pthread_mutex_t lock; /* protects the next three */
+	pthread_cond_t room;
+	struct early *early;
+	uint64_t early_count;
+	_Atomic uint64_t faults;
+};
+
+static int say(char *why, int r, const char *what)
+{
+	snprintf(why, SNAPSHOT_WHY_BYTES, "%s: %s", what, strerror(-r));
+	return r;
+}
+
+/* ---- talking to the agent -------------------------------------------------------------------- */
+
+static int connect_to(const char *path)
+{
+	struct sockaddr_un at = { .sun_family = AF_UNIX };
+	struct timeval limit = { 120, 0 };
+	int fd;
+
+	if ((size_t)snprintf(at.sun_path, sizeof at.sun_path, "%s", path) >= sizeof at.sun_path)
+		return -ENAMETOOLONG;
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit) ||
+	    connect(fd, (struct sockaddr *)&at, sizeof at)) {
+		int r = -errno;
+
+		close(fd);
+		return r;
+	}
+	return fd;
+}
+
+static int ask(struct source *s, enum control_op op, struct control_reply *reply, char *why)
+{
+	struct control_request request = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION, .op = (uint32_t)op };
+	ssize_t n = send(s->control, &request, sizeof request, MSG_NOSIGNAL);
+
+	if (n >= 0)
+		n = recv(s->control, reply, sizeof *reply, 0);
+	if (n < 0)
+		return say(why, -errno, "the VM's agent does not answer");
+	if (n != (ssize_t)sizeof *reply || reply->magic != CONTROL_MAGIC || reply->version != CONTROL_VERSION)
+		return say(why, -EPROTO, "the VM's agent is of another version");
+	reply->text[sizeof reply->text - 1] = '\0';
+	if (reply->error)
+		snprintf(why, SNAPSHOT_WHY_BYTES, "%.255s", reply->text[0] ? reply->text : "the VM's agent refuses");
+	return reply->error > 0 ? -EPROTO : reply->error;
+}
+
+static void take_descriptors(struct source *s, struct msghdr *message)
+{
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
+		size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		for (size_t i = 0; i < count && s->fd_count < MAX_FDS; i++)
+			memcpy(&s->fds[s->fd_count++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+	}
+}
+
+/* The agent lives in the VMM, which is what a guest breaks out into: nothing it says is believed unchecked. */
+static int check_layout(struct source *s)
+{
+	struct control_layout *l = &s->layout;
+
+	if (!l->blocks || l->blocks > SNAPSHOT_BLOCKS || l->volumes > SNAPSHOT_VOLUMES ||
+	    s->fd_count != CONTROL_FD_BLOCKS + 2 * l->blocks)
+		return -EPROTO;
+	for (uint32_t i = 0; i < l->blocks; i++) {
+		struct control_block *b = &l->block[i];
+
+		b->name[sizeof b->name - 1] = '\0';
+		if (!b->pages || b->pages > (1ull << 32) || b->hva % OS_PAGE_BYTES || b->memfd_offset % OS_PAGE_BYTES)
+			return -EPROTO;
+		s->block[i].first = s->total_pages;
+		s->total_pages += b->pages;
+	}
+	for (uint32_t i = 0; i < l->volumes; i++)
+		l->volume[i].path[sizeof l->volume[i].path - 1] = '\0';
+	return 0;
+}
+
+static int receive_layout(struct source *s)
+{
+	char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+	struct iovec iov = { &s->layout, sizeof s->layout };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof control };
+	ssize_t n = recvmsg(s->control, &message, MSG_CMSG_CLOEXEC);
+
+	if (n < 0)
+		return -errno;
+	take_descriptors(s, &message);
+	return n == (ssize_t)sizeof s->layout ? check_layout(s) : -EPROTO;
+}
+
+/* A view of `pages` pages; reading past the end of a file that somebody has cut raises SIGBUS, and ends this
+ * process, not the VM. */
+static const void *view(int fd, uint64_t offset, size_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
+
+	return at == MAP_FAILED ? NULL : at;
+}
+
+static int map_blocks(struct source *s)
+{
+	for (uint32_t i = 0; i < s->layout.blocks; i++) {
+		const struct control_block *b = &s->layout.block[i];
+		int memfd = s->fds[CONTROL_FD_BLOCKS + 2 * i], entries = s->fds[CONTROL_FD_BLOCKS + 2 * i + 1];
+
+		s->block[i].view = view(memfd, b->memfd_offset, os_bytes(b->pages));
+		s->block[i].entries = view(entries, 0, (size_t)b->pages * sizeof(uint64_t));
+		s->block[i].point = malloc((size_t)b->pages * sizeof(uint64_t));
+		s->block[i].state = calloc((size_t)b->pages, 1);
+		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state)
+			return -ENOMEM;
+		/* Touched now, not while the guest waits. */
+		memset(s->block[i].point, 0, (size_t)b->pages * sizeof(uint64_t));
+	}
+	return 0;
+}
+
+int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct source *s = calloc(1, sizeof *s);
+	struct control_reply reply = { 0 };
+	int r;
+
+	if (!s)
+		return say(why, -ENOMEM, "no memory");
+	s->end_fd = -1;
+	pthread_mutex_init(&s->lock, NULL);
+	pthread_cond_init(&s->room, NULL);
+	r = s->control = connect_to(path);
+	if (r < 0) {
+		say(why, r, "the VM's agent cannot be reached");
+	} else {
+		r = ask(s, CONTROL_SAVE_BEGIN, &reply, why);
+		if (!r) {
+			r = receive_layout(s);
+			if (!r)
+				r = map_blocks(s);
+			if (r)
+				say(why, r, "what the VM's agent says of guest RAM cannot be used");
+		}
+	}
+	if (r)
+		source_end(s);
+	else
+		*ret_source = s;
+	return r;
+}
+
+const struct control_layout *source_layout(const struct source *s)
+{
+	return &s->layout;
+}
+
+/* ---- faults ---------------------------------------------------------------------------------- */
+
+static bool find_page(struct source *s, uintptr_t addr, uint32_t *ret_block, uint64_t *ret_page)
+{
+	for (uint32_t i = 0; i < s->layout.blocks; i++) {
+		const struct control_block *b = &s->layout.block[i];
+
+		if (addr >= b->hva && addr - b->hva < os_bytes(b->pages)) {
+			*ret_block = i;
+			*ret_page = (addr - b->hva) >> OS_PAGE_SHIFT;
+			return true;
+		}
+	}
+	return false;
+}
+
+static void unprotect(struct source *s, uint32_t block, uint64_t page, uint64_t pages)
+{
+	void *hva = (void *)(uintptr_t)(s->layout.block[block].hva + os_bytes(page));
+
+	(void)os_uffd_protect(s->fds[CONTROL_FD_UFFD], hva, os_bytes(pages), false);
+}
+
+/* Memory stays bounded: with too many copies waiting to be written, the guest waits. */
+static void keep_early(struct source *s, struct early *e)
+{
+	pthread_mutex_lock(&s->lock);
+	while (s->early_count >= EARLY_MAX && s->serving)
+		pthread_cond_wait(&s->room, &s->lock);
+	e->next = s->early;
+	s->early = e;
+	s->early_count++;
+	pthread_mutex_unlock(&s->lock);
+}
+
+static void serve_page(struct source *s, uint32_t block, uint64_t page)
+{
+	_Atomic uint8_t *state = &s->block[block].state[page];
+	uint8_t pending = PAGE_PENDING;
+	struct early *e = NULL;
+
+	s->faults++;
+	while (*state == PAGE_PENDING && !(e = malloc(sizeof *e)))
+		usleep(1000); /* the writer frees some, or takes the page itself */
+	if (e && atomic_compare_exchange_strong(state, &pending, PAGE_BUSY)) {
+		e->page = s->block[block].first + page;
+		memcpy(e->bytes, s->block[block].view + os_bytes(page), OS_PAGE_BYTES);
+		keep_early(s, e);
+		*state = PAGE_SAVED;
+	} else {
+		free(e);
+		while (*state == PAGE_BUSY)
+			sched_yield();
+	}
+	unprotect(s, block, page, 1);
+}
+
+static void *serve(void *arg)
+{
+	struct source *s = arg;
+	struct pollfd p[] = { { .fd = s->fds[CONTROL_FD_UFFD], .events = POLLIN }, { .fd = s->end_fd, .events = POLLIN } };
+	uintptr_t addr;
+	uint32_t block;
+	uint64_t page;
+
+	for (;;) {
+		if (poll(p, 2, -1) < 0 && errno != EINTR)
+			break;
+		if (p[1].revents || p[0].revents & (POLLERR | POLLHUP | POLLNVAL))
+			break;
+		while (os_uffd_next_fault(s->fds[CONTROL_FD_UFFD], &addr) == 1)
+			if (find_page(s, addr, &block, &page))
+				serve_page(s, block, page);
+	}
+	return NULL;
+}
+
+static int start_server(struct source *s)
+{
+	s->end_fd = eventfd(0, EFD_CLOEXEC);
+	if (s->end_fd < 0)
+		return -errno;
+	s->serving = true;
+	if (pthread_create(&s->server, NULL, serve, s)) {
+		s->serving = false;
+		return -EAGAIN;
+	}
+	return 0;
+}
+
+/* ---- the instant ----------------------------------------------------------------------------- */
+
+static int check_runs(struct source *s)
+{
+	uint64_t private_pages = 0;
+
+	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++) {
+		const struct control_run *run = &s->runs[i];
+
+		if (run->block >= s->layout.blocks || run->page >= s->layout.block[run->block].pages ||
+		    run->pages > s->layout.block[run->block].pages - run->page)
+			return -EPROTO;
+		if (i < s->base_runs)
+			s->base_pages += run->pages;
+		else
+			private_pages += run->pages;
+	}
+	return private_pages == s->private_pages ? 0 : -EPROTO;
+}
+
+static int take_runs(struct source *s, const struct control_reply *reply)
+{
+	size_t bytes;
+
+	s->base_runs = reply->base_runs;
+	s->private_runs = reply->private_runs;
+	s->private_pages = reply->pages;
+	if (s->base_runs + s->private_runs > s->total_pages || s->private_pages > s->total_pages)
+		return -EPROTO;
+	/* Copied: the agent must not change it after it was checked. */
+	bytes = (size_t)(s->base_runs + s->private_runs) * sizeof *s->runs;
+	s->runs = malloc(bytes ? bytes : 1);
+	if (!s->runs)
+		return -ENOMEM;
+	if (pread(s->fds[CONTROL_FD_RUNS], s->runs, bytes, 0) != (ssize_t)bytes)
+		return -EPROTO;
+	if (s->private_pages) {
+		s->copies = (uint8_t *)(uintptr_t)view(s->fds[CONTROL_FD_COPIES], 0, os_bytes(s->private_pages));
+		if (!s->copies)
+			return -ENOMEM;
+	}
+	return check_runs(s);
+}
+
+int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+	int r = ask(s, CONTROL_SAVE_POINT, &reply, why);
+
+	if (r)
+		return r;
+	r = take_runs(s, &reply);
+	if (r)
+		return say(why, r, "what the VM's agent says of guest RAM cannot be used");
+	for (uint32_t i = 0; i < s->layout.blocks; i++)
+		memcpy(s->block[i].point, s->block[i].entries, (size_t)s->layout.block[i].pages * sizeof(uint64_t));
+	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++)
+		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page],
+		       i < s->base_runs ? PAGE_PENDING : PAGE_SAVED, s->runs[i].pages);
+	*ret_paused_us = reply.paused_us;
+	r = start_server(s);
+	return r ? say(why, r, "no thread to serve write faults") : 0;
+}
+
+/* ---- writing --------------------------------------------------------------------------------- */
+
+struct writer {
+	struct source *source;
+	struct snapshot_image *image;
+	struct source_progress *progress;
+	int ram_fd;
+	uint64_t limit_bytes_s, begin_us;
+};
+
+static uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
+
+static struct snapshot_page *record(struct writer *w, uint64_t page)
+{
+	return (struct snapshot_page *)w->image->memory + page;
+}
+
+/* Pages of the image that follow each other: those with contents go to the file, in as few calls as there are
+ * runs of them. */
+static int write_pages(struct writer *w, uint64_t page, const uint8_t *bytes, uint64_t pages)
+{
+	uint64_t run = 0;
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i <= pages; i++) {
+		if (i < pages) {
+			*record(w, page + i) = snapshot_classify(bytes + os_bytes(i));
+			if (record(w, page + i)->kind == SNAPSHOT_DATA) {
+				run++;
+				continue;
+			}
+		}
+		if (run)
+			r = os_write_all(w->ram_fd, bytes + os_bytes(i - run), os_bytes(run), os_bytes(page + i - run));
+		w->progress->bytes_written += os_bytes(run);
+		run = 0;
+	}
+	w->progress->pages_done += pages;
+	return r;
+}
+
+static int drain_early(struct writer *w)
+{
+	struct source *s = w->source;
+	struct early *e;
+	int r = 0;
+
+	pthread_mutex_lock(&s->lock);
+	e = s->early;
+	s->early = NULL;
+	s->early_count = 0;
+	pthread_cond_signal(&s->room);
+	pthread_mutex_unlock(&s->lock);
+	while (e) {
+		struct early *next = e->next;
+
+		r = r ? r : write_pages(w, e->page, e->bytes, 1);
+		free(e);
+		e = next;
+	}
+	return r;
+}
+
+static void keep_rate(struct writer *w)
+{
+	uint64_t due_us;
+
+	if (!w->limit_bytes_s)
+		return;
+	due_us = w->begin_us + w->progress->bytes_written * 1000000 / w->limit_bytes_s;
+	if (now_us() < due_us)
+		usleep((useconds_t)(due_us - now_us() < 100000 ? due_us - now_us() : 100000));
+}
+
+/* Takes what is still pending of a chunk; the rest the server has. */
+static int write_chunk(struct writer *w, uint32_t block, uint64_t page, uint64_t pages)
+{
+	static uint8_t copy[CHUNK_PAGES * OS_PAGE_BYTES]; /* one writer */
+	struct source *s = w->source;
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i < pages;) {
+		uint64_t n = 0;
+		uint8_t pending = PAGE_PENDING;
+
+		while (i + n < pages &&
+		       atomic_compare_exchange_strong(&s->block[block].state[page + i + n], &pending, PAGE_BUSY))
+			n++;
+		if (!n) {
+			i++;
+			continue;
+		}
+		memcpy(copy, s->block[block].view + os_bytes(page + i), os_bytes(n));
+		memset((void *)&s->block[block].state[page + i], PAGE_SAVED, n);
+		unprotect(s, block, page + i, n);
+		r = write_pages(w, s->block[block].first + page + i, copy, n);
+		i += n;
+	}
+	return r;
+}
+
+/* Until every page that the server has taken is among those to be written. */
+static void wait_for_server(struct source *s)
+{
+	for (uint64_t i = 0; i < s->base_runs; i++)
+		for (uint64_t n = 0; n < s->runs[i].pages; n++)
+			while (s->block[s->runs[i].block].state[s->runs[i].page + n] == PAGE_BUSY)
+				sched_yield();
+}
+
+static int write_base(struct writer *w)
+{
+	struct source *s = w->source;
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i < s->base_runs; i++) {
+		const struct control_run *run = &s->runs[i];
+
+		for (uint64_t done = 0; !r && done < run->pages; done += CHUNK_PAGES) {
+			uint64_t n = run->pages - done < CHUNK_PAGES ? run->pages - done : CHUNK_PAGES;
+
+			r = write_chunk(w, (uint32_t)run->block, run->page + done, n);
+			if (!r)
+				r = drain_early(w);
+			if (!r && w->progress->stop)
+				r = -EINTR;
+			keep_rate(w);
+		}
+	}
+	wait_for_server(w->source);
+	return r ? r : drain_early(w);
+}
+
+static int write_private(struct writer *w)
+{
+	struct source *s = w->source;
+	const uint8_t *bytes = s->copies;
+	int r = 0;
+
+	for (uint64_t i = s->base_runs; !r && i < s->base_runs + s->private_runs; i++) {
+		const struct control_run *run = &s->runs[i];
+
+		r = write_pages(w, s->block[run->block].first + run->page, bytes, run->pages);
+		bytes += os_bytes(run->pages);
+		if (!r)
+			r = drain_early(w);
+		if (!r && w->progress->stop)
+			r = -EINTR;
+		keep_rate(w);
+	}
+	return r;
+}
+
+static int volume_of(const struct source *s, unsigned file)
+{
+	for (uint32_t i = 0; i < s->layout.volumes; i++)
+		if (s->layout.volume[i].file == file)
+			return (int)i;
+	return -1;
+}
+
+/* Unmodified copies of pages of an image: nothing is stored but the place. */
+static int refer_to_volumes(struct writer *w)
+{
+	struct source *s = w->source;
+
+	for (uint32_t i = 0; i < s->layout.blocks; i++) {
+		for (uint64_t page = 0; page < s->layout.block[i].pages; page++) {
+			uint64_t entry = s->block[i].point[page];
+			int volume;
+
+			if (entry_source(entry) != ENTRY_OVERLAY || s->block[i].state[page] == PAGE_SAVED)
+				continue;
+			if (entry_is_private(entry)) /* and yet the agent has no copy of it */
+				return -EPROTO;
+			volume = volume_of(s, entry_file(entry));
+			if (volume < 0)
+				return -EPROTO;
+			*record(w, s->block[i].first + page) = (struct snapshot_page){
+				SNAPSHOT_VOLUME, (uint32_t)volume, entry_file_page(entry) };
+		}
+	}
+	return 0;
+}
+
+static int make_image(struct source *s, struct snapshot_image *image)
+{
+	struct snapshot_image layout = { .blocks = s->layout.blocks, .volumes = s->layout.volumes };
+
+	for (uint32_t i = 0; i < layout.blocks; i++) {
+		snprintf(layout.block[i].name, sizeof layout.block[i].name, "%s", s->layout.block[i].name);
+		layout.block[i].pages = s->layout.block[i].pages;
+	}
+	return snapshot_image_create(&layout, image);
+}
+
+int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
+		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct snapshot_image image;
+	struct writer w = { s, &image, progress, ram_fd, limit_bytes_s, now_us() };
+	int r = make_image(s, &image);
+
+	if (r)
+		return say(why, r, "no memory for the metadata");
+	progress->pages_all = s->base_pages + s->private_pages;
+	r = refer_to_volumes(&w);
+	if (!r)
+		r = write_base(&w);
+	if (!r)
+		r = write_private(&w);
+	if (!r && ftruncate(ram_fd, (off_t)os_bytes(image.pages)))
+		r = -errno;
+	if (r) {
+		snapshot_image_free(&image);
+		return say(why, r, r == -EINTR ? "broken off" : "the contents of RAM cannot be written");
+	}
+	*ret_image = image;
+	return 0;
+}
+
+void source_get_counts(const struct source *s, struct source_counts *c)
+{
+	*c = (struct source_counts){ s->base_pages, s->private_pages, s->faults };
+}
+
+/* ---- the end --------------------------------------------------------------------------------- */
+
+static void stop_server(struct source *s)
+{
+	uint64_t one = 1;
+
+	if (!s->serving)
+		return;
+	pthread_mutex_lock(&s->lock);
+	s->serving = false;
+	pthread_cond_signal(&s->room);
+	pthread_mutex_unlock(&s->lock);
+	if (write(s->end_fd, &one, sizeof one) == (ssize_t)sizeof one)
+		pthread_join(s->server, NULL);
+}
+
+void source_end(struct source *s)
+{
+	struct control_reply reply = { 0 };
+	char why[SNAPSHOT_WHY_BYTES];
+
+	if (!s)
+		return;
+	/* The agent takes protection away first: whoever waits for this process waits no more. */
+	if (s->control >= 0) {
+		if (s->fd_count)
+			(void)ask(s, CONTROL_SAVE_END, &reply, why);
+		close(s->control);
+	}
+	stop_server(s);
+	for (struct early *e = s->early, *next; e; e = next) {
+		next = e->next;
+		free(e);
+	}
+	for (uint32_t i = 0; i < s->layout.blocks && i < SNAPSHOT_BLOCKS; i++) {
+		uint64_t pages = s->layout.block[i].pages;
+
+		if (s->block[i].view)
+			munmap((void *)(uintptr_t)s->block[i].view, os_bytes(pages));
+		if (s->block[i].entries)
+			munmap((void *)(uintptr_t)s->block[i].entries, (size_t)pages * sizeof(uint64_t));
+		free(s->block[i].point);
+		free((void *)s->block[i].state);
+	}
+	if (s->copies)
+		munmap(s->copies, os_bytes(s->private_pages));
+	for (unsigned i = 0; i < s->fd_count; i++)
+		close(s->fds[i]);
+	if (s->end_fd >= 0)
+		close(s->end_fd);
+	pthread_cond_destroy(&s->room);
+	pthread_mutex_destroy(&s->lock);
+	free(s->runs);
+	free(s);
+}

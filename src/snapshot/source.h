@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The RAM of a running VM as it was at one instant, read by another process while the guest goes on: see
+ * "Save" in ARCHITECTURE.md. The VM's agent write-protects what base holds at that instant; here write
+ * faults are served, by keeping a copy of the page before the guest may write it.
+ *
+ * Functions return 0 or a negative errno, with a sentence in `why`. One thread; it starts another one, for
+ * faults, between source_point and source_end.
+ */
+#ifndef LATENT_SNAPSHOT_SOURCE_H
+#define LATENT_SNAPSHOT_SOURCE_H
+
+#include "snapshot/image.h"
+#include "vmdir/control.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+struct source;
+
+/* Asks the agent on the control socket at `path` to hold guest RAM. */
+int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES]);
+/* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
+int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);
+
+/* The volumes that page entries name, as the agent knows them. */
+const struct control_layout *source_layout(const struct source *source);
+
+struct source_progress {
+	_Atomic uint64_t pages_done, pages_all, bytes_written;
+	_Atomic bool stop; /* set it to end the writing with -EINTR */
+};
+
+/* Writes contents to `ram_fd` and makes the metadata. `limit_bytes_s`: 0 for as fast as it goes. */
+int source_write(struct source *source, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
+		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
+
+struct source_counts {
+	uint64_t base_pages, private_pages, faults;
+};
+void source_get_counts(const struct source *source, struct source_counts *ret_counts);
+
+/* Lets guest RAM go, as it is. NULL is allowed. */
+void source_end(struct source *source);
+
+#endif

@@ -1,0 +1,235 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""`latent save` under load, `latent restore`, and what must not go wrong between them."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from lib import case, latent, vm
+from lib.vm import VM
+
+EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
+FILES = "/usr/lib/python3.11/"
+HELD_MIB = 128
+CHURN_PAGES_PER_S = 20000
+NO_IMAGE, REFUSED, NO_ANSWER = 66, 65, 75
+
+
+def save(guest, directory, *options):
+    answer = latent.command("save", "--json", *options, guest.name, directory)
+    if answer.returncode:
+        raise vm.GuestError(f"save: {answer.stderr}")
+    return json.loads(answer.stdout)
+
+
+def restore(guest, snapshot, *options):
+    """The guest's QEMU is dead; another one goes on where the snapshot left it."""
+    guest._remove_sockets()
+    command = [vm.BUILD_DIR / "latent", "restore", "--name", guest.name, "--disks", guest.dir, *options, snapshot, "--",
+               guest.qemu, *guest.qemu_arguments()]
+    with open(guest.qemu_log, "ab") as log:
+        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   preexec_fn=vm._choose_preexec())
+    guest.adopt(process)
+
+
+def fill(test, guest):
+    """Reads files, has many copies in overlays, holds checked memory, and knows a nonce that is nowhere else."""
+    latent.check_hashes(test, guest, "/usr/")
+    guest.drop_guest_caches()
+    guest.sh(f"latent-guest mem hold m {HELD_MIB} 13 mixed", timeout=60)
+    latent.check_hashes(test, guest, FILES)
+    guest.sh("head -c 16 /dev/urandom | sha256sum > /run/nonce")
+    return guest.sh("cat /run/nonce")
+
+
+def check_memory(test, guest, what):
+    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"the guest's memory is right {what}")
+
+
+def physical_memory(guest):
+    """All of guest RAM below the PCI hole, as QEMU sees it."""
+    path = guest.dir / "ram.bin"
+    guest.qmp("pmemsave", val=0, size=vm.parse_bytes(guest.mem), filename=str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.unlink()
+    return digest
+
+
+def same_memory(test, directory):
+    """Every page of the restored VM is that of the stopped one."""
+    snapshot = directory / "same"
+    with VM("same", latent=EVERYTHING, mem="512M") as guest:
+        nonce = fill(test, guest)
+        guest.qmp("stop")
+        figures = save(guest, snapshot)
+        test.check(figures["private_pages"] > 1000 and figures["pages_on_volumes"] > 1000,
+                   f"{figures['private_pages']} copies in overlays, {figures['pages_on_volumes']} pages on images")
+        saved = physical_memory(guest)
+        guest.kill9()
+        restore(guest, snapshot)
+        guest.monitor.command("query-status")
+        wait_status(guest, "paused")
+        test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
+        guest.qmp("cont")
+        test.check_equal(guest.sh("cat /run/nonce"), nonce, "it is the same guest, not a new one")
+        check_memory(test, guest, "after the restore")
+        guest.shutdown()
+
+
+def wait_status(guest, wanted, timeout_s=20):
+    deadline_s = time.monotonic() + timeout_s
+    while guest.qmp("query-status")["status"] != wanted:
+        if time.monotonic() > deadline_s:
+            raise vm.GuestError(f"status {guest.qmp('query-status')}, not {wanted}")
+        time.sleep(0.02)
+
+
+def saves_under_load(test, directory):
+    """Saved while it writes, three times over, and from the restored VM again."""
+    with VM("load", latent=EVERYTHING) as guest:
+        nonce = fill(test, guest)
+        guest.sh("dd if=/dev/urandom of=/root/journal bs=64k count=64 status=none; sync")
+        load = guest.sh_start(f"latent-guest mem churn m 0 {HELD_MIB * 256} 40 {CHURN_PAGES_PER_S}")
+        writes = guest.sh_start("i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo $i > /root/count; sync; done")
+        for number in range(3):
+            time.sleep(1)
+            figures = save(guest, directory / f"load{number}")
+            test.say(f"save {number}: the guest stood {figures['pause_us'] / 1000:.1f} ms (RAM {figures['point_us'] / 1000:.1f}), "
+                     f"{figures['private_pages']} copies, {figures['faults']} write faults, "
+                     f"{figures['pages_stored']} pages stored")
+            test.check(figures["faults"] > 0 and figures["pages_stored"] > 1000, "it wrote while it was saved")
+        test.check(load.status is None, "the load ran all the time")
+        load.kill()
+        writes.kill()
+        check_memory(test, guest, "after three saves")
+        latent.check_hashes(test, guest, FILES, what="after three saves")
+        guest.kill9()
+        for number in (2, 0):
+            snapshot = directory / f"load{number}"
+            test.check(latent.run("verify", snapshot).endswith("is whole\n"), f"snapshot {number} is whole")
+            restore(guest, snapshot)
+            test.check_equal(guest.sh("cat /run/nonce"), nonce, f"restored from save {number}: the nonce is there")
+            check_memory(test, guest, "and what it was writing")
+            guest.drop_guest_caches()
+            latent.check_hashes(test, guest, FILES, what="read anew by the restored guest")
+            test.check(guest.sh("dmesg | grep -ci 'ext4.*error' || true").strip() == "0", "its file system has no error")
+            if number == 2:
+                save(guest, directory / "again")
+                check_memory(test, guest, "after the save of a restored VM")
+            guest.kill9()
+        restore(guest, directory / "again")
+        test.check_equal(guest.sh("cat /run/nonce"), nonce, "restored from a snapshot of a restored VM")
+        check_memory(test, guest, "there, too")
+        guest.shutdown()
+
+
+def broken_off(test, directory):
+    """A save that ends early, however it ends, leaves the VM as it was."""
+    with VM("broken", latent=EVERYTHING) as guest:
+        fill(test, guest)
+        for what, number in (("SIGINT", signal.SIGINT), ("SIGKILL", signal.SIGKILL)):
+            load = guest.sh_start(f"latent-guest mem churn m 0 {HELD_MIB * 256} 6 {CHURN_PAGES_PER_S}")
+            process = subprocess.Popen([vm.BUILD_DIR / "latent", "save", "--limit", "10", guest.name, directory / what],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            time.sleep(2)
+            test.check(process.poll() is None, f"{what}: it is being saved")
+            process.send_signal(number)
+            process.wait(10)
+            test.check(not (directory / what).exists(), f"{what}: there is no snapshot")
+            test.check("ok" in load.wait(30), f"{what}: the guest goes on writing")
+            check_memory(test, guest, f"after {what}")
+        leftover = [path.name for path in directory.iterdir() if "SIGINT" in path.name]
+        test.check_equal(leftover, [], "what an interrupted save has written is removed")
+        save(guest, directory / "after")
+        test.check_equal(latent.command("save", guest.name, directory / "after").returncode, latent.USAGE,
+                         "a directory that is there is not written over")
+        check_memory(test, guest, "after all")
+        guest.shutdown()
+
+
+def refused(test, guest, snapshot, what, *words):
+    answer = latent.command("restore", "--name", "refused", "--disks", snapshot, snapshot, "--", guest.qemu,
+                            *guest.qemu_arguments())
+    test.check(answer.returncode in (NO_IMAGE, REFUSED) and answer.stderr.count("\n") == 1 and
+               all(word in answer.stderr for word in words), f"{what}: {answer.stderr.strip()}")
+    test.check("refused" not in latent.vm_dirs(), f"{what}: nothing is left behind")
+
+
+def damaged(test, directory):
+    """A snapshot that is not what it was is refused before anything is mapped or run."""
+    good = directory / "after"
+    with VM("damaged", latent=EVERYTHING, start=False) as guest:
+        bad = directory / "bad"
+
+        def copy():
+            shutil.rmtree(bad, ignore_errors=True)
+            shutil.copytree(good, bad, copy_function=lambda a, b: subprocess.run(
+                ["cp", "--sparse=always", a, b], check=True))
+
+        copy()
+        manifest = json.loads((bad / "manifest.json").read_text())
+        for key, value, word in (("version", 99, "version"), ("format", "other", "snapshot"), ("ram_bytes", -1, "ram_bytes"),
+                                 ("volumes", 7, "volumes")):
+            (bad / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+            refused(test, guest, bad, f"manifest with {key} {value}", word)
+        layers = [dict(manifest["disks"][0]["layers"][0], file="../../etc/passwd")]
+        disks = [dict(manifest["disks"][0], layers=layers)]
+        (bad / "manifest.json").write_text(json.dumps({**manifest, "disks": disks}))
+        refused(test, guest, bad, "a disk outside", "file")
+        (bad / "manifest.json").write_text("{")
+        refused(test, guest, bad, "half a manifest", "JSON")
+        copy()
+        os.truncate(bad / "ram", 4096)
+        refused(test, guest, bad, "RAM cut off", "ram")
+        copy()
+        with open(bad / "disks/disk0.0.qcow2", "r+b") as file:
+            file.write(b"\0" * 512)
+        refused(test, guest, bad, "a disk that has changed", "disk0")
+        copy()
+        with open(bad / "ram", "r+b") as file:
+            data = os.lseek(file.fileno(), 1 << 20, os.SEEK_DATA)
+            file.seek(data)
+            byte = file.read(1)[0]
+            file.seek(data)
+            file.write(bytes([byte ^ 1]))
+        answer = latent.command("verify", bad)
+        test.check(answer.returncode == NO_IMAGE and "page" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
+        pages_damaged(test, guest, bad, copy)
+
+
+def pages_damaged(test, guest, bad, copy):
+    """The agent reads this file itself; it ends QEMU before the guest could run."""
+    copy()
+    with open(bad / "pages", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff" * 16)
+    restore(guest, bad)
+    test.check(guest.process.wait(20) != 0, "damaged metadata: QEMU ends")
+    test.check("pages: the checksum is wrong" in guest.qemu_log.read_text(), "and says why")
+
+
+def body(test):
+    test.need_latent()
+    latent.private_run_dir()
+    # On the file system of the VMs' disks: these become part of the snapshots.
+    directory = Path(tempfile.mkdtemp(prefix="latent-snapshots-"))
+    try:
+        same_memory(test, directory)
+        saves_under_load(test, directory)
+        broken_off(test, directory)
+        damaged(test, directory)
+        latent.run("ps")
+        test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+case.main("A VM is saved while it runs and restored as it was; nothing that fails harms it.", body, timeout_s=400)

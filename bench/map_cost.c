@@ -6,7 +6,8 @@
  *
  *   shortcut         volumes_read into base pages that hold nothing, with the options that VMs have:
  *                    likelihood (another VM has read it all), cost model, residency, mapping, tracking
- *   map, untouched   ram_map_overlay over base pages that hold nothing
+ *   map, untouched   the mapping alone, with all its accounting (volume_map: range lock, entries, marks,
+ *                    tracking), over base pages that hold nothing
  *   map, touched     the same over base pages that the guest has written: they are given back
  *   map, overlay     the same over an overlay of other pages
  *   first look       the guest's first access to each page of such a mapping
@@ -76,10 +77,11 @@ struct rig {
 	uint8_t *hva;
 	struct ram *ram;
 	struct ram_block *block;
-	unsigned file_index;
 	char tracks_dir[40];
 	struct vm_stats stats;
 	struct volumes *volumes;
+	struct volume *volume;
+	uint64_t maps; /* by volume_map */
 	struct track *other_vm; /* that has read the whole file */
 	unsigned shift;      /* moves the file's pages from one use to the next */
 	unsigned rounds;
@@ -179,16 +181,10 @@ static int add_ram(struct rig *rig)
 		return r;
 	ram_lock(rig->ram);
 	r = ram_add_block(rig->ram, "map_cost", rig->hva, RAM_PAGES, rig->memfd, 0, &rig->block);
-	if (!r) {
-		/* QEMU's own mark: each new mapping has to get it. */
+	if (!r) /* QEMU's own mark: each new mapping has to get it. */
 		ram_remember_advice(rig->ram, rig->hva, os_bytes(RAM_PAGES), MADV_DONTFORK);
-		r = ram_add_file(rig->ram, rig->file_fd, rig->file_pages, &(struct ram_observer){ 0 });
-	}
 	ram_unlock(rig->ram);
-	if (r < 0)
-		return r;
-	rig->file_index = (unsigned)r;
-	return 0;
+	return r;
 }
 
 /* Tracking structures are where those of VMs are: in memory. */
@@ -215,12 +211,18 @@ static int add_volumes(struct rig *rig)
 	if (r)
 		return r;
 	track_note_read(rig->other_vm, 0, rig->file_pages);
-	return volumes_create(rig->ram, &options, &rig->stats, &rig->volumes);
+	r = volumes_create(rig->ram, &options, &rig->stats, &rig->volumes);
+	if (r)
+		return r;
+	rig->volume = volumes_attach(rig->volumes, rig->file_fd);
+	return rig->volume ? 0 : -ENOMEM;
 }
 
 /* Whatever of it has been set up; the rest goes with the process. */
 static void tear_down(struct rig *rig)
 {
+	if (rig->volume)
+		volume_put(rig->volume);
 	if (rig->volumes && !clear(rig))
 		volumes_destroy(rig->volumes);
 	track_close(rig->other_vm);
@@ -329,13 +331,12 @@ static int map_all(struct rig *rig, size_t length, enum kind kind)
 		double start_us = now_us();
 		int r;
 
-		ram_lock(rig->ram);
-		r = ram_map_overlay(rig->ram, rig->block, (uint64_t)i * STRIDE_PAGES, lengths[length],
-				    rig->file_index, file_page_of(rig, i));
-		ram_unlock(rig->ram);
+		r = volume_map(rig->volume, rig->block, (uint64_t)i * STRIDE_PAGES, lengths[length],
+			       file_page_of(rig, i));
 		add_sample(rig, kind, length, now_us() - start_us);
 		if (r)
 			return r;
+		rig->maps++;
 	}
 	return 0;
 }
@@ -413,7 +414,7 @@ static int clear(struct rig *rig)
 	return r;
 }
 
-static uint64_t mapped_reads(const struct rig *rig) { return stat_get(&rig->stats.volumes[0].maps); }
+static uint64_t mapped_reads(const struct rig *rig) { return stat_get(&rig->stats.volumes[0].maps) - rig->maps; }
 
 /* ---- telling ---------------------------------------------------------------------------------- */
 

@@ -19,7 +19,7 @@ FULL_OPTIONS = ["--min-run", "1", "--share-threshold", "0"]
 SETTINGS = {
     "full": {"episodes": 4, "n_guests": 4, "file_rounds": 3,
              "disk_rounds": 5, "map_rounds": 15},
-    "quick": {"episodes": 1, "n_guests": 2, "file_rounds": 3, "disk_rounds": 3, "map_rounds": 2},
+    "quick": {"episodes": 1, "n_guests": 2, "file_rounds": 3, "disk_rounds": 3, "map_rounds": 3},
 }
 
 PLAIN, LATENT = "plain", "latent"
@@ -288,10 +288,10 @@ page that is read again costs a copy on write first. O_DIRECT reads go to the sa
              for i, n in enumerate(lengths)])
         self.result.note(f"""\
 shortcut: a read of the image as VMs make it, into RAM that holds nothing; {self.map_cost["mapped_reads"]} of
-{self.map_cost["shortcut_reads"]} were mapped. map: ram_map_overlay, over RAM that holds nothing, that the guest has
-written, or that is an overlay already; first look: the guest's first access to each page; read: pread
+{self.map_cost["shortcut_reads"]} were mapped. map: of that the mapping with its accounting, over RAM that holds nothing, that the
+guest has written, or that is an overlay already; first look: the guest's first access to each page; read: pread
 of the same.""")
-        for metric, key in (("map_us_median", "shortcut"), ("map_call_us_median", "map_untouched")):
+        for metric, key in (("map_us_median", "map_untouched"), ("shortcut_us_median", "shortcut")):
             self.result.metric(metric, common.median(
                 [self.map_cost[f"{key}_us"][i][1] for i, n in enumerate(lengths) if n <= SHORT_RUN_PAGES]))
         self.result.line_plot("Cost of a run by its length", "pages", "us", lengths,

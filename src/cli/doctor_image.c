@@ -49,7 +49,6 @@ static void check_layer(struct image *image, const char *path, bool top);
 static void find_writers(const char *path, char *text, size_t bytes);
 static void check_alignment(struct image *image);
 static void check_file_system(struct image *image, uint64_t start_byte, bool *found);
-static void check_reading(struct image *image);
 static size_t list_partitions(const uint8_t head[HEAD_BYTES], uint64_t starts[PARTITIONS_MAX]);
 static bool read_guest(struct image *image, uint64_t offset, void *to, size_t bytes);
 static bool extract(const struct image *image, uint64_t offset, size_t bytes, int fd);
@@ -73,7 +72,6 @@ int doctor_check_image(struct check_list *list, const char *path)
 		check_format(&image);
 		check_layers(&image);
 		check_alignment(&image);
-		check_reading(&image);
 		json_object_put(image.chain);
 	}
 	free(absolute);
@@ -182,7 +180,10 @@ static void check_layers(struct image *image)
 
 	if (!count)
 		check_layer(image, image->path, true);
-	for (size_t i = 0; i < count && i < LAYERS_MAX; i++) {
+	if (count > 1)
+		check_found(check_add(image->list, "this file", "the guest's own blocks"), CHECK_OK,
+			    "an overlay: the guest writes it, and what it reads from it is copied");
+	for (size_t i = count > 1; i < count && i < LAYERS_MAX; i++) {
 		const char *path = text_of(json_object_array_get_idx(image->chain, i), "filename");
 
 		if (path)
@@ -385,15 +386,6 @@ static size_t list_partitions(const uint8_t head[HEAD_BYTES], uint64_t starts[PA
 			starts[count++] = le64(head + at + 32) * SECTOR_BYTES;
 	}
 	return count;
-}
-
-static void check_reading(struct image *image)
-{
-	struct check *check = check_add(image->list, "drive option", "mapping what the guest reads");
-
-	check_found(check, CHECK_OK,
-		    "leave aio=threads (QEMU's default): reads by aio=native and io_uring are "
-		    "copied");
 }
 
 /* What a guest finds there: the file's own bytes, or what qemu-img makes of them. Whole sectors; beyond the

@@ -151,7 +151,7 @@ static void check_max_maps(struct check_list *list, const struct os_features *fe
 static void check_userfaultfd(struct check_list *list, const struct os_features *features)
 {
 	struct check *check = check_add(list, "userfaultfd",
-					"save, restore and migration of a running guest; "
+					"latent save; "
 					"mapping images does not need it");
 
 	if (features->uffd_syscall || features->uffd_device) {

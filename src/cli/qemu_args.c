@@ -241,7 +241,9 @@ static int take_block(struct scan *scan, const struct props *props)
 		const char *dot = strrchr(props->items[i].key, '.');
 		const char *key = dot ? dot + 1 : props->items[i].key;
 
-		if (!strcmp(key, "driver"))
+		if (!strcmp(key, "aio") && strcmp(props->items[i].value, "threads"))
+			snprintf(scan->plan.aio, sizeof scan->plan.aio, "%s", props->items[i].value);
+		else if (!strcmp(key, "driver"))
 			look_up(scan, COMPAT_BLOCKDEV, props->items[i].value, NULL);
 		else if (!strcmp(key, "file") || !strcmp(key, "filename"))
 			take_file(scan, props->items[i].value);

@@ -43,10 +43,12 @@ const struct cli_command cli_restore = {
 
 struct restore {
 	const char *dir, *name, *disks_dir;
+	char disks_path[PATH_MAX]; /* absolute: -daemonize leaves the current directory */
 	bool paused;
 	int dir_fd;
 	struct manifest manifest;
 	struct agent_restore agent;
+	unsigned next_virtio, next_none; /* numbers of drives that were given no id */
 	char overlay[MANIFEST_DISKS][PATH_MAX];
 	unsigned overlays; /* made */
 	char **argv;
@@ -70,13 +72,19 @@ static int run(const struct cli_command *command, int argc, char **argv)
 
 	if (status != CLI_END)
 		return cli_end_status(status);
-	if (next < argc && strcmp(argv[next], "--"))
+	/* An option's -- has been taken: then no directory was given before it. */
+	if (next < argc && strcmp(argv[next], "--") && strcmp(argv[next - 1], "--"))
 		r.dir = argv[next++];
+	if (r.dir && next < argc && argv[next][0] == '-' && strcmp(argv[next], "--"))
+		return cli_fail(CLI_USAGE, "restore: options go before the directory (see latent restore --help)");
 	if (next < argc && !strcmp(argv[next], "--"))
 		next++;
 	if (!r.dir || next >= argc)
 		return cli_fail(CLI_USAGE, "restore: give a snapshot's directory, and QEMU's command line behind -- (see "
 					   "latent restore --help)");
+	if (!realpath(r.disks_dir ? r.disks_dir : ".", r.disks_path))
+		return cli_fail(CLI_USAGE, "restore: %s, where the new disks would go, cannot be used (%s): make it, or give "
+					   "another with --disks", r.disks_dir ? r.disks_dir : ".", strerror(errno));
 	r.dir_fd = open(r.dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (r.dir_fd < 0)
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", r.dir, strerror(errno));
@@ -151,11 +159,12 @@ static int open_files(struct restore *r)
 
 static int check_contents(const struct manifest_volume *v, int fd, const char *name)
 {
-	uint64_t bytes, fingerprint;
+	struct manifest_volume now;
+	int r = manifest_compare(fd, v, &now);
 
-	if (manifest_fingerprint(fd, &bytes, &fingerprint))
-		return cli_fail(CLI_NO_IMAGE, "%s cannot be read: %s", name, strerror(errno));
-	if (bytes != v->bytes || fingerprint != v->fingerprint)
+	if (r && r != -ESTALE)
+		return cli_fail(CLI_NO_IMAGE, "%s cannot be read: %s", name, strerror(-r));
+	if (r)
 		return cli_fail(CLI_NO_IMAGE, "%s is not the image that the VM had: its contents have changed since it "
 					      "was saved", name);
 	return CLI_OK;
@@ -173,7 +182,8 @@ static int open_volumes(struct restore *r)
 		r->agent.volume_fd[i] = fd;
 		r->agent.volumes = i + 1;
 		if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode))
-			status = cli_fail(CLI_NO_IMAGE, "the image %s, which guest RAM refers to, cannot be opened", v->path);
+			status = cli_fail(CLI_NO_IMAGE, "the image %s, which guest RAM refers to, cannot be opened (%s): put it "
+					       "back there", v->path, fd < 0 ? strerror(errno) : "no file");
 		else
 			status = check_contents(v, fd, v->path);
 	}
@@ -238,8 +248,7 @@ static int make_overlay(struct restore *r, uint32_t i)
 	if (status)
 		return status;
 	snprintf(size, sizeof size, "%ju", (uintmax_t)disk->bytes);
-	snprintf(r->overlay[i], sizeof r->overlay[i], "%.3000s/%.63s-%.63s.%d.qcow2", r->disks_dir ? r->disks_dir : ".",
-		 name, disk->drive, (int)getpid());
+	snprintf(r->overlay[i], sizeof r->overlay[i], "%.3900s/%.63s-%.63s.%d.qcow2", r->disks_path, name, disk->drive, (int)getpid());
 	output = capture(argv, -1, 4096, 30, 0);
 	free(output);
 	if (!output)
@@ -291,10 +300,20 @@ static char *append_layers(struct restore *r, char *text, const struct manifest_
 /* "file=…,format=…" of a saved disk is replaced; all else is kept as it was written. */
 static char *drive_with_overlay(struct restore *r, const struct props *props, bool used[MANIFEST_DISKS])
 {
-	const char *id = props_get(props, "id");
+	const char *id = props_get(props, "id"), *interface = props_get(props, "if");
+	char automatic[32], *text;
 	uint32_t disk = 0;
-	char *text;
 
+	/* QEMU's own names, for those that have none. */
+	if (!id && interface && (!strcmp(interface, "virtio") || !strcmp(interface, "none"))) {
+		const char *index = props_get(props, "index");
+		unsigned *next = interface[0] == 'v' ? &r->next_virtio : &r->next_none;
+
+		if (index)
+			*next = (unsigned)strtoul(index, NULL, 10);
+		snprintf(automatic, sizeof automatic, "%s%u", interface, (*next)++);
+		id = automatic;
+	}
 	while (disk < r->manifest.disks && (!id || strcmp(r->manifest.disk[disk].drive, id)))
 		disk++;
 	if (disk == r->manifest.disks)
@@ -341,8 +360,9 @@ static int make_argv(struct restore *r, int argc, char **argv)
 	status = replace_drives(r, used);
 	for (uint32_t i = 0; !status && i < r->manifest.disks; i++)
 		if (!used[i])
-			status = cli_fail(CLI_REFUSED, "QEMU's command line has no -drive with id=%s, which was saved: give "
-						       "the line that the VM was started with", r->manifest.disk[i].drive);
+			status = cli_fail(CLI_REFUSED, "no -drive on QEMU's command line is %s, which was saved: give the "
+						       "line that the VM was started with, with id=%s in that disk's -drive",
+					  r->manifest.disk[i].drive, r->manifest.disk[i].drive);
 	return status;
 }
 

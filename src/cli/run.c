@@ -420,6 +420,8 @@ static void begin_stats(const struct launch *launch)
 	snprintf(stats->name, sizeof stats->name, "%s", launch->dir.name);
 	snprintf(stats->agent_version, sizeof stats->agent_version, "%s", LATENT_VERSION_TEXT);
 	stat_set(&stats->started_unix_s, (uint64_t)time(NULL));
+	if (!getcwd(stats->cwd, sizeof stats->cwd))
+		stats->cwd[0] = '\0';
 	stats->magic = VM_STATS_MAGIC;
 	munmap(stats, sizeof *stats);
 }
@@ -551,6 +553,9 @@ static int become_vmm(struct launch *launch)
 	if (preflight_set_preload(launch->agent_path) || setenv(AGENT_CONFIG_ENV, number, 1))
 		return cli_fail(CLI_SYSTEM, "the environment for QEMU cannot be made: %s",
 				strerror(errno));
+	if (launch->plan.aio[0])
+		cli_say("%s: what a drive with aio=%s reads is copied: leave it out, or say aio=threads", launch->dir.name,
+			launch->plan.aio);
 	if (why_no_overlays(launch)[0] && !launch->no_overlays)
 		cli_say("%s: %s; its RAM stays plain", launch->dir.name, why_no_overlays(launch));
 	execv(launch->vmm_path, launch->vmm_argv);

@@ -71,13 +71,14 @@ static int run(const struct cli_command *command, int argc, char **argv)
 
 static int parse(struct cli_parser *parser, struct save_options *save, bool *ret_json)
 {
+	bool live = false;
 	uint64_t mib;
 	int option;
 
 	while ((option = cli_next_option(parser)) >= 0) {
 		switch (option) {
 		case OPT_LIVE:
-			save->stop = false;
+			live = true;
 			break;
 		case OPT_STOP:
 			save->stop = true;
@@ -87,7 +88,7 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 			break;
 		case OPT_LIMIT:
 			if (!cli_parse_unsigned(parser->value, 1 << 20, &mib) || !mib) {
-				cli_fail(CLI_USAGE, "save: --limit takes a number of MiB a second");
+				cli_fail(CLI_USAGE, "save: --limit takes a number of MiB a second, from 1, not '%.40s'", parser->value);
 				return CLI_WRONG;
 			}
 			save->limit_bytes_s = mib << 20;
@@ -98,6 +99,10 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 		default:
 			break;
 		}
+	}
+	if (option == CLI_END && live && save->stop) {
+		cli_fail(CLI_USAGE, "save: --live and --stop exclude each other");
+		return CLI_WRONG;
 	}
 	return option;
 }
@@ -132,6 +137,18 @@ static void *progress_main(void *arg)
 	return NULL;
 }
 
+/* -daemonize goes to the root. */
+static bool has_left(const struct vm_view *view)
+{
+	char link[32], cwd[sizeof view->stats.cwd];
+	ssize_t n;
+
+	snprintf(link, sizeof link, "/proc/%u/cwd", view->stats.pid);
+	n = readlink(link, cwd, sizeof cwd - 1);
+	cwd[n > 0 ? n : 0] = '\0';
+	return strcmp(cwd, view->stats.cwd);
+}
+
 static int save_vm(struct vm_view *view, const struct save_options *options_given, bool json)
 {
 	struct save_options save = *options_given;
@@ -145,6 +162,8 @@ static int save_vm(struct vm_view *view, const struct save_options *options_give
 
 	snprintf(run_dir, sizeof run_dir, "%.180s/%.63s", view->root, view->name);
 	save.run_dir = run_dir;
+	save.cwd = view->stats.cwd;
+	save.cwd_left = has_left(view);
 	sigaction(SIGINT, &action, NULL);
 	sigaction(SIGTERM, &action, NULL);
 	signal(SIGPIPE, SIG_IGN);
@@ -172,6 +191,9 @@ static void print_text(const struct save_options *save, const struct save_result
 	printf("  RAM %s: stored %s, on disk images %s, zero or of one word %s\n", cli_size(p->pages * PAGE_BYTES, a),
 	       cli_size(p->data * PAGE_BYTES, b), cli_size(p->volume * PAGE_BYTES, c),
 	       cli_size(p->word * PAGE_BYTES, d));
+	for (uint32_t i = 0; i < result->disks; i++)
+		printf("  disk %s: the VM writes to %s from now on; %s belongs to the snapshot\n", result->disk[i].drive,
+		       result->disk[i].now, result->disk[i].before);
 	printf("  device state %s, disks %u; written in %.1f s, %ju pages first for the guest\n",
 	       cli_size(result->state_bytes, a), result->disks, (double)result->write_us / 1e6,
 	       (uintmax_t)result->source.faults);
@@ -184,7 +206,7 @@ static void add(struct json_object *json, const char *key, uint64_t number)
 
 static void print_json(const struct save_options *save, const struct save_result *result)
 {
-	struct json_object *json = json_object_new_object();
+	struct json_object *json = json_object_new_object(), *disks = json_object_new_array();
 
 	json_object_object_add(json, "name", json_object_new_string(save->name));
 	json_object_object_add(json, "dir", json_object_new_string(save->dir));
@@ -200,7 +222,15 @@ static void print_json(const struct save_options *save, const struct save_result
 	add(json, "pages_of_one_word", result->pages.word);
 	add(json, "private_pages", result->source.private_pages);
 	add(json, "faults", result->source.faults);
-	add(json, "disks", result->disks);
+	for (uint32_t i = 0; i < result->disks; i++) {
+		struct json_object *disk = json_object_new_object();
+
+		json_object_object_add(disk, "drive", json_object_new_string(result->disk[i].drive));
+		json_object_object_add(disk, "now", json_object_new_string(result->disk[i].now));
+		json_object_object_add(disk, "before", json_object_new_string(result->disk[i].before));
+		json_object_array_add(disks, disk);
+	}
+	json_object_object_add(json, "disks", disks);
 	printf("%s\n", json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
 	json_object_put(json);
 }

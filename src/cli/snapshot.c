@@ -111,7 +111,7 @@ static void print_text(const struct opened *o)
 	printf("%s, saved %s ago under QEMU %s\n", m->name, cli_age(m->created_unix_s, a), m->qemu_version);
 	printf("RAM %s\n", cli_size(c.pages * PAGE_BYTES, a));
 	printf("  stored            %9s\n", cli_size(c.data * PAGE_BYTES, a));
-	printf("  on disk images    %9s\n", cli_size(c.volume * PAGE_BYTES, a));
+	printf("  in other files    %9s\n", cli_size(c.volume * PAGE_BYTES, a));
 	printf("  zero              %9s\n", cli_size(c.zero * PAGE_BYTES, a));
 	printf("  of one word       %9s\n", cli_size((c.word - c.zero) * PAGE_BYTES, a));
 	printf("device state        %9s\n", cli_size(m->state_bytes, a));
@@ -163,15 +163,15 @@ static int run_info(const struct cli_command *command, int argc, char **argv)
 
 static int verify_file(const struct manifest_volume *v, int fd, const char *name)
 {
-	uint64_t bytes, fingerprint;
+	struct manifest_volume now;
 
 	if (fd < 0)
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened", name);
-	if (manifest_fingerprint(fd, &bytes, &fingerprint))
+	if (manifest_identify(fd, &now)) /* all of it, also if nobody seems to have touched it */
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be read", name);
-	if (bytes != v->bytes || fingerprint != v->fingerprint)
+	if (now.bytes != v->bytes || now.fingerprint != v->fingerprint)
 		return cli_fail(CLI_NO_IMAGE, "%s is not the file that it was: fingerprint %016jx of %ju bytes, expected "
-				"%016jx of %ju", name, (uintmax_t)fingerprint, (uintmax_t)bytes,
+				"%016jx of %ju", name, (uintmax_t)now.fingerprint, (uintmax_t)now.bytes,
 				(uintmax_t)v->fingerprint, (uintmax_t)v->bytes);
 	return CLI_OK;
 }

@@ -201,6 +201,8 @@ static void print_vm(const struct vm_view *view)
 	       cli_size(stats->ram_bytes, b));
 	if (!stats->overlays_allowed && stats->pid)
 		printf("maps no images: %s\n", stats->excluded_by);
+	if (stats->other_io)
+		printf("drives use io_uring or Linux AIO: what they read is copied, and not counted here\n");
 	if (stats->message[0])
 		printf("last message, %s ago: %s\n", cli_age(stats->message_unix_s, a), stats->message);
 	printf("\nMemory by source\n");
@@ -292,6 +294,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 			       json_object_new_boolean(stats->overlays_allowed != 0));
 	add_text(json, "excluded_by", stats->excluded_by);
 	add_text(json, "message", stats->message);
+	json_object_object_add(json, "other_io", json_object_new_boolean(stats->other_io != 0));
 	add_number(json, "ram_bytes", stats->ram_bytes);
 	add_number(json, "started_unix_s", stats->started_unix_s);
 	add_number(json, "maps_ram_now", stat_get(&stats->maps_ram_now));

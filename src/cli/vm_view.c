@@ -76,7 +76,7 @@ int vm_view_find(const char *name, struct vm_view *ret_view)
 	if (!r)
 		r = vm_view_open(root, name, ret_view);
 	if (r == -ENOENT)
-		return cli_fail(CLI_NO_VM, "no VM named '%.80s' is running", name);
+		return cli_fail(CLI_NO_VM, "no VM named '%.80s' is running (see latent ps)", name);
 	if (r == -EPROTO)
 		return cli_fail(CLI_NO_ANSWER, "%s was started by another version of Latent", name);
 	return r ? cli_fail(CLI_RUN_DIR, "the statistics of %s cannot be read: %s", name, strerror(-r))
@@ -156,6 +156,7 @@ static void check_stats(struct vm_stats *stats)
 	make_text(stats->agent_version, sizeof stats->agent_version);
 	make_text(stats->excluded_by, sizeof stats->excluded_by);
 	make_text(stats->message, sizeof stats->message);
+	make_text(stats->cwd, sizeof stats->cwd);
 	make_text(stats->message, sizeof stats->message);
 	if (stats->volume_count > VM_STATS_VOLUMES)
 		stats->volume_count = VM_STATS_VOLUMES;

@@ -86,6 +86,26 @@ void ram_lock(struct ram *ram)
 #endif
 }
 
+bool ram_lock_within(struct ram *ram, unsigned timeout_ms)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += timeout_ms / 1000;
+	until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_sec++;
+		until.tv_nsec -= 1000000000;
+	}
+	if (pthread_mutex_clocklock(&ram->lock, CLOCK_MONOTONIC, &until))
+		return false;
+#ifndef NDEBUG
+	ram->holder = pthread_self();
+	ram->held = true;
+#endif
+	return true;
+}
+
 void ram_unlock(struct ram *ram)
 {
 #ifndef NDEBUG
@@ -931,30 +951,23 @@ struct private_runs {
 	int error;
 };
 
+/* Where base is write-protected it may look private, too: only overlays count. */
 static void note_private(void *ctx, uint8_t *hva, uint64_t pages)
 {
 	struct private_runs *p = ctx;
-	struct reconcile c = { p->ram, p->block };
-
-	found_private(&c, hva, pages);
-	if (!p->error)
-		p->error = p->each(p->ctx, p->block, (uint64_t)(hva - p->block->hva) >> OS_PAGE_SHIFT, pages);
-}
-
-/* Whole overlays at a time, as pagemap knows nothing of where base begins. */
-static int for_private_of(struct private_runs *p)
-{
 	struct ram_block *b = p->block;
-	struct ram_range range;
-	int r = 0;
+	uint64_t page = (uint64_t)(hva - b->hva) >> OS_PAGE_SHIFT, end = page + pages;
 
-	for (uint64_t page = 0; !r && page < b->pages; page = range.page + range.pages) {
-		range = ram_range_at(b, page, b->pages);
-		if (range.source == ENTRY_OVERLAY)
-			r = os_pagemap_private_runs(p->ram->pagemap, page_hva(b, page), range.pages, note_private, p);
-		r = r ? r : p->error;
+	while (page < end && !p->error) {
+		struct ram_range range = ram_range_at(b, page, end);
+
+		if (range.source == ENTRY_OVERLAY) {
+			for (uint64_t i = 0; i < range.pages; i++)
+				set_private(p->ram, b, page + i, RAM_LOST_COPIED);
+			p->error = p->each(p->ctx, b, page, range.pages);
+		}
+		page += range.pages;
 	}
-	return r;
 }
 
 int ram_for_private(struct ram *ram, ram_run each, void *ctx)
@@ -966,7 +979,8 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx)
 	for (size_t i = 0; !r && i < RAM_BLOCKS; i++) {
 		p.block = ram->blocks[i];
 		if (p.block)
-			r = for_private_of(&p);
+			r = os_pagemap_private_runs(ram->pagemap, p.block->hva, p.block->pages, note_private, &p);
+		r = r ? r : p.error;
 	}
 	return r;
 }

@@ -82,6 +82,8 @@ void ram_remove_blocks(struct ram *ram);
 
 void ram_lock(struct ram *ram);
 void ram_unlock(struct ram *ram);
+/* False: somebody has held it all the time. */
+bool ram_lock_within(struct ram *ram, unsigned timeout_ms);
 
 /* [locked] Guest RAM at `hva`, mapped by the caller MAP_SHARED from `memfd` (borrowed until the block
  * is removed). */

@@ -321,12 +321,15 @@ void agent_ram_unmapped(void *hva, size_t bytes)
 
 /* ---- what cannot live with overlays ----------------------------------------------------------- */
 
-void agent_note_kernel_io(void)
+void agent_note_kernel_io(bool of_drives)
 {
 	struct agent *a = agent_get();
 
-	if (a)
-		a->kernel_io = true;
+	if (!a)
+		return;
+	a->kernel_io = true;
+	if (of_drives)
+		a->stats->other_io = 1;
 }
 
 int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)

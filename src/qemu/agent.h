@@ -56,7 +56,7 @@ void agent_ram_unmapped(void *hva, size_t bytes);
  */
 int agent_exclude(const char *what);
 /* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
-void agent_note_kernel_io(void);
+void agent_note_kernel_io(bool of_drives);
 
 struct settled {
 	uint64_t pages, paused_us;

@@ -448,7 +448,7 @@ HOOK int io_submit(void *context, long count, void *blocks)
 {
 	long r;
 
-	agent_note_kernel_io();
+	agent_note_kernel_io(true);
 	r = raw(SYS_io_submit, (long)context, count, (long)blocks, 0, 0, 0);
 	return r < 0 ? -errno : (int)r;
 }
@@ -459,7 +459,7 @@ HOOK int io_uring_submit(void *ring)
 
 	if (!real)
 		*(void **)&real = dlsym(RTLD_NEXT, "io_uring_submit");
-	agent_note_kernel_io();
+	agent_note_kernel_io(true);
 	return real(ring);
 }
 
@@ -495,7 +495,7 @@ HOOK int ioctl(int fd, unsigned long request, ...)
 	va_end(args);
 	r = agent_get() ? check_ioctl(request) : 0;
 	if (request == VHOST_SET_OWNER)
-		agent_note_kernel_io();
+		agent_note_kernel_io(false);
 	if (r)
 		return fail((int)r);
 	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);

@@ -17,6 +17,7 @@
 
 #define UFFD_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
 #define FREEZE_MS 2000
+#define LOCK_MS 500
 
 static struct {
 	int client; /* -1: nobody saves */
@@ -136,9 +137,9 @@ static int take_point(struct agent *a)
 	ram_lock(a->ram);
 	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
 	if (!r) {
-		r = ram_for_base_data(a->ram, protect_run, a);
+		r = ram_for_private(a->ram, copy_run, a);
 		if (!r)
-			r = ram_for_private(a->ram, copy_run, a);
+			r = ram_for_base_data(a->ram, protect_run, a);
 		os_thaw();
 	}
 	ram_unlock(a->ram);
@@ -161,9 +162,17 @@ static void close_fd(int *fd)
 	*fd = -1;
 }
 
+/*
+ * Who holds the range lock may be waiting for a page that the other side serves no more (a discard that writes
+ * zeros). Closing the last descriptor takes all protection away and wakes him; the other side has closed its own
+ * one, or is gone.
+ */
 static void end(struct agent *a)
 {
-	ram_lock(a->ram);
+	if (!ram_lock_within(a->ram, LOCK_MS)) {
+		close_fd(&saver.uffd);
+		ram_lock(a->ram);
+	}
 	if (saver.uffd >= 0)
 		(void)ram_for_base(a->ram, unregister_run, NULL);
 	ram_hold(a->ram, false);

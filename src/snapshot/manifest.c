@@ -20,22 +20,17 @@
 
 /* ---- fingerprints --------------------------------------------------------------------------- */
 
-int manifest_fingerprint(int fd, uint64_t *ret_bytes, uint64_t *ret_fingerprint)
+static int fingerprint(int fd, uint64_t bytes, uint64_t *ret_fingerprint)
 {
+	uint64_t pages = (bytes + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
+	XXH3_state_t *state = XXH3_createState();
 	uint8_t page[OS_PAGE_BYTES];
-	XXH3_state_t *state;
-	struct stat st;
-	uint64_t pages;
 	int r = 0;
 
-	if (fstat(fd, &st))
-		return -errno;
-	state = XXH3_createState();
 	if (!state)
 		return -ENOMEM;
 	XXH3_64bits_reset(state);
-	XXH3_64bits_update(state, &st.st_size, sizeof st.st_size);
-	pages = ((uint64_t)st.st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
+	XXH3_64bits_update(state, &bytes, sizeof bytes);
 	for (uint64_t i = 0; !r && i < SAMPLES && i < pages; i++) {
 		uint64_t at = pages <= SAMPLES ? i : i * (pages - 1) / (SAMPLES - 1);
 		ssize_t n = pread(fd, page, sizeof page, (off_t)os_bytes(at));
@@ -45,10 +40,41 @@ int manifest_fingerprint(int fd, uint64_t *ret_bytes, uint64_t *ret_fingerprint)
 		else
 			XXH3_64bits_update(state, page, (size_t)n);
 	}
-	*ret_bytes = (uint64_t)st.st_size;
 	*ret_fingerprint = XXH3_64bits_digest(state);
 	XXH3_freeState(state);
 	return r;
+}
+
+static int take_stat(int fd, struct manifest_volume *v)
+{
+	struct stat st;
+
+	if (fstat(fd, &st))
+		return -errno;
+	v->bytes = (uint64_t)st.st_size;
+	v->dev = st.st_dev;
+	v->ino = st.st_ino;
+	v->mtime_ns = (uint64_t)st.st_mtim.tv_sec * 1000000000u + (uint64_t)st.st_mtim.tv_nsec;
+	return 0;
+}
+
+int manifest_identify(int fd, struct manifest_volume *v)
+{
+	int r = take_stat(fd, v);
+
+	return r ? r : fingerprint(fd, v->bytes, &v->fingerprint);
+}
+
+int manifest_compare(int fd, const struct manifest_volume *v, struct manifest_volume *ret_now)
+{
+	int r = take_stat(fd, ret_now);
+
+	ret_now->fingerprint = v->fingerprint;
+	if (r || (ret_now->bytes == v->bytes && ret_now->dev == v->dev && ret_now->ino == v->ino &&
+		  ret_now->mtime_ns == v->mtime_ns))
+		return r;
+	r = fingerprint(fd, ret_now->bytes, &ret_now->fingerprint);
+	return r ? r : ret_now->bytes == v->bytes && ret_now->fingerprint == v->fingerprint ? 0 : -ESTALE;
 }
 
 /* ---- writing -------------------------------------------------------------------------------- */
@@ -72,6 +98,9 @@ static struct json_object *volume_to_json(const struct manifest_volume *v)
 	add_number(json, "bytes", v->bytes);
 	snprintf(text, sizeof text, "%016jx", (uintmax_t)v->fingerprint);
 	add_text(json, "fingerprint", text);
+	add_number(json, "dev", v->dev);
+	add_number(json, "ino", v->ino);
+	add_number(json, "mtime_ns", v->mtime_ns);
 	return json;
 }
 
@@ -209,6 +238,9 @@ static void take_volume(struct reading *d, struct json_object *json, struct mani
 	v->fingerprint = strtoull(text, &end, 16);
 	if (!d->r && (strlen(text) != 16 || *end))
 		wrong(d, SNAPSHOT_MANIFEST ": \"fingerprint\" is not 16 hexadecimal digits");
+	v->dev = take_number(d, json, "dev", INT64_MAX);
+	v->ino = take_number(d, json, "ino", INT64_MAX);
+	v->mtime_ns = take_number(d, json, "mtime_ns", INT64_MAX);
 }
 
 static struct json_object *take_array(struct reading *d, struct json_object *json, const char *key, size_t max,
@@ -273,9 +305,12 @@ static char *read_text(int dir_fd, char *why)
 	char *text = fd < 0 ? NULL : calloc(1, MAX_BYTES + 1);
 	ssize_t n = text ? pread(fd, text, MAX_BYTES + 1, 0) : -1;
 
-	if (n < 0 || n > MAX_BYTES) {
+	if (fd < 0 && errno == ENOENT)
+		snprintf(why, SNAPSHOT_WHY_BYTES, "no snapshot: there is no " SNAPSHOT_MANIFEST " in it");
+	else if (n < 0 || n > MAX_BYTES)
 		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_MANIFEST ": %s",
 			 n < 0 ? strerror(errno) : "larger than any manifest");
+	if (n < 0 || n > MAX_BYTES) {
 		free(text);
 		text = NULL;
 	}

@@ -17,7 +17,8 @@
 struct manifest_volume {
 	char path[MANIFEST_PATH_BYTES]; /* where it was; a hint */
 	uint64_t bytes;
-	uint64_t fingerprint; /* see manifest_fingerprint */
+	uint64_t fingerprint; /* of the contents, see manifest_identify */
+	uint64_t dev, ino, mtime_ns; /* the same file, untouched, if they are the same */
 };
 
 /* A disk is a chain of files, the guest's own first; each lies over the next one. */
@@ -48,9 +49,14 @@ int manifest_write(const struct manifest *manifest, int dir_fd);
 int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
 
 /*
- * XXH3-64 over the size and up to 1,024 pages, evenly spread, the first and the last among them. It tells one
- * image from another, and one that was replaced; not every change of a few bytes.
+ * What a file is known by, but for its path. The fingerprint is the XXH3-64 over the size and up to 1,024 pages,
+ * evenly spread, the first and the last among them: it tells one image from another, and one that was replaced;
+ * not every change of a few bytes.
  */
-int manifest_fingerprint(int fd, uint64_t *ret_bytes, uint64_t *ret_fingerprint);
+int manifest_identify(int fd, struct manifest_volume *volume);
+
+/* 0: it is that file, untouched since (which costs nothing to see), or one with that fingerprint. -ESTALE: it
+ * is not, and `*ret_now` says what it is. */
+int manifest_compare(int fd, const struct manifest_volume *volume, struct manifest_volume *ret_now);
 
 #endif

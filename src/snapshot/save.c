@@ -9,16 +9,18 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-#define COMMAND_MS 20000
+#define COMMAND_MS 10000
 #define STATE_MS 60000
 #define FINALIZE_TRIES 2000
 
@@ -37,6 +39,11 @@ struct save {
 	char migration[32];     /* the last status that QEMU has told */
 	uint64_t stopped_us;    /* 0: not stopped yet */
 	bool ran, stopped;      /* ran: before the save */
+	bool relative;          /* a disk was given by a relative path */
+	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
+	unsigned overlays;      /* made */
+	bool switched;          /* the guest uses them */
+	int place[SNAPSHOT_VOLUMES]; /* in the manifest, of the agent's volumes; -1: not needed */
 	char device[MANIFEST_DISKS][64]; /* of the manifest's disks: how QMP calls them */
 	bool is_node[MANIFEST_DISKS];
 };
@@ -88,6 +95,18 @@ static struct json_object *object_of(const char *text)
 	return json_tokener_parse(text);
 }
 
+static int tell_failure(struct save *s)
+{
+	struct json_object *value = NULL, *words;
+	int r = run(s, "query-migrate", NULL, &value);
+
+	if (!r)
+		r = fail(s, -EIO, "QEMU could not save its device state: %.180s",
+			 json_object_object_get_ex(value, "error-desc", &words) ? json_object_get_string(words) : s->migration);
+	json_object_put(value);
+	return r;
+}
+
 static int wait_migration(struct save *s, const char *wanted)
 {
 	uint64_t until_us = now_us() + STATE_MS * 1000ull;
@@ -96,7 +115,7 @@ static int wait_migration(struct save *s, const char *wanted)
 		int r = now_us() < until_us ? qmp_wait(s->qmp, 1000) : -ETIMEDOUT;
 
 		if (!strcmp(s->migration, "failed") || !strcmp(s->migration, "cancelled"))
-			return fail(s, -EIO, "QEMU could not save its device state; its own messages say why");
+			return tell_failure(s);
 		if (r && (r != -ETIMEDOUT || now_us() >= until_us))
 			return fail(s, r, "QEMU's device state did not come: %s", strerror(-r));
 	}
@@ -111,14 +130,16 @@ static const char *text_of(struct json_object *json, const char *key)
 }
 
 /* The path of an image, which QEMU calls json:{...} when it was given more than a path. */
-static void path_of(struct json_object *image, char path[MANIFEST_PATH_BYTES])
+static void path_of(struct save *s, struct json_object *image, char path[MANIFEST_PATH_BYTES])
 {
 	const char *name = text_of(image, "filename");
 	struct json_object *json = strncmp(name, "json:", 5) ? NULL : json_tokener_parse(name + 5), *file;
 
 	if (json && json_object_object_get_ex(json, "file", &file))
 		name = text_of(file, "filename");
-	if (snprintf(path, MANIFEST_PATH_BYTES, "%s", name) >= MANIFEST_PATH_BYTES)
+	s->relative = s->relative || *name != '/';
+	if (snprintf(path, MANIFEST_PATH_BYTES, "%s%s%s", *name == '/' ? "" : s->options->cwd, *name == '/' ? "" : "/",
+		     name) >= MANIFEST_PATH_BYTES)
 		path[0] = '\0';
 	json_object_put(json);
 }
@@ -142,8 +163,11 @@ static int take_layers(struct save *s, struct json_object *image, struct manifes
 		if (disk->layers == MANIFEST_LAYERS)
 			return fail(s, -E2BIG, "the disk %.60s lies over more than %d files: join some (block-commit)",
 				    disk->drive, MANIFEST_LAYERS);
-		path_of(image, layer->volume.path);
-		if (!is_plain_format(format) || access(file, R_OK))
+		path_of(s, image, layer->volume.path);
+		if (is_plain_format(format) && access(file, R_OK))
+			return fail(s, -ENOENT, "the disk %.60s has its file %.100s no more (%s): put it back, or use --no-disk",
+				    disk->drive, file, strerror(errno));
+		if (!is_plain_format(format))
 			return fail(s, -ENOTSUP, "the disk %.60s uses %.80s (%.10s): only qcow2 and raw files can be part of "
 				    "a snapshot; use --no-disk and save it yourself", disk->drive, file, format);
 		snprintf(layer->format, sizeof layer->format, "%s", format);
@@ -187,6 +211,9 @@ static int list_disks(struct save *s)
 	for (size_t i = 0; !r && devices && i < json_object_array_length(devices); i++)
 		r = take_disk(s, json_object_array_get_idx(devices, i));
 	json_object_put(devices);
+	if (!r && s->relative && s->options->cwd_left)
+		r = fail(s, -ENOTSUP, "a disk was given by a relative path, and -daemonize left that directory: QEMU cannot open "
+			 "it again; start the VM with absolute paths, or use --no-disk");
 	return r;
 }
 
@@ -212,7 +239,8 @@ static int query(struct save *s)
 
 		s->ran = !strcmp(status, "running");
 		if (!s->ran && strcmp(status, "paused") && strcmp(status, "postmigrate"))
-			r = fail(s, -EBUSY, "the VM cannot be saved now: it is in the state \"%.40s\"", status);
+			r = fail(s, -EBUSY, "the VM cannot be saved in the state \"%.40s\"%s", status,
+				 !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
 	}
 	json_object_put(value);
 	return r ? r : list_disks(s);
@@ -265,35 +293,92 @@ static int name_overlay(struct save *s, uint32_t disk, char path[PATH_MAX])
 	return fail(s, -EEXIST, "no free name for a new overlay of %.200s", old);
 }
 
+/* qemu-img does not open what lies beneath: the VM has it in use. */
+static int create_overlay(struct save *s, const struct manifest_disk *disk, const char *path)
+{
+	const struct manifest_layer *top = &disk->layer[0];
+	char size[24];
+	char *argv[] = { "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", (char *)top->volume.path, "-F",
+			 (char *)top->format, (char *)path, size, NULL };
+	int status = -1, error;
+	pid_t pid;
+
+	snprintf(size, sizeof size, "%ju", (uintmax_t)disk->bytes);
+	error = posix_spawnp(&pid, argv[0], NULL, NULL, argv, environ);
+	if (error)
+		return fail(s, -error, "qemu-img cannot be run: %s", strerror(error));
+	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		;
+	return status ? fail(s, -EIO, "qemu-img could not make the overlay %.200s", path) : 0;
+}
+
+/* The files stay where they are, beneath the running VM; the snapshot has other names for them. What cannot get
+ * one, and is not the VM's own (another owner's, another file system's), is referred to. */
+static int link_layers(struct save *s, struct manifest_disk *disk)
+{
+	for (uint32_t i = 0; i < disk->layers; i++) {
+		struct manifest_layer *layer = &disk->layer[i];
+		char path[128];
+
+		snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", layer->file);
+		if (!linkat(AT_FDCWD, layer->volume.path, s->dir_fd, path, 0))
+			continue;
+		if (!i)
+			return fail(s, -errno, "%.150s cannot become part of the snapshot (%s): save onto the same file "
+				    "system, or use --no-disk", layer->volume.path, strerror(errno));
+		layer->file[0] = '\0';
+	}
+	return 0;
+}
+
+/* Before the pause: what is there then needs only to be opened. */
+static int make_overlays(struct save *s)
+{
+	int r = 0;
+
+	for (uint32_t i = 0; !r && i < s->manifest.disks; i++)
+		r = link_layers(s, &s->manifest.disk[i]);
+
+	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
+		r = name_overlay(s, i, s->overlay[i]);
+		if (!r)
+			r = create_overlay(s, &s->manifest.disk[i], s->overlay[i]);
+		s->overlays = r ? s->overlays : i + 1;
+	}
+	return r;
+}
+
 /* From this instant on the guest writes to new files; the old ones belong to the snapshot. */
 static int switch_disks(struct save *s)
 {
 	struct json_object *arguments, *actions = json_object_new_array();
-	int r = 0;
+	int r;
 
-	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
+	for (uint32_t i = 0; i < s->manifest.disks; i++) {
 		struct json_object *action = json_object_new_object(), *data = json_object_new_object();
-		char path[PATH_MAX], node[32];
+		char node[32];
 
-		r = name_overlay(s, i, path);
 		snprintf(node, sizeof node, "latent-%llx", (unsigned long long)now_us());
 		json_object_object_add(data, s->is_node[i] ? "node-name" : "device",
 				       json_object_new_string(s->device[i]));
 		if (s->is_node[i])
 			json_object_object_add(data, "snapshot-node-name", json_object_new_string(node));
-		json_object_object_add(data, "snapshot-file", json_object_new_string(path));
+		json_object_object_add(data, "snapshot-file", json_object_new_string(s->overlay[i]));
+		json_object_object_add(data, "mode", json_object_new_string("existing"));
 		json_object_object_add(data, "format", json_object_new_string("qcow2"));
 		json_object_object_add(action, "type", json_object_new_string("blockdev-snapshot-sync"));
 		json_object_object_add(action, "data", data);
 		json_object_array_add(actions, action);
 	}
-	if (r || !s->manifest.disks) {
+	if (!s->manifest.disks) {
 		json_object_put(actions);
-		return r;
+		return 0;
 	}
 	arguments = json_object_new_object();
 	json_object_object_add(arguments, "actions", actions);
-	return run(s, "transaction", arguments, NULL);
+	r = run(s, "transaction", arguments, NULL);
+	s->switched = !r;
+	return r;
 }
 
 static int finish_state(struct save *s)
@@ -419,6 +504,23 @@ static int sync_and_close(struct save *s, int fd, const char *name, int r)
 	return r;
 }
 
+/* Volumes that no page refers to are not needed to restore it. */
+static void drop_unused(struct save *s)
+{
+	struct snapshot_page *page = s->image.memory;
+	bool used[SNAPSHOT_VOLUMES] = { false };
+
+	for (uint64_t i = 0; i < s->image.pages; i++)
+		if (page[i].kind == SNAPSHOT_VOLUME)
+			used[page[i].volume] = true;
+	s->image.volumes = 0;
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		s->place[i] = used[i] ? (int)s->image.volumes++ : -1;
+	for (uint64_t i = 0; i < s->image.pages; i++)
+		if (page[i].kind == SNAPSHOT_VOLUME)
+			page[i].volume = (uint32_t)s->place[page[i].volume];
+}
+
 static int write_ram(struct save *s, struct source_progress *progress)
 {
 	int fd = create(s, SNAPSHOT_RAM), r;
@@ -433,6 +535,7 @@ static int write_ram(struct save *s, struct source_progress *progress)
 	r = sync_and_close(s, fd, SNAPSHOT_RAM, r);
 	if (r)
 		return r;
+	drop_unused(s);
 	snapshot_image_count(&s->image, &s->result->pages);
 	s->manifest.ram_bytes = os_bytes(s->image.pages);
 	fd = create(s, SNAPSHOT_PAGES);
@@ -459,36 +562,36 @@ static int write_state(struct save *s)
 	return sync_and_close(s, fd, SNAPSHOT_STATE, r);
 }
 
-static int fingerprint(struct save *s, struct manifest_volume *v)
+static int identify(struct save *s, struct manifest_volume *v)
 {
 	int fd = open(v->path, O_RDONLY | O_CLOEXEC), r;
 
-	r = fd < 0 ? -errno : manifest_fingerprint(fd, &v->bytes, &v->fingerprint);
+	r = fd < 0 ? -errno : manifest_identify(fd, v);
 	if (fd >= 0)
 		close(fd);
 	return r ? fail(s, r, "%.200s cannot be read: %s", v->path, strerror(-r)) : 0;
 }
 
-/* The files stay where they are, beneath the running VM; the snapshot has other names for them. What cannot get
- * one, and is not the VM's own (another owner's, another file system's), is referred to. */
-static int keep_layers(struct save *s, struct manifest_disk *disk)
+static int identify_layers(struct save *s, struct manifest_disk *disk)
 {
 	int r = 0;
 
-	for (uint32_t i = 0; !r && i < disk->layers; i++) {
-		struct manifest_layer *layer = &disk->layer[i];
-		char path[128];
-
-		snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", layer->file);
-		if (linkat(AT_FDCWD, layer->volume.path, s->dir_fd, path, 0)) {
-			if (!i)
-				return fail(s, -errno, "%.150s cannot become part of the snapshot (%s): save onto the same "
-					    "file system, or use --no-disk", layer->volume.path, strerror(errno));
-			layer->file[0] = '\0';
-		}
-		r = fingerprint(s, &layer->volume);
-	}
+	for (uint32_t i = 0; !r && i < disk->layers; i++)
+		r = identify(s, &disk->layer[i].volume);
 	return r;
+}
+
+/* The guest does not write it any more, and nobody should. */
+static void freeze_disk(struct save *s, uint32_t i)
+{
+	const struct manifest_disk *disk = &s->manifest.disk[i];
+	struct stat st;
+
+	if (!stat(disk->layer[0].volume.path, &st))
+		(void)chmod(disk->layer[0].volume.path, st.st_mode & 0555);
+	snprintf(s->result->disk[i].drive, sizeof s->result->disk[i].drive, "%s", disk->drive);
+	snprintf(s->result->disk[i].before, sizeof s->result->disk[i].before, "%s", disk->layer[0].volume.path);
+	snprintf(s->result->disk[i].now, sizeof s->result->disk[i].now, "%.255s", s->overlay[i]);
 }
 
 static int write_manifest(struct save *s, const struct control_layout *layout)
@@ -497,13 +600,19 @@ static int write_manifest(struct save *s, const struct control_layout *layout)
 
 	snprintf(s->manifest.name, sizeof s->manifest.name, "%s", s->options->name);
 	s->manifest.created_unix_s = (uint64_t)time(NULL);
-	s->manifest.volumes = layout->volumes;
+	s->manifest.volumes = s->image.volumes;
 	for (uint32_t i = 0; !r && i < layout->volumes; i++) {
-		memcpy(s->manifest.volume[i].path, layout->volume[i].path, sizeof s->manifest.volume[i].path);
-		r = fingerprint(s, &s->manifest.volume[i]);
+		struct manifest_volume *v = s->place[i] < 0 ? NULL : &s->manifest.volume[s->place[i]];
+
+		if (!v)
+			continue;
+		memcpy(v->path, layout->volume[i].path, sizeof v->path);
+		r = identify(s, v);
 	}
-	for (uint32_t i = 0; !r && i < s->manifest.disks; i++)
-		r = keep_layers(s, &s->manifest.disk[i]);
+	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
+		freeze_disk(s, i);
+		r = identify_layers(s, &s->manifest.disk[i]);
+	}
 	s->result->disks = s->manifest.disks;
 	if (!r) {
 		r = manifest_write(&s->manifest, s->dir_fd);
@@ -531,16 +640,20 @@ static int complete(struct save *s)
 
 /* ---- all of it ------------------------------------------------------------------------------- */
 
-static int connect_vm(struct save *s)
+static int connect_vm(struct save *s, struct source_progress *progress)
 {
 	char path[VMDIR_PATH_BYTES];
 	int r;
 
 	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, s->options->run_dir);
 	r = qmp_connect(path, on_event, s, &s->qmp);
+	if (!r)
+		qmp_stop_when(s->qmp, &progress->stop);
 	if (r)
 		return fail(s, r, "the VM's monitor for saving cannot be reached: %s", strerror(-r));
 	r = query(s);
+	if (!r)
+		r = make_overlays(s);
 	if (r)
 		return r;
 	snprintf(path, sizeof path, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
@@ -554,9 +667,10 @@ static int save(struct save *s, struct source_progress *progress)
 	int r = make_dir(s);
 
 	if (!r)
-		r = connect_vm(s);
+		r = connect_vm(s, progress);
 	if (r)
 		return r;
+	qmp_stop_when(s->qmp, NULL); /* what has begun to pause goes to its end, which is near */
 	r = pause_and_take(s);
 	if (!r && !s->options->stop)
 		r = go_on(s);
@@ -608,6 +722,8 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	qmp_close(s->qmp);
 	if (r)
 		remove_partial(s);
+	for (unsigned i = 0; !s->switched && i < s->overlays; i++)
+		(void)unlink(s->overlay[i]);
 	snapshot_image_free(&s->image);
 	if (s->state_fd >= 0)
 		close(s->state_fd);

@@ -12,6 +12,8 @@
 struct save_options {
 	const char *run_dir;    /* of the VM */
 	const char *name;       /* of the VM */
+	const char *cwd;        /* what the VMM's relative paths begin with */
+	bool cwd_left;          /* the VMM is elsewhere now (-daemonize), and cannot open them again */
 	const char *dir;        /* the snapshot's; must not be there yet */
 	bool stop;              /* the guest stands until all is written */
 	bool no_disks;          /* disks are left as they are, and are not part of the snapshot */
@@ -25,6 +27,9 @@ struct save_result {
 	struct snapshot_counts pages;
 	struct source_counts source;
 	uint32_t disks;
+	struct {
+		char drive[64], before[256], now[256]; /* paths */
+	} disk[16];
 };
 
 /* 0, or a negative errno with a sentence in `why`; then nothing of the snapshot is left, and the VM runs as it

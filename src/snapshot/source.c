@@ -18,6 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define ANSWER_S 20
 #define CHUNK_PAGES 128u
 #define EARLY_MAX 16384u /* copies of pages that the guest was about to write: 64 MiB */
 #define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
@@ -44,15 +45,16 @@ struct source {
 		_Atomic uint8_t *state;   /* enum page_state */
 		uint64_t first;           /* the block's first page in the image */
 	} block[SNAPSHOT_BLOCKS];
-	struct control_run *runs; /* base, then private */
+	struct control_run *runs; /* private, then base */
 	uint8_t *copies;
 	uint64_t total_pages, base_runs, private_runs, private_pages, base_pages;
 
 	pthread_t server;
 	bool serving;
 	int end_fd; /* eventfd: the server shall end */
-	pthread_mutex_t lock; /* protects the next three */
+	pthread_mutex_t lock; /* protects the next four */
 	pthread_cond_t room;
+	bool written; /* or given up: nobody takes copies any more */
 	struct early *early;
 	uint64_t early_count;
 	_Atomic uint64_t faults;
@@ -69,7 +71,7 @@ static int say(char *why, int r, const char *what)
 static int connect_to(const char *path)
 {
 	struct sockaddr_un at = { .sun_family = AF_UNIX };
-	struct timeval limit = { 120, 0 };
+	struct timeval limit = { ANSWER_S, 0 };
 	int fd;
 
 	if ((size_t)snprintf(at.sun_path, sizeof at.sun_path, "%s", path) >= sizeof at.sun_path)
@@ -242,11 +244,15 @@ static void unprotect(struct source *s, uint32_t block, uint64_t page, uint64_t 
 static void keep_early(struct source *s, struct early *e)
 {
 	pthread_mutex_lock(&s->lock);
-	while (s->early_count >= EARLY_MAX && s->serving)
+	while (s->early_count >= EARLY_MAX && !s->written)
 		pthread_cond_wait(&s->room, &s->lock);
-	e->next = s->early;
-	s->early = e;
-	s->early_count++;
+	if (s->written) {
+		free(e);
+	} else {
+		e->next = s->early;
+		s->early = e;
+		s->early_count++;
+	}
 	pthread_mutex_unlock(&s->lock);
 }
 
@@ -317,10 +323,10 @@ static int check_runs(struct source *s)
 		if (run->block >= s->layout.blocks || run->page >= s->layout.block[run->block].pages ||
 		    run->pages > s->layout.block[run->block].pages - run->page)
 			return -EPROTO;
-		if (i < s->base_runs)
-			s->base_pages += run->pages;
-		else
+		if (i < s->private_runs)
 			private_pages += run->pages;
+		else
+			s->base_pages += run->pages;
 	}
 	return private_pages == s->private_pages ? 0 : -EPROTO;
 }
@@ -363,7 +369,7 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 		memcpy(s->block[i].point, s->block[i].entries, (size_t)s->layout.block[i].pages * sizeof(uint64_t));
 	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++)
 		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page],
-		       i < s->base_runs ? PAGE_PENDING : PAGE_SAVED, s->runs[i].pages);
+		       i < s->private_runs ? PAGE_SAVED : PAGE_PENDING, s->runs[i].pages);
 	*ret_paused_us = reply.paused_us;
 	r = start_server(s);
 	return r ? say(why, r, "no thread to serve write faults") : 0;
@@ -479,7 +485,7 @@ static int write_chunk(struct writer *w, uint32_t block, uint64_t page, uint64_t
 /* Until every page that the server has taken is among those to be written. */
 static void wait_for_server(struct source *s)
 {
-	for (uint64_t i = 0; i < s->base_runs; i++)
+	for (uint64_t i = s->private_runs; i < s->private_runs + s->base_runs; i++)
 		for (uint64_t n = 0; n < s->runs[i].pages; n++)
 			while (s->block[s->runs[i].block].state[s->runs[i].page + n] == PAGE_BUSY)
 				sched_yield();
@@ -490,7 +496,7 @@ static int write_base(struct writer *w)
 	struct source *s = w->source;
 	int r = 0;
 
-	for (uint64_t i = 0; !r && i < s->base_runs; i++) {
+	for (uint64_t i = s->private_runs; !r && i < s->private_runs + s->base_runs; i++) {
 		const struct control_run *run = &s->runs[i];
 
 		for (uint64_t done = 0; !r && done < run->pages; done += CHUNK_PAGES) {
@@ -514,7 +520,7 @@ static int write_private(struct writer *w)
 	const uint8_t *bytes = s->copies;
 	int r = 0;
 
-	for (uint64_t i = s->base_runs; !r && i < s->base_runs + s->private_runs; i++) {
+	for (uint64_t i = 0; !r && i < s->private_runs; i++) {
 		const struct control_run *run = &s->runs[i];
 
 		r = write_pages(w, s->block[run->block].first + run->page, bytes, run->pages);
@@ -590,7 +596,9 @@ int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct so
 		r = -errno;
 	if (r) {
 		snapshot_image_free(&image);
-		return say(why, r, r == -EINTR ? "broken off" : "the contents of RAM cannot be written");
+		snprintf(why, SNAPSHOT_WHY_BYTES, r == -EINTR ? "a signal ended it" : "the contents of RAM cannot be written: %s",
+			 strerror(-r));
+		return r;
 	}
 	*ret_image = image;
 	return 0;
@@ -603,16 +611,23 @@ void source_get_counts(const struct source *s, struct source_counts *c)
 
 /* ---- the end --------------------------------------------------------------------------------- */
 
+/* From here on faults are answered, and nothing is kept. */
+static void end_writing(struct source *s)
+{
+	pthread_mutex_lock(&s->lock);
+	s->written = true;
+	pthread_cond_signal(&s->room);
+	pthread_mutex_unlock(&s->lock);
+}
+
 static void stop_server(struct source *s)
 {
 	uint64_t one = 1;
 
 	if (!s->serving)
 		return;
-	pthread_mutex_lock(&s->lock);
+	end_writing(s);
 	s->serving = false;
-	pthread_cond_signal(&s->room);
-	pthread_mutex_unlock(&s->lock);
 	if (write(s->end_fd, &one, sizeof one) == (ssize_t)sizeof one)
 		pthread_join(s->server, NULL);
 }
@@ -624,13 +639,15 @@ void source_end(struct source *s)
 
 	if (!s)
 		return;
-	/* The agent takes protection away first: whoever waits for this process waits no more. */
+	stop_server(s);
+	/* The agent takes protection away when nobody else has the descriptor: whoever waits then waits no more. */
+	if (s->fd_count)
+		close(s->fds[CONTROL_FD_UFFD]);
 	if (s->control >= 0) {
 		if (s->fd_count)
 			(void)ask(s, CONTROL_SAVE_END, &reply, why);
 		close(s->control);
 	}
-	stop_server(s);
 	for (struct early *e = s->early, *next; e; e = next) {
 		next = e->next;
 		free(e);
@@ -647,7 +664,7 @@ void source_end(struct source *s)
 	}
 	if (s->copies)
 		munmap(s->copies, os_bytes(s->private_pages));
-	for (unsigned i = 0; i < s->fd_count; i++)
+	for (unsigned i = CONTROL_FD_UFFD + 1; i < s->fd_count; i++)
 		close(s->fds[i]);
 	if (s->end_fd >= 0)
 		close(s->end_fd);

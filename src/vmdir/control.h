@@ -39,7 +39,7 @@ struct control_reply {
 	uint32_t reserved;
 	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied */
 	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped; SAVE_POINT: its threads */
-	uint64_t base_runs, private_runs; /* CONTROL_SAVE_POINT: in the table of runs, in this order */
+	uint64_t private_runs, base_runs; /* CONTROL_SAVE_POINT: in the table of runs, in this order */
 	char text[512];        /* with error: one sentence with the remedy */
 };
 

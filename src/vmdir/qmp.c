@@ -8,10 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
+#define CONNECT_S 5
 #define LINE_BYTES (256u << 10)
 
 struct qmp {
@@ -20,6 +22,7 @@ struct qmp {
 	bool greeted; /* qmp_capabilities has been accepted */
 	qmp_event on_event;
 	void *ctx;
+	const _Atomic bool *stop;
 	size_t used; /* bytes in `line` that are not consumed yet */
 	char line[LINE_BYTES];
 };
@@ -49,13 +52,20 @@ int qmp_connect(const char *path, qmp_event on_event, void *ctx, struct qmp **re
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return -errno;
-	if (connect(fd, (struct sockaddr *)&at, sizeof at)) {
+	/* connect(2) waits where the backlog is full: another client has the monitor, or QEMU hangs. */
+	if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){ CONNECT_S, 0 }, sizeof(struct timeval)) ||
+	    connect(fd, (struct sockaddr *)&at, sizeof at)) {
 		int r = -errno;
 
 		close(fd);
 		return r;
 	}
 	return qmp_open(fd, on_event, ctx, ret_qmp);
+}
+
+void qmp_stop_when(struct qmp *q, const _Atomic bool *stop)
+{
+	q->stop = stop;
 }
 
 void qmp_close(struct qmp *q)
@@ -79,11 +89,15 @@ static int fill(struct qmp *q, int64_t deadline_ms)
 	struct pollfd p = { .fd = q->fd, .events = POLLIN };
 	int64_t left = deadline_ms - now_ms();
 	ssize_t n;
+	int ready;
 
 	if (q->used == sizeof q->line - 1)
 		return -EMSGSIZE;
-	if (poll(&p, 1, left > 0 ? (int)left : 0) == 0)
-		return -ETIMEDOUT;
+	if (q->stop && *q->stop)
+		return -EINTR;
+	ready = poll(&p, 1, left > 0 ? (int)left : 0);
+	if (ready <= 0)
+		return ready ? (errno == EINTR ? 0 : -errno) : -ETIMEDOUT;
 	n = read(q->fd, q->line + q->used, sizeof q->line - 1 - q->used);
 	if (n > 0) {
 		q->used += (size_t)n;

@@ -7,6 +7,8 @@
 #define LATENT_VMDIR_QMP_H
 
 #include <json-c/json.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #define QMP_WHY_BYTES 256
@@ -20,6 +22,8 @@ typedef void (*qmp_event)(void *ctx, const char *name, struct json_object *data)
 int qmp_open(int fd, qmp_event on_event, void *ctx, struct qmp **ret_qmp);
 /* Connects to a monitor's socket. */
 int qmp_connect(const char *path, qmp_event on_event, void *ctx, struct qmp **ret_qmp);
+/* Waiting ends with -EINTR when `*stop` is set (by a signal handler without SA_RESTART); NULL: never. */
+void qmp_stop_when(struct qmp *qmp, const _Atomic bool *stop);
 void qmp_close(struct qmp *qmp); /* NULL is allowed */
 
 /* To be called once before other commands; again after -ETIMEDOUT. */

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 2u
+#define VM_STATS_VERSION 3u
 #define VM_STATS_VOLUMES 32u
 
 typedef _Atomic uint64_t stat_counter;
@@ -66,9 +66,11 @@ struct volume_stats {
 struct vm_stats {
 	uint32_t magic, version;
 	char name[64], agent_version[32];
+	char cwd[256]; /* where the VMM was started: its relative paths begin there; empty: too long */
 	_Atomic uint32_t pid; /* 0 until guest RAM is mapped: the agent has not spoken yet */
 	_Atomic uint32_t overlays_allowed;
 	char excluded_by[160]; /* the sentence that says why overlays are not used, or empty */
+	_Atomic uint32_t other_io; /* drives use io_uring or Linux AIO: their reads are not seen */
 	_Atomic uint64_t ram_bytes, started_unix_s;
 	stat_counter maps_ram_now, maps_other_now, maps_budget_now, maps_limit_now;
 	/* All of RAM is base or overlay; private pages are copies inside overlays, and counted there too. */

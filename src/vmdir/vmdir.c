@@ -268,7 +268,7 @@ static int claim_locked(const char *root, struct vmdir *dir, char *why)
 			r = take_lock(dir->path, &dir->lock_fd);
 	}
 	if (r == -EEXIST)
-		return dead_end(r, why, "a VM named %s is running already", dir->name);
+		return dead_end(r, why, "a VM named %s is running already: give another --name", dir->name);
 	if (!r)
 		r = create_stats(dir);
 	if (!r)

@@ -168,6 +168,8 @@ def kernel_does_the_io(test, directory):
     with VM("uring", latent=EVERYTHING, extra=PORTS + drive) as guest:
         latent.check_hashes(test, guest, FILES)
         test.check_equal(guest.sh("sha256sum /dev/vdb").split()[0], latent.sha256(disk), "read by io_uring")
+        test.check(latent.stat(guest)["other_io"] and "aio=io_uring" in guest.qemu_log.read_text(),
+                   "`latent run` and `latent stat` say that such reads are copied")
         plug_vhost_user(guest, directory / "uring.sock", 0)
         refused = wait_for(lambda: "refused: vhost-user" in guest.qemu_log.read_text())
         test.check(refused and back_end.mem_tables == 0, "the back end does not get RAM that is mapped")

@@ -29,17 +29,6 @@ def save(guest, directory, *options):
     return json.loads(answer.stdout)
 
 
-def restore(guest, snapshot, *options):
-    """The guest's QEMU is dead; another one goes on where the snapshot left it."""
-    guest._remove_sockets()
-    command = [vm.BUILD_DIR / "latent", "restore", "--name", guest.name, "--disks", guest.dir, *options, snapshot, "--",
-               guest.qemu, *guest.qemu_arguments()]
-    with open(guest.qemu_log, "ab") as log:
-        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   preexec_fn=vm._choose_preexec())
-    guest.adopt(process)
-
-
 def fill(test, guest):
     """Reads files, has many copies in overlays, holds checked memory, and knows a nonce that is nowhere else."""
     latent.check_hashes(test, guest, "/usr/")
@@ -74,7 +63,7 @@ def same_memory(test, directory):
                    f"{figures['private_pages']} copies in overlays, {figures['pages_on_volumes']} pages on images")
         saved = physical_memory(guest)
         guest.kill9()
-        restore(guest, snapshot)
+        guest.restore(snapshot)
         guest.monitor.command("query-status")
         wait_status(guest, "paused")
         test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
@@ -115,7 +104,7 @@ def saves_under_load(test, directory):
         for number in (2, 0):
             snapshot = directory / f"load{number}"
             test.check(latent.run("verify", snapshot).endswith("is whole\n"), f"snapshot {number} is whole")
-            restore(guest, snapshot)
+            guest.restore(snapshot)
             test.check_equal(guest.sh("cat /run/nonce"), nonce, f"restored from save {number}: the nonce is there")
             check_memory(test, guest, "and what it was writing")
             guest.drop_guest_caches()
@@ -125,7 +114,7 @@ def saves_under_load(test, directory):
                 save(guest, directory / "again")
                 check_memory(test, guest, "after the save of a restored VM")
             guest.kill9()
-        restore(guest, directory / "again")
+        guest.restore(directory / "again")
         test.check_equal(guest.sh("cat /run/nonce"), nonce, "restored from a snapshot of a restored VM")
         check_memory(test, guest, "there, too")
         guest.shutdown()
@@ -133,19 +122,23 @@ def saves_under_load(test, directory):
 
 def broken_off(test, directory):
     """A save that ends early, however it ends, leaves the VM as it was."""
-    with VM("broken", latent=EVERYTHING) as guest:
+    with VM("broken", latent=EVERYTHING, extra=["-device", "virtio-balloon-pci,free-page-reporting=on"]) as guest:
         fill(test, guest)
         for what, number in (("SIGINT", signal.SIGINT), ("SIGKILL", signal.SIGKILL)):
             load = guest.sh_start(f"latent-guest mem churn m 0 {HELD_MIB * 256} 6 {CHURN_PAGES_PER_S}")
             process = subprocess.Popen([vm.BUILD_DIR / "latent", "save", "--limit", "10", guest.name, directory / what],
                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            time.sleep(2)
+            time.sleep(1)
+            guest.drop_guest_caches()  # free pages are reported: QEMU itself meets the write-protection
+            guest.qmp("balloon", value=600 << 20)
+            time.sleep(1)
             test.check(process.poll() is None, f"{what}: it is being saved")
             process.send_signal(number)
             process.wait(10)
             test.check(not (directory / what).exists(), f"{what}: there is no snapshot")
             test.check("ok" in load.wait(30), f"{what}: the guest goes on writing")
             check_memory(test, guest, f"after {what}")
+            guest.qmp("balloon", value=1 << 30)
         leftover = [path.name for path in directory.iterdir() if "SIGINT" in path.name]
         test.check_equal(leftover, [], "what an interrupted save has written is removed")
         save(guest, directory / "after")
@@ -211,7 +204,7 @@ def pages_damaged(test, guest, bad, copy):
     with open(bad / "pages", "r+b") as file:
         file.seek(5000)
         file.write(b"\xff" * 16)
-    restore(guest, bad)
+    guest.restore(bad)
     test.check(guest.process.wait(20) != 0, "damaged metadata: QEMU ends")
     test.check("pages: the checksum is wrong" in guest.qemu_log.read_text(), "and says why")
 

@@ -203,6 +203,10 @@ static void devices(void **state)
 			"vfio-pci: ");
 	assert_excluded(WORDS("-device", "driver=vhost-user-fs-pci,chardev=c"), COMPAT_OVERLAYS,
 			"vhost-user-fs-pci: ");
+	assert_string_equal(accepted(WORDS("-drive", "file=a,aio=native")).aio, "native");
+	assert_string_equal(accepted(WORDS("-drive", "file=a,aio=threads")).aio, "");
+	assert_string_equal(accepted(WORDS("-blockdev", "driver=qcow2,node-name=n,file.driver=file,file.aio=io_uring")).aio,
+			    "io_uring");
 	assert_excluded(WORDS("-fsdev", "local,id=f,path=/srv,security_model=none"), COMPAT_OVERLAYS, "virtio-9p: ");
 	assert_excluded(WORDS("-virtfs", "local,path=/srv,mount_tag=t,security_model=none"), COMPAT_OVERLAYS,
 			"virtio-9p: ");

@@ -114,6 +114,16 @@ class VM:
                                             preexec_fn=_choose_preexec())
         self._note_started()
 
+    def restore(self, snapshot, *options):
+        """`latent restore` in the place of a QEMU that has ended; does not wait for the guest."""
+        self._remove_sockets()
+        command = [BUILD_DIR / "latent", "restore", "--name", self.name, "--disks", self.dir, *options, snapshot, "--",
+                   self.qemu, *self.qemu_arguments()]
+        with open(self.qemu_log, "ab") as log:
+            process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       env=dict(os.environ, **self.env), preexec_fn=_choose_preexec())
+        self.adopt(process)
+
     def adopt(self, process):
         """Takes over a QEMU that something else started with this VM's sockets (a restore).
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""How long a guest stands while it is saved: QEMU's stop, migrate to a file and cont, against `latent save`."""
+
+import json
+import subprocess
+import time
+
+from common import guests as common
+from common.guests import GuestError, vm
+
+MEM = "1G"
+BIG_MEM = "4G"
+HELD_MIB = 150  # random, checked; with what the guest reads about 370 MiB are in use
+READ_SOME = "find /usr/lib -type f | sort | head -3000 | xargs cat > /dev/null"
+CHURN = "latent-guest mem churn m 0 {} 30 {}"
+CHURN_PAGES_PER_S = 5000
+PAIRS = {"full": 7, "quick": 3}
+MIB = 1 << 20
+
+
+def run(result):
+    pairs = PAIRS["quick" if result.quick else "full"]
+    plain = vm.VM("save-plain", mem=MEM, latent=None, start=False)
+    latent = vm.VM("save-latent", mem=MEM, latent=["--share-threshold", "0"], start=False)
+    with common.running(plain, latent) as guests:
+        for guest in guests:
+            fill(guest)
+        pauses, totals, last = measure(result, plain, latent, pairs)
+        second = saves_of_a_restored_vm(result, latent, last, pairs)
+    big_pauses = big(result, pairs)
+    result.ratio("qemu_pause_over_latent_pause", *pauses)
+    result.ratio("qemu_total_over_latent_total", *totals)
+    result.metric("latent_pause_ms", common.median(pauses[1]))
+    result.metric("qemu_pause_ms", common.median(pauses[0]))
+    result.metric("latent_pause_4g_ms", common.median(big_pauses))
+    result.metric("second_save_pause_ms", common.median(second))
+    result.note(f"""\
+The guest holds {HELD_MIB} MiB of random words and rewrites {CHURN_PAGES_PER_S} pages of them a second while it is saved; it has read
+files, which Latent has mapped from the image. The pause is the time from the stop to the guest's next
+instruction, as seen over QMP; the total that until all is in the file.""")
+
+
+def fill(guest):
+    guest.sh(READ_SOME, timeout=120)
+    guest.sh(f"latent-guest mem hold m {HELD_MIB} 13 random", timeout=120)
+
+
+def under_load(guest, work):
+    load = guest.sh_start(CHURN.format(HELD_MIB * 256, CHURN_PAGES_PER_S))
+    time.sleep(0.3)
+    answer = work()
+    load.kill()
+    return answer
+
+
+# ---- the sides ----
+
+def save_plain(guest, path):
+    """The stopped VM's whole state into a file, as managers do it; (pause, total) in ms."""
+    guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
+    begin_s = time.monotonic()
+    guest.qmp("stop")
+    guest.qmp("migrate", uri=f"exec:cat > {path}")
+    while (status := guest.qmp("query-migrate")["status"]) in ("setup", "active", "device"):
+        time.sleep(0.001)
+    if status != "completed":
+        raise GuestError(f"migrate: {status}")
+    guest.qmp("cont")
+    took_ms = (time.monotonic() - begin_s) * 1000
+    path.unlink()
+    return took_ms, took_ms
+
+
+def save_latent(guest, path):
+    begin_s = time.monotonic()
+    command = [common.latent_command(), "save", "--json", guest.name, path]
+    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if answer.returncode:
+        raise GuestError(f"latent save: {answer.stderr}")
+    return json.loads(answer.stdout), (time.monotonic() - begin_s) * 1000
+
+
+def measure(result, plain, latent, pairs):
+    pauses, totals, rows = ([], []), ([], []), []
+    for number in range(pairs):
+        result.say(f"pair {number + 1} of {pairs}")
+        pause_ms, total_ms = under_load(plain, lambda: save_plain(plain, plain.dir / "state"))
+        snapshot = latent.dir / f"snapshot{number}"
+        figures, latent_total_ms = under_load(latent, lambda: save_latent(latent, snapshot))
+        pauses[0].append(pause_ms)
+        pauses[1].append(figures["pause_us"] / 1000)
+        totals[0].append(total_ms)
+        totals[1].append(latent_total_ms)
+        rows.append([number + 1, f"{pause_ms:.0f}", f"{figures['pause_us'] / 1000:.1f}", f"{figures['point_us'] / 1000:.1f}",
+                     f"{total_ms:.0f}", f"{latent_total_ms:.0f}", figures["private_pages"], figures["faults"],
+                     (figures["pages_stored"] + figures["pages_on_volumes"]) >> 8])
+        for guest in (plain, latent):
+            result.check(guest.sh("latent-guest mem check m", timeout=60).startswith("ok"),
+                         f"{guest.name}: memory is right after a save")
+    result.table("Saves of a guest that writes, ms",
+                 ["pair", "QEMU pause", "Latent pause", "of that RAM", "QEMU total", "Latent total", "copies in overlays",
+                  "write faults", "MiB in use"], rows)
+    stored = (snapshot / "ram").stat().st_blocks * 512
+    result.metric("image_bytes_for_disk_pages", max(0, stored - figures["pages_stored"] * 4096))
+    result.metric("pages_on_disk_images", figures["pages_on_volumes"])
+    return pauses, totals, snapshot
+
+
+def big(result, pairs):
+    result.say(f"a guest of {BIG_MEM}")
+    pauses = []
+    with common.running(vm.VM("save-big", mem=BIG_MEM, latent=["--share-threshold", "0"], start=False)) as (guest,):
+        fill(guest)
+        for number in range(pairs):
+            figures, _ = under_load(guest, lambda: save_latent(guest, guest.dir / f"snapshot{number}"))
+            pauses.append(figures["pause_us"] / 1000)
+        result.check(guest.sh("latent-guest mem check m", timeout=60).startswith("ok"), "memory of the big guest is right")
+    return pauses
+
+
+def saves_of_a_restored_vm(result, guest, snapshot, pairs):
+    """Their pauses; the guest is killed and goes on from the snapshot."""
+    result.say("saves of a restored VM")
+    guest.kill9()
+    guest.restore(snapshot)
+    pauses = []
+    for number in range(pairs):
+        figures, _ = under_load(guest, lambda: save_latent(guest, guest.dir / f"again{number}"))
+        pauses.append(figures["pause_us"] / 1000)
+    result.check(guest.sh("latent-guest mem check m", timeout=60).startswith("ok"), "memory of the restored guest is right")
+    return pauses

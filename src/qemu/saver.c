@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define UFFD_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
@@ -27,6 +28,14 @@ static struct {
 	uint8_t *copies;
 	uint64_t base_runs, private_runs, copied_pages;
 } saver = { .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
+
+static uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
 
 static size_t runs_bytes(void)
 {
@@ -129,12 +138,14 @@ static int copy_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t page
 }
 
 /* The VM is stopped; its main loop may go on, and so all threads stop, too. */
-static int take_point(struct agent *a)
+static int take_point(struct agent *a, uint64_t *ret_paused_us)
 {
+	uint64_t begin_us;
 	int r;
 
 	saver.base_runs = saver.private_runs = saver.copied_pages = 0;
 	ram_lock(a->ram);
+	begin_us = now_us();
 	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
 	if (!r) {
 		r = ram_for_private(a->ram, copy_run, a);
@@ -142,6 +153,7 @@ static int take_point(struct agent *a)
 			r = ram_for_base_data(a->ram, protect_run, a);
 		os_thaw();
 	}
+	*ret_paused_us = now_us() - begin_us;
 	ram_unlock(a->ram);
 	return r;
 }
@@ -293,7 +305,7 @@ void saver_began(struct agent *a, int client)
 
 void saver_point(struct agent *a, int client, struct control_reply *p)
 {
-	p->error = client == saver.client ? take_point(a) : -EPROTO;
+	p->error = client == saver.client ? take_point(a, &p->paused_us) : -EPROTO;
 	if (p->error)
 		snprintf(p->text, sizeof p->text, "the point in time could not be taken: %s", why_not(p->error));
 	p->base_runs = saver.base_runs;

@@ -175,7 +175,7 @@ static void one_vm_per_name(void **state)
 
 	assert_int_equal(vmdir_claim(root, "vm1", &second, why), -EEXIST);
 	assert_int_equal(second.lock_fd, 77);
-	assert_string_equal(why, "a VM named vm1 is running already");
+	assert_string_equal(why, "a VM named vm1 is running already: give another --name");
 	assert_true(exists("vm1/stats")); /* the live one's are still there */
 
 	vmdir_abandon(&dir);

@@ -95,7 +95,7 @@ def measure_merged(result, guests, image):
 
 
 def measure(guests, image):
-    with common.stopped(guests):
+    with vm.stopped(guests):
         figures = common.sum_memory_kib(guests)
         figures["page_tables"] = sum(page_tables_kib(guest.pid) for guest in guests)
         figures["cache_besides"] = (host.cached_pages(image) * host.PAGE_BYTES >> 10) - figures["ram_image"]

@@ -156,18 +156,6 @@ def storage_read_bytes(pid):
     raise GuestError(f"/proc/{pid}/io has no read_bytes")
 
 
-@contextlib.contextmanager
-def stopped(guests):
-    """Guests that stand still: the kernel shows one mapping after another, and not one moment."""
-    for guest in guests:
-        guest.qmp("stop")
-    try:
-        yield
-    finally:
-        for guest in guests:
-            guest.qmp("cont")
-
-
 def memory_kib(guest):
     """Where a guest's memory is, in KiB of Pss (a page that n processes map counts 1/n in each).
 

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "cli/capture.h"
 
+#include "os/os.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -8,7 +10,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 static _Noreturn void become(const char *const *argv, int inherit_fd, int output);
@@ -51,23 +52,15 @@ static _Noreturn void become(const char *const *argv, int inherit_fd, int output
 	_exit(127);
 }
 
-static int64_t now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
 static char *read_until(int fd, size_t max_bytes, unsigned timeout_s)
 {
-	int64_t deadline_ms = now_ms() + (int64_t)timeout_s * 1000;
+	int64_t deadline_ms = (int64_t)(os_now_us() / 1000) + (int64_t)timeout_s * 1000;
 	char *text = malloc(max_bytes + 1);
 	size_t used = 0;
 
 	while (text && used < max_bytes) {
 		struct pollfd end = { .fd = fd, .events = POLLIN };
-		int64_t left_ms = deadline_ms - now_ms();
+		int64_t left_ms = deadline_ms - (int64_t)(os_now_us() / 1000);
 		ssize_t n = 0;
 
 		if (left_ms <= 0 || poll(&end, 1, (int)left_ms) <= 0)

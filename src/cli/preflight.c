@@ -2,6 +2,7 @@
 #include "cli/preflight.h"
 
 #include "vmdir/agent_config.h"
+#include "os/os.h"
 
 #include <elf.h>
 #include <errno.h>
@@ -17,7 +18,6 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <sys/xattr.h>
-#include <time.h>
 #include <unistd.h>
 
 #define ANSWER_TIMEOUT_MS 20000
@@ -286,14 +286,6 @@ static _Noreturn void become_vmm(const char *vmm_path, const char *agent_path, i
 	_exit(127);
 }
 
-static uint64_t now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
-}
-
 /* Until both pipes are at their end. What does not fit is read and dropped. */
 static void collect(int output, int hello, struct answer *answer)
 {
@@ -301,11 +293,11 @@ static void collect(int output, int hello, struct answer *answer)
 				   { .fd = hello, .events = POLLIN } };
 	char *const into[2] = { answer->output, answer->hello };
 	const size_t room[2] = { sizeof answer->output - 1, sizeof answer->hello - 1 };
-	uint64_t deadline_ms = now_ms() + ANSWER_TIMEOUT_MS;
+	uint64_t deadline_ms = os_now_us() / 1000 + ANSWER_TIMEOUT_MS;
 	size_t used[2] = { 0 };
 
 	while (pipes[0].fd >= 0 || pipes[1].fd >= 0) {
-		uint64_t at_ms = now_ms();
+		uint64_t at_ms = os_now_us() / 1000;
 
 		if (at_ms >= deadline_ms || !poll(pipes, 2, (int)(deadline_ms - at_ms))) {
 			answer->timed_out = true;

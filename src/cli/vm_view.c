@@ -9,13 +9,10 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 static int open_stats(const char *path);
 static void check_stats(struct vm_stats *stats);
-static int connect_to(const char *path, unsigned timeout_ms);
 
 #define ERRNO_MAX 4095
 
@@ -101,7 +98,7 @@ int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path
 	r = vmdir_path(view->root, view->name, VMDIR_CONTROL, socket_path);
 	if (r)
 		return r;
-	fd = connect_to(socket_path, timeout_ms);
+	fd = vmdir_connect(socket_path, SOCK_SEQPACKET, timeout_ms);
 	if (fd < 0)
 		return fd;
 	n = send(fd, &request, sizeof request, MSG_NOSIGNAL);
@@ -157,7 +154,6 @@ static void check_stats(struct vm_stats *stats)
 	make_text(stats->excluded_by, sizeof stats->excluded_by);
 	make_text(stats->message, sizeof stats->message);
 	make_text(stats->cwd, sizeof stats->cwd);
-	make_text(stats->message, sizeof stats->message);
 	if (stats->volume_count > VM_STATS_VOLUMES)
 		stats->volume_count = VM_STATS_VOLUMES;
 	for (uint32_t i = 0; i < VM_STATS_VOLUMES; i++) {
@@ -167,26 +163,4 @@ static void check_stats(struct vm_stats *stats)
 		if (volume->state >= VOLUME_STATES)
 			volume->state = VOLUME_NO_LEASE;
 	}
-}
-
-static int connect_to(const char *path, unsigned timeout_ms)
-{
-	struct timeval timeout = { .tv_sec = timeout_ms / 1000, .tv_usec = timeout_ms % 1000 * 1000 };
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int fd, r = 0;
-
-	if (snprintf(address.sun_path, sizeof address.sun_path, "%s", path) >=
-	    (int)sizeof address.sun_path)
-		return -ENAMETOOLONG;
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return -errno;
-	if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout) ||
-	    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) ||
-	    connect(fd, (struct sockaddr *)&address, sizeof address))
-		r = errno == EAGAIN ? -ETIMEDOUT : -errno;
-	if (!r)
-		return fd;
-	close(fd);
-	return r;
 }

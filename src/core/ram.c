@@ -77,13 +77,20 @@ void ram_remove_blocks(struct ram *ram)
 	ram_unlock(ram);
 }
 
-void ram_lock(struct ram *ram)
+static void note_holder(struct ram *ram)
 {
-	pthread_mutex_lock(&ram->lock);
 #ifndef NDEBUG
 	ram->holder = pthread_self();
 	ram->held = true;
+#else
+	(void)ram;
 #endif
+}
+
+void ram_lock(struct ram *ram)
+{
+	pthread_mutex_lock(&ram->lock);
+	note_holder(ram);
 }
 
 bool ram_lock_within(struct ram *ram, unsigned timeout_ms)
@@ -99,10 +106,7 @@ bool ram_lock_within(struct ram *ram, unsigned timeout_ms)
 	}
 	if (pthread_mutex_clocklock(&ram->lock, CLOCK_MONOTONIC, &until))
 		return false;
-#ifndef NDEBUG
-	ram->holder = pthread_self();
-	ram->held = true;
-#endif
+	note_holder(ram);
 	return true;
 }
 
@@ -459,7 +463,8 @@ static uint64_t memfd_at(const struct ram_block *b, uint64_t page)
 /*
  * After a failed mapping call that has left a hole: base must come back, or the guest dies at the
  * next touch. It needs no more mappings than there were before the call, so only a passing lack of
- * kernel memory can stop it; the lock is held meanwhile, for a second at most. True if there was a hole, and base is there now.
+ * kernel memory can stop it; the lock is held meanwhile, for a second at most. True if there was a hole,
+ * and base is there now.
  */
 static bool fill_hole(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
 		      enum ram_loss why)
@@ -853,11 +858,6 @@ int ram_detach(struct ram *ram, unsigned file, uint64_t *ret_settled)
 	struct detach d = { .file = file, .settled = ret_settled };
 
 	return for_overlays_of_all(ram, step_detach, &d);
-}
-
-int ram_settle_all(struct ram *ram, uint64_t *ret_settled)
-{
-	return for_overlays_of_all(ram, step_settle, ret_settled);
 }
 
 void ram_swap_in(struct ram *ram, unsigned file)

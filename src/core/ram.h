@@ -160,9 +160,6 @@ int ram_settle(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t
 /* [locked] Settles all overlays of one file in all blocks; vCPUs and I/O stopped. */
 int ram_detach(struct ram *ram, unsigned file, uint64_t *ret_settled);
 
-/* [locked] Settles all overlays of all files; as ram_detach. */
-int ram_settle_all(struct ram *ram, uint64_t *ret_settled);
-
 /* Brings copies of the file's overlays back from swap, so that a settle does not wait for them under the
  * lock. Advice; as ram_privatize, it holds the lock only between its steps. */
 void ram_swap_in(struct ram *ram, unsigned file);

@@ -47,14 +47,6 @@ static void park(int signal)
 	errno = error;
 }
 
-static uint64_t now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
 static pid_t number(const char *text)
 {
 	pid_t n = 0;
@@ -118,7 +110,7 @@ static int look_round(int tasks, int signal, pid_t spare, struct round *round)
 
 static int stop_all(int tasks, int signal, pid_t spare, unsigned timeout_ms)
 {
-	uint64_t until_ms = now_ms() + timeout_ms;
+	uint64_t until_ms = os_now_us() / 1000 + timeout_ms;
 	struct timespec pause = { 0, POLL_NS };
 	struct round round;
 
@@ -129,7 +121,7 @@ static int stop_all(int tasks, int signal, pid_t spare, unsigned timeout_ms)
 			return r;
 		if (!round.fresh && freezing.parked == round.alive)
 			return 0;
-		if (now_ms() > until_ms)
+		if (os_now_us() / 1000 > until_ms)
 			return -ETIMEDOUT;
 		syscall(SYS_nanosleep, &pause, NULL);
 	}

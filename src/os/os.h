@@ -20,6 +20,9 @@
 
 static inline size_t os_bytes(uint64_t pages) { return (size_t)(pages << OS_PAGE_SHIFT); }
 
+/* clock.c: CLOCK_MONOTONIC; takes no lock. */
+uint64_t os_now_us(void);
+
 /* ---- maps.c: mappings over guest RAM ------------------------------------------------------- */
 
 /* Marks that QEMU and others put on guest RAM with madvise, and that a new mapping has to get. */

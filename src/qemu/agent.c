@@ -26,14 +26,6 @@ static struct agent *_Atomic running; /* what agent_get returns */
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct sigaction vmm_sigbus; /* what the VMM wants done on SIGBUS */
 
-static uint64_t now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
-
 struct agent *agent_get(void)
 {
 	return atomic_load_explicit(&running, memory_order_acquire);
@@ -341,7 +333,7 @@ int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct s
 	if (a->kernel_io)
 		return -EBUSY;
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
-	begin_us = now_us();
+	begin_us = os_now_us();
 	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, timeout_ms);
 	if (!r) {
 		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
@@ -351,7 +343,7 @@ int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct s
 		}
 		os_thaw();
 		r = r == -ETIMEDOUT || r == -EBUSY ? -EIO : r; /* these two mean that nothing was tried */
-		done->paused_us += now_us() - begin_us;
+		done->paused_us += os_now_us() - begin_us;
 	}
 	ram_unlock(a->ram);
 	return r;

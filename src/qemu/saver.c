@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #define UFFD_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
@@ -28,14 +27,6 @@ static struct {
 	uint8_t *copies;
 	uint64_t base_runs, private_runs, copied_pages;
 } saver = { .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
-
-static uint64_t now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
 
 static size_t runs_bytes(void)
 {
@@ -145,7 +136,7 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 
 	saver.base_runs = saver.private_runs = saver.copied_pages = 0;
 	ram_lock(a->ram);
-	begin_us = now_us();
+	begin_us = os_now_us();
 	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
 	if (!r) {
 		r = ram_for_private(a->ram, copy_run, a);
@@ -153,7 +144,7 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 			r = ram_for_base_data(a->ram, protect_run, a);
 		os_thaw();
 	}
-	*ret_paused_us = now_us() - begin_us;
+	*ret_paused_us = os_now_us() - begin_us;
 	ram_unlock(a->ram);
 	return r;
 }

@@ -21,7 +21,6 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
 #define TICK_MS 1000
@@ -47,14 +46,6 @@ struct service {
 	int last_error; /* of give_way: said once */
 	sem_t ready;
 };
-
-static uint64_t now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
 
 /* ---- giving files up -------------------------------------------------------------------------- */
 
@@ -147,7 +138,7 @@ static int stop_and_settle(struct service *s, bool *ret_stopped)
 static int settle_by_qmp(struct service *s, struct settled *d)
 {
 	bool stopped = false;
-	uint64_t since_us = now_us();
+	uint64_t since_us = os_now_us();
 	int r, cont;
 
 	settling.pages = 0;
@@ -158,14 +149,14 @@ static int settle_by_qmp(struct service *s, struct settled *d)
 	if (settling.stage == SETTLE_DONE)
 		d->pages += settling.pages;
 	if (stopped)
-		d->paused_us += now_us() - since_us;
+		d->paused_us += os_now_us() - since_us;
 	settling.stage = SETTLE_IDLE;
 	return r;
 }
 
 static bool is_late(struct service *s, struct volume *v)
 {
-	return now_us() - volume_broken_us(v) > s->lease_break_us / 8 * 7;
+	return os_now_us() - volume_broken_us(v) > s->lease_break_us / 8 * 7;
 }
 
 static int settle(struct service *s, struct settled *d)
@@ -182,7 +173,7 @@ static int settle(struct service *s, struct settled *d)
 /* The kernel has let the writer in: what it writes may show in pages that were not copied in time. */
 static void tell_expired(struct service *s, struct volume *v)
 {
-	if (!volume_showing_pages(v) || now_us() - volume_broken_us(v) < s->lease_break_us)
+	if (!volume_showing_pages(v) || os_now_us() - volume_broken_us(v) < s->lease_break_us)
 		return;
 	agent_say("%s: fs.lease-break-time is over and %llu pages of guest RAM still show the file; if it is "
 		  "changed now, the guest sees it", volume_path(v), (unsigned long long)volume_showing_pages(v));
@@ -283,7 +274,7 @@ static void give_way(struct service *s)
 	s->try_after_us = r ? (s->try_after_us ? s->try_after_us * 2 : TRY_AFTER_US) : 0;
 	if (s->try_after_us > TRY_AFTER_MAX_US)
 		s->try_after_us = TRY_AFTER_MAX_US;
-	s->next_try_us = now_us() + s->try_after_us;
+	s->next_try_us = os_now_us() + s->try_after_us;
 }
 
 static void on_signal(struct service *s)
@@ -417,12 +408,12 @@ static void on_connect(struct service *s)
 /* Copies on write are found by a walk through the page tables, whose length grows with RAM. */
 static void refresh(struct service *s)
 {
-	uint64_t begin_us = now_us();
+	uint64_t begin_us = os_now_us();
 	bool deep = begin_us >= s->next_deep_us;
 
 	(void)volumes_refresh(s->agent->volumes, deep);
 	if (deep) {
-		uint64_t took_us = now_us() - begin_us;
+		uint64_t took_us = os_now_us() - begin_us;
 
 		s->next_deep_us = begin_us + (took_us * DEEP_SHARE > DEEP_US ? took_us * DEEP_SHARE : DEEP_US);
 	}
@@ -439,7 +430,7 @@ static uint64_t recount_ticks(struct service *s)
 
 static void tick(struct service *s, uint64_t ticks)
 {
-	if (now_us() >= s->next_try_us)
+	if (os_now_us() >= s->next_try_us)
 		give_way(s);
 	release_clear(s);
 	if (ticks % recount_ticks(s) == 1)
@@ -453,7 +444,7 @@ enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_QMP, POLL_CLIENTS };
 
 static void serve(struct service *s)
 {
-	uint64_t ticks = 0, next_us = now_us() + TICK_MS * 1000;
+	uint64_t ticks = 0, next_us = os_now_us() + TICK_MS * 1000;
 
 	for (;;) {
 		struct pollfd p[POLL_CLIENTS + CLIENTS] = {
@@ -462,7 +453,7 @@ static void serve(struct service *s)
 			[POLL_WAKE] = { .fd = s->agent->wake_fd, .events = POLLIN },
 			[POLL_QMP] = { .fd = s->pause ? pause_poll_fd(s->pause) : -1, .events = POLLIN },
 		};
-		uint64_t now = now_us();
+		uint64_t now = os_now_us();
 
 		for (size_t i = 0; i < CLIENTS; i++)
 			p[POLL_CLIENTS + i] = (struct pollfd){ .fd = s->clients[i], .events = POLLIN };
@@ -480,9 +471,9 @@ static void serve(struct service *s)
 		for (size_t i = 0; i < CLIENTS; i++)
 			if (s->clients[i] >= 0 && p[POLL_CLIENTS + i].revents)
 				on_client(s, &s->clients[i]);
-		if (now_us() >= next_us) {
+		if (os_now_us() >= next_us) {
 			tick(s, ++ticks);
-			next_us = now_us() + TICK_MS * 1000;
+			next_us = os_now_us() + TICK_MS * 1000;
 		}
 	}
 }

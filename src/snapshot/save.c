@@ -48,14 +48,6 @@ struct save {
 	bool is_node[MANIFEST_DISKS];
 };
 
-static uint64_t now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
-
 static int fail(struct save *s, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 static int fail(struct save *s, int r, const char *format, ...)
@@ -76,7 +68,7 @@ static void on_event(void *ctx, const char *name, struct json_object *data)
 	struct json_object *status;
 
 	if (!strcmp(name, "STOP") && !s->stopped_us)
-		s->stopped_us = now_us();
+		s->stopped_us = os_now_us();
 	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status))
 		snprintf(s->migration, sizeof s->migration, "%s", json_object_get_string(status));
 }
@@ -88,11 +80,6 @@ static int run(struct save *s, const char *name, struct json_object *arguments, 
 	int r = qmp_run(s->qmp, &command, ret_value, words);
 
 	return r ? fail(s, r, "QEMU's %s: %.200s", name, words) : 0;
-}
-
-static struct json_object *object_of(const char *text)
-{
-	return json_tokener_parse(text);
 }
 
 static int tell_failure(struct save *s)
@@ -109,14 +96,14 @@ static int tell_failure(struct save *s)
 
 static int wait_migration(struct save *s, const char *wanted)
 {
-	uint64_t until_us = now_us() + STATE_MS * 1000ull;
+	uint64_t until_us = os_now_us() + STATE_MS * 1000ull;
 
 	while (strcmp(s->migration, wanted)) {
-		int r = now_us() < until_us ? qmp_wait(s->qmp, 1000) : -ETIMEDOUT;
+		int r = os_now_us() < until_us ? qmp_wait(s->qmp, 1000) : -ETIMEDOUT;
 
 		if (!strcmp(s->migration, "failed") || !strcmp(s->migration, "cancelled"))
 			return tell_failure(s);
-		if (r && (r != -ETIMEDOUT || now_us() >= until_us))
+		if (r && (r != -ETIMEDOUT || os_now_us() >= until_us))
 			return fail(s, r, "QEMU's device state did not come: %s", strerror(-r));
 	}
 	return 0;
@@ -250,7 +237,7 @@ static int query(struct save *s)
 
 static int set_capabilities(struct save *s, bool on)
 {
-	struct json_object *arguments = object_of(
+	struct json_object *arguments = json_tokener_parse(
 		on ? "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
 		     "{\"capability\": \"pause-before-switchover\", \"state\": true},"
 		     "{\"capability\": \"events\", \"state\": true}]}"
@@ -269,15 +256,15 @@ static int start_state(struct save *s)
 	s->state_fd = os_memfd_create("latent-state", 0, false);
 	if (s->state_fd < 0)
 		return fail(s, s->state_fd, "no memory for the device state");
-	getfd.arguments = object_of("{\"fdname\": \"latent-state\"}");
+	getfd.arguments = json_tokener_parse("{\"fdname\": \"latent-state\"}");
 	getfd.fd = s->state_fd;
 	r = qmp_run(s->qmp, &getfd, NULL, words);
 	if (r)
 		return fail(s, r, "QEMU's getfd: %.200s", words);
-	r = run(s, "migrate-set-parameters", object_of("{\"max-bandwidth\": 1099511627776}"), NULL);
+	r = run(s, "migrate-set-parameters", json_tokener_parse("{\"max-bandwidth\": 1099511627776}"), NULL);
 	if (!r)
 		r = set_capabilities(s, true);
-	return r ? r : run(s, "migrate", object_of("{\"uri\": \"fd:latent-state\"}"), NULL);
+	return r ? r : run(s, "migrate", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
 }
 
 /* NAME.1.qcow2 beside the disk, or the first such name that is free. */
@@ -338,7 +325,6 @@ static int make_overlays(struct save *s)
 
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++)
 		r = link_layers(s, &s->manifest.disk[i]);
-
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
 		r = name_overlay(s, i, s->overlay[i]);
 		if (!r)
@@ -358,7 +344,7 @@ static int switch_disks(struct save *s)
 		struct json_object *action = json_object_new_object(), *data = json_object_new_object();
 		char node[32];
 
-		snprintf(node, sizeof node, "latent-%llx", (unsigned long long)now_us());
+		snprintf(node, sizeof node, "latent-%llx", (unsigned long long)os_now_us());
 		json_object_object_add(data, s->is_node[i] ? "node-name" : "device",
 				       json_object_new_string(s->device[i]));
 		if (s->is_node[i])
@@ -384,7 +370,7 @@ static int switch_disks(struct save *s)
 static int finish_state(struct save *s)
 {
 	struct stat st;
-	int r = run(s, "migrate-continue", object_of("{\"state\": \"pre-switchover\"}"), NULL);
+	int r = run(s, "migrate-continue", json_tokener_parse("{\"state\": \"pre-switchover\"}"), NULL);
 
 	if (!r)
 		r = wait_migration(s, "completed");
@@ -411,7 +397,7 @@ static int go_on(struct save *s)
 		usleep(300);
 	}
 	s->stopped = false;
-	s->result->pause_us = now_us() - s->stopped_us;
+	s->result->pause_us = os_now_us() - s->stopped_us;
 	return r ? fail(s, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
 }
 
@@ -679,7 +665,7 @@ static int save(struct save *s, struct source_progress *progress)
 		return r;
 	}
 	layout = *source_layout(s->source);
-	begin_us = now_us();
+	begin_us = os_now_us();
 	r = write_ram(s, progress);
 	if (s->options->stop) {
 		if (r)
@@ -693,7 +679,7 @@ static int save(struct save *s, struct source_progress *progress)
 		r = write_manifest(s, &layout);
 	if (!r)
 		r = complete(s);
-	s->result->write_us = now_us() - begin_us;
+	s->result->write_us = os_now_us() - begin_us;
 	s->result->ram_bytes_written = progress->bytes_written;
 	return r;
 }

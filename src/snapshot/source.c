@@ -3,6 +3,7 @@
 
 #include "core/entry.h"
 #include "os/os.h"
+#include "vmdir/vmdir.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -14,11 +15,9 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
-#define ANSWER_S 20
+#define ANSWER_MS 20000
 #define CHUNK_PAGES 128u
 #define EARLY_MAX 16384u /* copies of pages that the guest was about to write: 64 MiB */
 #define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
@@ -67,27 +66,6 @@ static int say(char *why, int r, const char *what)
 }
 
 /* ---- talking to the agent -------------------------------------------------------------------- */
-
-static int connect_to(const char *path)
-{
-	struct sockaddr_un at = { .sun_family = AF_UNIX };
-	struct timeval limit = { ANSWER_S, 0 };
-	int fd;
-
-	if ((size_t)snprintf(at.sun_path, sizeof at.sun_path, "%s", path) >= sizeof at.sun_path)
-		return -ENAMETOOLONG;
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return -errno;
-	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit) ||
-	    connect(fd, (struct sockaddr *)&at, sizeof at)) {
-		int r = -errno;
-
-		close(fd);
-		return r;
-	}
-	return fd;
-}
 
 static int ask(struct source *s, enum control_op op, struct control_reply *reply, char *why)
 {
@@ -192,7 +170,7 @@ int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT
 	s->end_fd = -1;
 	pthread_mutex_init(&s->lock, NULL);
 	pthread_cond_init(&s->room, NULL);
-	r = s->control = connect_to(path);
+	r = s->control = vmdir_connect(path, SOCK_SEQPACKET, ANSWER_MS);
 	if (r < 0) {
 		say(why, r, "the VM's agent cannot be reached");
 	} else {
@@ -385,14 +363,6 @@ struct writer {
 	uint64_t limit_bytes_s, begin_us;
 };
 
-static uint64_t now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
-
 static struct snapshot_page *record(struct writer *w, uint64_t page)
 {
 	return (struct snapshot_page *)w->image->memory + page;
@@ -451,8 +421,8 @@ static void keep_rate(struct writer *w)
 	if (!w->limit_bytes_s)
 		return;
 	due_us = w->begin_us + w->progress->bytes_written * 1000000 / w->limit_bytes_s;
-	if (now_us() < due_us)
-		usleep((useconds_t)(due_us - now_us() < 100000 ? due_us - now_us() : 100000));
+	if (os_now_us() < due_us)
+		usleep((useconds_t)(due_us - os_now_us() < 100000 ? due_us - os_now_us() : 100000));
 }
 
 /* Takes what is still pending of a chunk; the rest the server has. */
@@ -581,7 +551,7 @@ int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct so
 		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct snapshot_image image;
-	struct writer w = { s, &image, progress, ram_fd, limit_bytes_s, now_us() };
+	struct writer w = { s, &image, progress, ram_fd, limit_bytes_s, os_now_us() };
 	int r = make_image(s, &image);
 
 	if (r)

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "vmdir/qmp.h"
 
+#include "os/os.h"
+#include "vmdir/vmdir.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <stdbool.h>
@@ -8,12 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/time.h>
-#include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
-#define CONNECT_S 5
+#define CONNECT_MS 5000
 #define LINE_BYTES (256u << 10)
 
 struct qmp {
@@ -44,23 +44,10 @@ int qmp_open(int fd, qmp_event on_event, void *ctx, struct qmp **ret_qmp)
 
 int qmp_connect(const char *path, qmp_event on_event, void *ctx, struct qmp **ret_qmp)
 {
-	struct sockaddr_un at = { .sun_family = AF_UNIX };
-	int fd;
-
-	if ((size_t)snprintf(at.sun_path, sizeof at.sun_path, "%s", path) >= sizeof at.sun_path)
-		return -ENAMETOOLONG;
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return -errno;
 	/* connect(2) waits where the backlog is full: another client has the monitor, or QEMU hangs. */
-	if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){ CONNECT_S, 0 }, sizeof(struct timeval)) ||
-	    connect(fd, (struct sockaddr *)&at, sizeof at)) {
-		int r = -errno;
+	int fd = vmdir_connect(path, SOCK_STREAM, CONNECT_MS);
 
-		close(fd);
-		return r;
-	}
-	return qmp_open(fd, on_event, ctx, ret_qmp);
+	return fd < 0 ? fd : qmp_open(fd, on_event, ctx, ret_qmp);
 }
 
 void qmp_stop_when(struct qmp *q, const _Atomic bool *stop)
@@ -76,18 +63,10 @@ void qmp_close(struct qmp *q)
 	free(q);
 }
 
-static int64_t now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
 static int fill(struct qmp *q, int64_t deadline_ms)
 {
 	struct pollfd p = { .fd = q->fd, .events = POLLIN };
-	int64_t left = deadline_ms - now_ms();
+	int64_t left = deadline_ms - (int64_t)(os_now_us() / 1000);
 	ssize_t n;
 	int ready;
 
@@ -200,7 +179,7 @@ static int take_reply(struct json_object *message, struct json_object **ret_valu
 int qmp_run(struct qmp *q, const struct qmp_command *c, struct json_object **ret_value,
 	    char why[QMP_WHY_BYTES])
 {
-	int64_t deadline_ms = now_ms() + c->timeout_ms;
+	int64_t deadline_ms = (int64_t)(os_now_us() / 1000) + c->timeout_ms;
 	int r = qmp_send(q, c);
 
 	if (why)
@@ -239,7 +218,7 @@ unsigned qmp_next_id(const struct qmp *q)
 int qmp_wait(struct qmp *q, unsigned timeout_ms)
 {
 	struct json_object *message = NULL;
-	int r = next_message(q, now_ms() + timeout_ms, &message);
+	int r = next_message(q, (int64_t)(os_now_us() / 1000) + timeout_ms, &message);
 
 	json_object_put(message);
 	return r;

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #define CLAIM_TRIES 16
@@ -367,4 +369,26 @@ static int dead_end(int error, char *why, const char *format, ...)
 	vsnprintf(why, VMDIR_WHY_BYTES, format, args);
 	va_end(args);
 	return error;
+}
+
+int vmdir_connect(const char *path, int type, unsigned timeout_ms)
+{
+	struct timeval timeout = { .tv_sec = timeout_ms / 1000, .tv_usec = timeout_ms % 1000 * 1000 };
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int fd, r = 0;
+
+	if (snprintf(address.sun_path, sizeof address.sun_path, "%s", path) >=
+	    (int)sizeof address.sun_path)
+		return -ENAMETOOLONG;
+	fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout) ||
+	    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) ||
+	    connect(fd, (struct sockaddr *)&address, sizeof address))
+		r = errno == EAGAIN ? -ETIMEDOUT : -errno;
+	if (!r)
+		return fd;
+	close(fd);
+	return r;
 }

@@ -69,6 +69,10 @@ int vmdir_remove_if_dead(const char *path);
 /* PATH of a file in a VM's directory. -ENAMETOOLONG. */
 int vmdir_path(const char *root, const char *name, const char *file, char ret_path[VMDIR_PATH_BYTES]);
 
+/* A connection to a UNIX socket of this type; connecting, sending and receiving end after `timeout_ms`. Returns
+ * the descriptor, -ETIMEDOUT (the backlog is full) or another negative errno. */
+int vmdir_connect(const char *path, int type, unsigned timeout_ms);
+
 /* True while the VM's lock is held. */
 bool vmdir_is_live(const char *root, const char *name);
 

@@ -18,14 +18,6 @@
 #define TRY_AFTER_US 5000000 /* how long a file without a lease is left alone, at first */
 #define TRY_AFTER_MAX_US 600000000
 
-static uint64_t now_us(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
-
 static void set_state(struct volume *v, enum volume_state state)
 {
 	v->state = state;
@@ -467,13 +459,13 @@ static bool take_unmapped(struct volume *v)
  * the guest each time. */
 static void try_again(struct volume *v, int vmm_fd)
 {
-	if (now_us() < v->next_try_us || !take_unmapped(v))
+	if (os_now_us() < v->next_try_us || !take_unmapped(v))
 		return;
 	let_go(v);
 	open_volume(v, vmm_fd);
 	if (v->try_after_us < TRY_AFTER_MAX_US)
 		v->try_after_us *= 2;
-	v->next_try_us = now_us() + v->try_after_us;
+	v->next_try_us = os_now_us() + v->try_after_us;
 }
 
 static void tidy(struct volume *v, DIR *fds)
@@ -534,7 +526,7 @@ int volume_break(struct volume *v, enum volume_state why)
 		return 0;
 	ram_lock(ram); /* whoever maps looks at the state under the lock: from here on nobody does */
 	if (state_maps(v->state)) {
-		v->broken_us = now_us();
+		v->broken_us = os_now_us();
 		v->next_try_us = v->broken_us + v->try_after_us;
 		set_state(v, why);
 	} else if (why == VOLUME_DETACHED) {

@@ -64,7 +64,6 @@ def same_memory(test, directory):
         saved = physical_memory(guest)
         guest.kill9()
         guest.restore(snapshot)
-        guest.monitor.command("query-status")
         wait_status(guest, "paused")
         test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
         guest.qmp("cont")

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """The tracking structure of a volume: against pagemap, through all that changes counts, and spoilt."""
 
-import contextlib
 import os
 import random
 import time
@@ -30,20 +29,9 @@ def read_again(test, guest, what):
     latent.check_hashes(test, guest, FILES, what=what)
 
 
-@contextlib.contextmanager
-def all_stopped(guests):
-    for guest in guests:
-        guest.qmp("stop")
-    try:
-        yield
-    finally:
-        for guest in guests:
-            guest.qmp("cont")
-
-
 def check_counts(test, guests, what):
     """The structure says what pagemap says, location by location; returns the groups' sizes."""
-    with all_stopped(guests):
+    with vm.stopped(guests):
         stats = [figures_of(guest) for guest in guests]
         stats[0] = figures_of(guests[0])  # again: the others have brought their rows up to date
         expected, private = {}, 0

@@ -12,6 +12,7 @@ failed or LATENT_KEEP=1.
 
 import atexit
 import base64
+import contextlib
 import ctypes
 import os
 import re
@@ -384,6 +385,18 @@ class VM:
         except (OSError, QmpError, GuestError) as error:
             lines.append(str(error))
         return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def stopped(guests):
+    """Guests that stand still: the kernel shows one mapping after another, and not one moment."""
+    for guest in guests:
+        guest.qmp("stop")
+    try:
+        yield
+    finally:
+        for guest in guests:
+            guest.qmp("cont")
 
 
 def tail(path, n_lines):

@@ -259,7 +259,7 @@ static void take_disk(struct reading *d, struct json_object *json, struct manife
 {
 	struct json_object *array;
 
-	take_text(d, json, "drive", disk->drive, sizeof disk->drive);
+	take_name(d, json, "drive", disk->drive, sizeof disk->drive);
 	disk->bytes = take_number(d, json, "bytes", INT64_MAX);
 	array = take_array(d, json, "layers", MANIFEST_LAYERS, &disk->layers);
 	if (!d->r && !disk->layers)
@@ -286,7 +286,7 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 		wrong(d, SNAPSHOT_MANIFEST ": this is no snapshot of Latent");
 	if (take_number(d, json, "version", UINT32_MAX) != SNAPSHOT_VERSION)
 		wrong(d, SNAPSHOT_MANIFEST ": another version of the format; this Latent reads %u", SNAPSHOT_VERSION);
-	take_text(d, json, "name", m->name, sizeof m->name);
+	take_name(d, json, "name", m->name, sizeof m->name);
 	take_text(d, json, "qemu_version", m->qemu_version, sizeof m->qemu_version);
 	m->created_unix_s = take_number(d, json, "created_unix_s", INT64_MAX);
 	m->ram_bytes = take_number(d, json, "ram_bytes", INT64_MAX);

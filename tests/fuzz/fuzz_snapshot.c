@@ -62,7 +62,9 @@ static void check_manifest(const uint8_t *text, size_t bytes)
 	fuzz_require(ends(m.name, sizeof m.name) && ends(m.qemu_version, sizeof m.qemu_version));
 	for (uint32_t i = 0; i < m.volumes; i++)
 		fuzz_require(ends(m.volume[i].path, sizeof m.volume[i].path));
+	fuzz_require(!strchr(m.name, '/')); /* names of new overlays are made of both */
 	for (uint32_t i = 0; i < m.disks; i++) {
+		fuzz_require(!strchr(m.disk[i].drive, '/'));
 		fuzz_require(m.disk[i].layers && m.disk[i].layers <= MANIFEST_LAYERS);
 		for (uint32_t j = 0; j < m.disk[i].layers; j++) {
 			const struct manifest_layer *layer = &m.disk[i].layer[j];

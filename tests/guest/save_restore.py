@@ -176,6 +176,11 @@ def damaged(test, directory):
         disks = [dict(manifest["disks"][0], layers=layers)]
         (bad / "manifest.json").write_text(json.dumps({**manifest, "disks": disks}))
         refused(test, guest, bad, "a disk outside", "file")
+        (bad / "manifest.json").write_text(json.dumps({**manifest, "name": "../outside"}))
+        refused(test, guest, bad, "a name that leads elsewhere", "name")
+        disks = [dict(manifest["disks"][0], drive="../outside")]
+        (bad / "manifest.json").write_text(json.dumps({**manifest, "disks": disks}))
+        refused(test, guest, bad, "a drive that leads elsewhere", "drive")
         (bad / "manifest.json").write_text("{")
         refused(test, guest, bad, "half a manifest", "JSON")
         copy()

@@ -31,7 +31,7 @@ def make_share(share):
 def main():
     with tempfile.TemporaryDirectory(prefix="latent-share-") as share:
         make_share(Path(share))
-        command = [SOURCE / "tests/kvm/nested", "run", "--share", share, "--timeout", "840", "--",
+        command = [SOURCE / "tests/kvm/nested", "run", "--share", share, "--timeout", "700", "--",
                    "sh", "-c", COMMANDS]
         return subprocess.run(command, check=False).returncode
 

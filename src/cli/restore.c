@@ -8,6 +8,7 @@
 #include "cli/cli.h"
 #include "cli/props.h"
 #include "cli/run.h"
+#include "snapshot/active.h"
 #include "snapshot/manifest.h"
 #include "vmdir/vmdir.h"
 
@@ -154,6 +155,7 @@ static int open_files(struct restore *r)
 		status = open_file(r, SNAPSHOT_PAGES, 0, &r->agent.pages_fd);
 	if (!status)
 		status = open_file(r, SNAPSHOT_STATE, r->manifest.state_bytes, &r->agent.state_fd);
+	r->agent.active_fd = openat(r->dir_fd, SNAPSHOT_ACTIVE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK); /* there need not be any */
 	return status;
 }
 

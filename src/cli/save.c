@@ -15,13 +15,17 @@
 
 #define PAGE_BYTES 4096
 #define PROGRESS_MS 200
+#define WINDOW_MS 250
+#define WINDOW_MAX_MS 600000
 
-enum { OPT_LIVE, OPT_STOP, OPT_NO_DISK, OPT_LIMIT, OPT_JSON };
+enum { OPT_LIVE, OPT_STOP, OPT_NO_DISK, OPT_WINDOW, OPT_LIMIT, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_LIVE] = { "live", CLI_FLAG, NULL, "let the guest run while its RAM is written (the default)" },
 	[OPT_STOP] = { "stop", CLI_FLAG, NULL, "let the guest stand until all is written" },
 	[OPT_NO_DISK] = { "no-disk", CLI_FLAG, NULL, "leave the disks as they are, and out of the snapshot" },
+	[OPT_WINDOW] = { "window", CLI_VALUE, "MS",
+			 "see for so long, before, which pages the guest uses (default: 250)" },
 	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB a second" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object" },
 	{ NULL, CLI_FLAG, NULL, NULL },
@@ -49,7 +53,7 @@ static void print_json(const struct save_options *save, const struct save_result
 static int run(const struct cli_command *command, int argc, char **argv)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
-	struct save_options save = { 0 };
+	struct save_options save = { .window_ms = WINDOW_MS };
 	struct vm_view view;
 	bool json = false;
 	int status = parse(&parser, &save, &json);
@@ -72,7 +76,7 @@ static int run(const struct cli_command *command, int argc, char **argv)
 static int parse(struct cli_parser *parser, struct save_options *save, bool *ret_json)
 {
 	bool live = false;
-	uint64_t mib;
+	uint64_t mib, window_ms;
 	int option;
 
 	while ((option = cli_next_option(parser)) >= 0) {
@@ -92,6 +96,14 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 				return CLI_WRONG;
 			}
 			save->limit_bytes_s = mib << 20;
+			break;
+		case OPT_WINDOW:
+			if (!cli_parse_unsigned(parser->value, WINDOW_MAX_MS, &window_ms)) {
+				cli_fail(CLI_USAGE, "save: --window takes milliseconds, up to %d, not '%.40s'", WINDOW_MAX_MS,
+					 parser->value);
+				return CLI_WRONG;
+			}
+			save->window_ms = (unsigned)window_ms;
 			break;
 		case OPT_JSON:
 			*ret_json = true;
@@ -194,6 +206,8 @@ static void print_text(const struct save_options *save, const struct save_result
 	for (uint32_t i = 0; i < result->disks; i++)
 		printf("  disk %s: the VM writes to %s from now on; %s belongs to the snapshot\n", result->disk[i].drive,
 		       result->disk[i].now, result->disk[i].before);
+	printf("  in use when it was saved: %s, of that written %s\n", cli_size(result->active_pages * PAGE_BYTES, a),
+	       cli_size(result->active_written_pages * PAGE_BYTES, b));
 	printf("  device state %s, disks %u; written in %.1f s, %ju pages first for the guest\n",
 	       cli_size(result->state_bytes, a), result->disks, (double)result->write_us / 1e6,
 	       (uintmax_t)result->source.faults);
@@ -220,6 +234,8 @@ static void print_json(const struct save_options *save, const struct save_result
 	add(json, "pages_on_volumes", result->pages.volume);
 	add(json, "pages_zero", result->pages.zero);
 	add(json, "pages_of_one_word", result->pages.word);
+	add(json, "active_pages", result->active_pages);
+	add(json, "active_written_pages", result->active_written_pages);
 	add(json, "private_pages", result->source.private_pages);
 	add(json, "faults", result->source.faults);
 	for (uint32_t i = 0; i < result->disks; i++) {

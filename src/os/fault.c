@@ -22,6 +22,7 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_PUNCH] = "punch",
 	[OS_FAULT_POPULATE] = "populate",
 	[OS_FAULT_SETTLE_WRITE] = "settle_write",
+	[OS_FAULT_REGISTER] = "register",
 	[OS_FAULT_STORAGE_READ] = "storage_read",
 };
 

@@ -324,6 +324,14 @@ void agent_note_kernel_io(bool of_drives)
 		a->stats->other_io = 1;
 }
 
+int agent_freeze(struct agent *a, unsigned timeout_ms)
+{
+	/* One of QEMU's may be inside a system call that waits for a page. */
+	const pid_t spare[] = { a->service_tid, faults_tid() };
+
+	return os_freeze(AGENT_FREEZE_SIGNAL, spare, timeout_ms);
+}
+
 int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)
 {
 	uint64_t begin_us;
@@ -334,7 +342,7 @@ int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct s
 		return -EBUSY;
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
 	begin_us = os_now_us();
-	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, timeout_ms);
+	r = agent_freeze(a, timeout_ms);
 	if (!r) {
 		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 			int one = all || !volume_is_mapped(v) ? volume_settle(v, &done->pages) : 0;
@@ -367,10 +375,12 @@ int agent_exclude(const char *what)
 	if (!a || !a->overlays_allowed)
 		return 0;
 	volumes_allow(a->volumes, false);
+	r = ram_unmask(a->ram);
 	ram_get_counts(a->ram, &c);
 	for (uint32_t i = 0; c.overlay_pages && (v = volumes_nth(a->volumes, i)); i++)
 		volume_swap_in(v);
-	r = c.overlay_pages ? agent_settle_frozen(a, true, FREEZE_MS, &done) : 0;
+	if (!r && c.overlay_pages)
+		r = agent_settle_frozen(a, true, FREEZE_MS, &done);
 	if (r) {
 		volumes_allow(a->volumes, true);
 		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images, and %s. "

@@ -5,6 +5,8 @@
  *   hooks.c    the C library's functions that it stands in front of
  *   service.c  its one thread: control socket, lease breaks, housekeeping
  *   saver.c    its part of a save
+ *   restorer.c its part of a restore
+ *   faults.c   its other thread, with masked pages only: makes those that are touched
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
@@ -58,6 +60,9 @@ int agent_exclude(const char *what);
 /* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
 void agent_note_kernel_io(bool of_drives);
 
+/* os_freeze of all threads but the agent's own ones; os_thaw ends it. */
+int agent_freeze(struct agent *agent, unsigned timeout_ms);
+
 struct settled {
 	uint64_t pages, paused_us;
 };
@@ -108,9 +113,15 @@ void pause_drain(struct pause *pause); /* reads and drops what has come */
 struct control_reply;
 void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
+void saver_watch(int client, struct control_reply *reply);
+uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 void saver_client_gone(struct agent *agent, int client);
+
+/* faults.c: starts the thread; from then on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
+int faults_start(struct agent *agent);
+pid_t faults_tid(void); /* 0: there is no such thread */
 
 /* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */
 int restorer_fill(struct agent *agent, struct ram_block *block);

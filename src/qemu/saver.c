@@ -5,6 +5,7 @@
  */
 #include "qemu/agent.h"
 
+#include "activity/seen.h"
 #include "os/os.h"
 #include "os/probe.h"
 
@@ -26,6 +27,8 @@ static struct {
 	struct control_run *runs;
 	uint8_t *copies;
 	uint64_t base_runs, private_runs, copied_pages;
+	struct seen *seen;
+	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
 } saver = { .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
 
 static size_t runs_bytes(void)
@@ -67,11 +70,16 @@ static int begin(struct agent *a)
 	uint64_t private = 0;
 	int r;
 
+	r = ram_unmask(a->ram); /* two cannot watch one mapping */
+	if (r)
+		return r;
 	ram_get_counts(a->ram, &c);
 	saver.total_pages = c.pages;
 	r = saver.uffd = os_uffd_open(UFFD_FEATURES);
 	if (r >= 0)
 		r = make_tables();
+	if (!r)
+		r = seen_create(a->ram, &saver.seen);
 	if (r < 0)
 		return r;
 	ram_lock(a->ram);
@@ -137,16 +145,40 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 	saver.base_runs = saver.private_runs = saver.copied_pages = 0;
 	ram_lock(a->ram);
 	begin_us = os_now_us();
-	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
+	r = agent_freeze(a, FREEZE_MS);
 	if (!r) {
 		r = ram_for_private(a->ram, copy_run, a);
 		if (!r)
 			r = ram_for_base_data(a->ram, protect_run, a);
+		if (!r && !a->kernel_io) /* which may be writing copies just now */
+			seen_restart(saver.seen);
 		os_thaw();
 	}
 	*ret_paused_us = os_now_us() - begin_us;
 	ram_unlock(a->ram);
+	saver.watch = WATCH_SOON;
 	return r;
+}
+
+/* ---- what the guest is using ------------------------------------------------------------------- */
+
+uint64_t saver_tick(void)
+{
+	if (saver.client < 0 || saver.watch == WATCH_OFF)
+		return UINT64_MAX;
+	if (saver.watch == WATCH_SOON) {
+		seen_begin(saver.seen);
+		saver.watch = WATCH_ON;
+	}
+	return seen_look(saver.seen);
+}
+
+void saver_watch(int client, struct control_reply *p)
+{
+	if (client == saver.client)
+		saver.watch = WATCH_SOON;
+	else
+		p->error = -EPROTO;
 }
 
 /* ---- the end ----------------------------------------------------------------------------------- */
@@ -187,6 +219,9 @@ static void end(struct agent *a)
 	close_fd(&saver.uffd);
 	close_fd(&saver.runs_fd);
 	close_fd(&saver.copies_fd);
+	seen_destroy(saver.seen);
+	saver.seen = NULL;
+	saver.watch = WATCH_OFF;
 	saver.client = -1;
 }
 
@@ -229,7 +264,7 @@ static void describe(struct agent *a, struct control_layout *layout)
 static int send_layout(struct agent *a, int client)
 {
 	static struct control_layout layout; /* only this thread */
-	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd };
+	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
 	char control[CMSG_SPACE(sizeof fds)] = { 0 };
 	struct iovec iov = { &layout, sizeof layout };
 	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control };

@@ -331,6 +331,9 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_SAVE_BEGIN:
 		saver_begin(s->agent, client, p);
 		break;
+	case CONTROL_SAVE_WATCH:
+		saver_watch(client, p);
+		break;
 	case CONTROL_SAVE_POINT:
 		saver_point(s->agent, client, p);
 		break;
@@ -453,11 +456,13 @@ static void serve(struct service *s)
 			[POLL_WAKE] = { .fd = s->agent->wake_fd, .events = POLLIN },
 			[POLL_QMP] = { .fd = s->pause ? pause_poll_fd(s->pause) : -1, .events = POLLIN },
 		};
-		uint64_t now = os_now_us();
+		uint64_t saver_us = saver_tick(), now = os_now_us(), wait_us = now < next_us ? next_us - now + 1000 : 0;
 
+		if (wait_us > saver_us)
+			wait_us = saver_us;
 		for (size_t i = 0; i < CLIENTS; i++)
 			p[POLL_CLIENTS + i] = (struct pollfd){ .fd = s->clients[i], .events = POLLIN };
-		(void)poll(p, POLL_CLIENTS + CLIENTS, now < next_us ? (int)((next_us - now) / 1000 + 1) : 0);
+		(void)poll(p, POLL_CLIENTS + CLIENTS, (int)(wait_us / 1000));
 		if (!agent_get())
 			continue; /* still starting: no volumes yet */
 		if (p[POLL_SIGNAL].revents)

@@ -34,6 +34,7 @@ struct save {
 	struct qmp *qmp;
 	struct source *source;
 	struct snapshot_image image;
+	struct active_page *active;
 	char partial[PATH_MAX]; /* the directory until it is whole */
 	int dir_fd, state_fd;
 	char migration[32];     /* the last status that QEMU has told */
@@ -401,6 +402,19 @@ static int go_on(struct save *s)
 	return r ? fail(s, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
 }
 
+static int watch(struct save *s, struct source_progress *progress)
+{
+	uint64_t until_us = os_now_us() + s->options->window_ms * 1000ull;
+	int r = source_watch(s->source, s->why);
+
+	while (!r && os_now_us() < until_us) {
+		if (progress->stop)
+			return fail(s, -EINTR, "a signal ended it");
+		usleep(5000);
+	}
+	return r;
+}
+
 static int pause_and_take(struct save *s)
 {
 	int r = start_state(s);
@@ -458,7 +472,8 @@ static int make_dir(struct save *s)
 
 static void remove_partial(struct save *s)
 {
-	static const char *const files[] = { SNAPSHOT_RAM, SNAPSHOT_PAGES, SNAPSHOT_STATE, SNAPSHOT_MANIFEST };
+	static const char *const files[] = { SNAPSHOT_RAM, SNAPSHOT_PAGES, SNAPSHOT_ACTIVE, SNAPSHOT_STATE,
+					     SNAPSHOT_MANIFEST };
 	char path[128];
 
 	if (!s->partial[0])
@@ -514,6 +529,11 @@ static int write_ram(struct save *s, struct source_progress *progress)
 	if (fd < 0)
 		return fd;
 	r = source_write(s->source, fd, s->options->limit_bytes_s, progress, &s->image, s->why);
+	if (!r) {
+		r = source_list_active(s->source, &s->image, &s->active, &s->result->active_pages);
+		if (r)
+			fail(s, r, "no memory for the list of active pages");
+	}
 	/* Guest RAM is let go before the disk is waited for. */
 	source_get_counts(s->source, &s->result->source);
 	source_end(s->source);
@@ -546,6 +566,47 @@ static int write_state(struct save *s)
 	if (r)
 		fail(s, r, SNAPSHOT_STATE " cannot be written: %s", strerror(-r));
 	return sync_and_close(s, fd, SNAPSHOT_STATE, r);
+}
+
+/* In the image's numbers, which are the manifest's. */
+static int open_volumes(struct save *s, int fds[SNAPSHOT_VOLUMES])
+{
+	int r = 0;
+
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		fds[i] = -1;
+	for (uint32_t i = 0; !r && i < s->manifest.volumes; i++) {
+		fds[i] = open(s->manifest.volume[i].path, O_RDONLY | O_CLOEXEC);
+		if (fds[i] < 0)
+			r = fail(s, -errno, "%.200s cannot be read: %s", s->manifest.volume[i].path, strerror(errno));
+	}
+	return r;
+}
+
+static int write_active(struct save *s)
+{
+	int volumes[SNAPSHOT_VOLUMES], ram = -1, fd = -1, r = open_volumes(s, volumes);
+
+	if (!r) {
+		ram = openat(s->dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC);
+		r = ram < 0 ? fail(s, -errno, SNAPSHOT_RAM " cannot be read") : 0;
+	}
+	if (!r)
+		r = fd = create(s, SNAPSHOT_ACTIVE);
+	if (fd >= 0) {
+		r = active_write(fd, s->active, s->result->active_pages, &s->image, ram, volumes);
+		if (r)
+			fail(s, r, SNAPSHOT_ACTIVE " cannot be written: %s", strerror(-r));
+		r = sync_and_close(s, fd, SNAPSHOT_ACTIVE, r);
+	}
+	for (uint64_t i = 0; i < s->result->active_pages; i++)
+		s->result->active_written_pages += s->active[i].flags & ACTIVE_WRITTEN;
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		if (volumes[i] >= 0)
+			close(volumes[i]);
+	if (ram >= 0)
+		close(ram);
+	return r;
 }
 
 static int identify(struct save *s, struct manifest_volume *v)
@@ -600,6 +661,8 @@ static int write_manifest(struct save *s, const struct control_layout *layout)
 		r = identify_layers(s, &s->manifest.disk[i]);
 	}
 	s->result->disks = s->manifest.disks;
+	if (!r)
+		r = write_active(s);
 	if (!r) {
 		r = manifest_write(&s->manifest, s->dir_fd);
 		if (r)
@@ -654,6 +717,8 @@ static int save(struct save *s, struct source_progress *progress)
 
 	if (!r)
 		r = connect_vm(s, progress);
+	if (!r)
+		r = watch(s, progress);
 	if (r)
 		return r;
 	qmp_stop_when(s->qmp, NULL); /* what has begun to pause goes to its end, which is near */
@@ -711,6 +776,7 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	for (unsigned i = 0; !s->switched && i < s->overlays; i++)
 		(void)unlink(s->overlay[i]);
 	snapshot_image_free(&s->image);
+	free(s->active);
 	if (s->state_fd >= 0)
 		close(s->state_fd);
 	if (s->dir_fd >= 0)

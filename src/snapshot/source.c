@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "snapshot/source.h"
 
+#include "activity/seen.h"
 #include "core/entry.h"
 #include "os/os.h"
 #include "vmdir/vmdir.h"
@@ -42,10 +43,12 @@ struct source {
 		const uint64_t *entries;  /* the agent's table */
 		uint64_t *point;          /* the entries as they were at the instant */
 		_Atomic uint8_t *state;   /* enum page_state */
+		uint8_t *written;         /* since the instant, as far as it is known */
 		uint64_t first;           /* the block's first page in the image */
 	} block[SNAPSHOT_BLOCKS];
 	struct control_run *runs; /* private, then base */
 	uint8_t *copies;
+	const uint16_t *seen; /* the agent's table */
 	uint64_t total_pages, base_runs, private_runs, private_pages, base_pages;
 
 	pthread_t server;
@@ -151,12 +154,14 @@ static int map_blocks(struct source *s)
 		s->block[i].entries = view(entries, 0, (size_t)b->pages * sizeof(uint64_t));
 		s->block[i].point = malloc((size_t)b->pages * sizeof(uint64_t));
 		s->block[i].state = calloc((size_t)b->pages, 1);
-		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state)
+		s->block[i].written = calloc((size_t)b->pages, 1);
+		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state || !s->block[i].written)
 			return -ENOMEM;
 		/* Touched now, not while the guest waits. */
 		memset(s->block[i].point, 0, (size_t)b->pages * sizeof(uint64_t));
 	}
-	return 0;
+	s->seen = view(s->fds[CONTROL_FD_SEEN], 0, s->total_pages * sizeof *s->seen);
+	return s->seen ? 0 : -ENOMEM;
 }
 
 int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES])
@@ -241,6 +246,7 @@ static void serve_page(struct source *s, uint32_t block, uint64_t page)
 	struct early *e = NULL;
 
 	s->faults++;
+	s->block[block].written[page] = 1;
 	while (*state == PAGE_PENDING && !(e = malloc(sizeof *e)))
 		usleep(1000); /* the writer frees some, or takes the page itself */
 	if (e && atomic_compare_exchange_strong(state, &pending, PAGE_BUSY)) {
@@ -333,6 +339,20 @@ static int take_runs(struct source *s, const struct control_reply *reply)
 	return check_runs(s);
 }
 
+/* Copies that the guest has made in overlays are pages that it writes. */
+static void note_private(struct source *s)
+{
+	for (uint64_t i = 0; i < s->private_runs; i++)
+		memset(&s->block[s->runs[i].block].written[s->runs[i].page], 1, s->runs[i].pages);
+}
+
+int source_watch(struct source *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+
+	return ask(s, CONTROL_SAVE_WATCH, &reply, why);
+}
+
 int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct control_reply reply = { 0 };
@@ -348,6 +368,7 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++)
 		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page],
 		       i < s->private_runs ? PAGE_SAVED : PAGE_PENDING, s->runs[i].pages);
+	note_private(s);
 	*ret_paused_us = reply.paused_us;
 	r = start_server(s);
 	return r ? say(why, r, "no thread to serve write faults") : 0;
@@ -574,6 +595,41 @@ int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct so
 	return 0;
 }
 
+/* ---- what the guest uses ---------------------------------------------------------------------- */
+
+static int by_first_touch(const void *a, const void *b)
+{
+	const struct active_page *x = a, *y = b;
+
+	if (x->order != y->order)
+		return x->order < y->order ? -1 : 1;
+	return x->page < y->page ? -1 : x->page > y->page;
+}
+
+int source_list_active(const struct source *s, const struct snapshot_image *image, struct active_page **ret_list,
+		       uint64_t *ret_count)
+{
+	const struct snapshot_page *table = image->memory;
+	struct active_page *list = malloc(s->total_pages * sizeof *list);
+	uint64_t count = 0;
+
+	if (!list)
+		return -ENOMEM;
+	for (uint32_t b = 0; b < s->layout.blocks; b++) {
+		for (uint64_t i = 0; i < s->layout.block[b].pages; i++) {
+			uint64_t page = s->block[b].first + i;
+			uint16_t order = s->seen[page];
+
+			if (order && table[page].kind != SNAPSHOT_WORD)
+				list[count++] = (struct active_page){ page, s->block[b].written[i] ? ACTIVE_WRITTEN : 0, order };
+		}
+	}
+	qsort(list, count, sizeof *list, by_first_touch);
+	*ret_list = list;
+	*ret_count = count < ACTIVE_MAX_PAGES ? count : ACTIVE_MAX_PAGES;
+	return 0;
+}
+
 void source_get_counts(const struct source *s, struct source_counts *c)
 {
 	*c = (struct source_counts){ s->base_pages, s->private_pages, s->faults };
@@ -630,8 +686,11 @@ void source_end(struct source *s)
 		if (s->block[i].entries)
 			munmap((void *)(uintptr_t)s->block[i].entries, (size_t)pages * sizeof(uint64_t));
 		free(s->block[i].point);
+		free(s->block[i].written);
 		free((void *)s->block[i].state);
 	}
+	if (s->seen)
+		munmap((void *)(uintptr_t)s->seen, s->total_pages * sizeof *s->seen);
 	if (s->copies)
 		munmap(s->copies, os_bytes(s->private_pages));
 	for (unsigned i = CONTROL_FD_UFFD + 1; i < s->fd_count; i++)

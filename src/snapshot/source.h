@@ -10,6 +10,7 @@
 #ifndef LATENT_SNAPSHOT_SOURCE_H
 #define LATENT_SNAPSHOT_SOURCE_H
 
+#include "snapshot/active.h"
 #include "snapshot/image.h"
 #include "vmdir/control.h"
 
@@ -20,6 +21,8 @@ struct source;
 
 /* Asks the agent on the control socket at `path` to hold guest RAM. */
 int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES]);
+/* From now on it is seen which pages the guest uses. */
+int source_watch(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
 int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);
 
@@ -34,6 +37,11 @@ struct source_progress {
 /* Writes contents to `ram_fd` and makes the metadata. `limit_bytes_s`: 0 for as fast as it goes. */
 int source_write(struct source *source, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
 		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
+
+/* The pages that the guest has used and that have contents, in the order of their first touch: those since the
+ * point in time before those that were seen only before it. The caller frees the list. -ENOMEM. */
+int source_list_active(const struct source *source, const struct snapshot_image *image, struct active_page **ret_list,
+		       uint64_t *ret_count);
 
 struct source_counts {
 	uint64_t base_pages, private_pages, faults;

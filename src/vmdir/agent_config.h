@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
-#define AGENT_CONFIG_VERSION 2u
+#define AGENT_CONFIG_VERSION 3u
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
@@ -26,6 +26,7 @@
 struct agent_restore {
 	uint32_t active;
 	int32_t pages_fd, ram_fd, state_fd;
+	int32_t active_fd; /* -1: the snapshot has none */
 	uint32_t volumes;
 	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
 };

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 2u
+#define CONTROL_VERSION 3u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -18,11 +18,13 @@ enum control_op {
 	 * A save, in this order, over one connection; its end, by whatever cause, ends the save too.
 	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
 	 *          a struct control_layout with descriptors.
+	 *   WATCH  from now on it is noted which pages are touched, and when
 	 *   POINT  with the guest stopped: private copies are copied out, base that holds data is
 	 *          write-protected. From then on the other side has to serve write faults.
 	 *   END    protection is taken away.
 	 */
 	CONTROL_SAVE_BEGIN,
+	CONTROL_SAVE_WATCH,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
 	CONTROL_OPS
@@ -62,6 +64,7 @@ enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */
 	CONTROL_FD_COPIES, /* contents of the private runs, one after the other; written by SAVE_POINT */
+	CONTROL_FD_SEEN,   /* uint16_t for each page of each block: when it was touched first (activity/seen.h) */
 	CONTROL_FD_BLOCKS
 };
 

@@ -818,7 +818,7 @@ static void check_freeze(void)
 	uint64_t before[RUNNERS], spare_before;
 	struct timespec pause = { 0, 200000 };
 
-	assert_int_equal(os_freeze(SIGRTMAX - 4, frozen.spare, 5000), 0);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, (pid_t[2]){ frozen.spare }, 5000), 0);
 	for (int i = 0; i < RUNNERS; i++)
 		before[i] = frozen.steps[i];
 	spare_before = frozen.steps[0];
@@ -882,7 +882,7 @@ static void test_freeze_in_vain(void **state)
 	assert_int_equal(pthread_create(&runner, NULL, run_steps, &frozen.steps[1]), 0);
 	while (!frozen.steps[0] || !frozen.steps[1])
 		usleep(1000);
-	assert_int_equal(os_freeze(SIGRTMAX - 4, 0, 100), -ETIMEDOUT);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, (pid_t[2]){ 0 }, 100), -ETIMEDOUT);
 	before = frozen.steps[1];
 	while (frozen.steps[1] == before)
 		usleep(1000);

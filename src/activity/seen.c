@@ -18,11 +18,13 @@ struct seen {
 	uint16_t *table;
 	size_t bytes;
 	uint16_t slice;
+	bool overlays; /* they have been emptied, too */
+	bool restarted;
 	uint64_t next_us;
 	uint64_t first[RAM_BLOCKS]; /* where a block's pages begin in the table */
 	uint64_t pages[RAM_BLOCKS];
-	uint64_t looking;           /* the block's, while it is looked at */
-	const uint8_t *hva;
+	const struct ram_block *block; /* that is looked at, */
+	uint16_t *block_table;
 };
 
 int seen_create(struct ram *ram, struct seen **ret_seen)
@@ -80,8 +82,19 @@ static struct ram_block *block_of(struct seen *s, unsigned slot)
 	return b && b->pages == s->pages[slot] ? b : NULL;
 }
 
+static void begin_again(struct seen *s)
+{
+	for (size_t i = 0; i < s->bytes / sizeof *s->table; i++)
+		if (s->table[i])
+			s->table[i] |= SEEN_EARLIER;
+	s->slice = 0;
+	s->restarted = false;
+}
+
 void seen_begin(struct seen *s)
 {
+	if (s->restarted)
+		begin_again(s);
 	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++) {
 		for (uint64_t page = 0; page < s->pages[slot]; page += ZAP_PAGES) {
 			struct ram_block *b;
@@ -100,21 +113,30 @@ void seen_begin(struct seen *s)
 void seen_restart(struct seen *s)
 {
 	ram_zap_clean_overlays(s->ram);
-	for (size_t i = 0; i < s->bytes / sizeof *s->table; i++)
-		if (s->table[i])
-			s->table[i] |= SEEN_EARLIER;
-	s->slice = 0;
+	s->overlays = s->restarted = true;
 	s->next_us = UINT64_MAX;
 }
 
-static void note_present(void *ctx, uint8_t *hva, uint64_t pages)
+static void note_run(struct seen *s, uint64_t page, uint64_t pages)
 {
-	struct seen *s = ctx;
-	uint16_t *at = s->table + s->looking + ((uint64_t)(hva - s->hva) >> OS_PAGE_SHIFT);
+	uint16_t *at = s->block_table + page;
 
 	for (uint64_t i = 0; i < pages; i++)
 		if (!at[i] || at[i] & SEEN_EARLIER)
 			at[i] = s->slice;
+}
+
+/* What an overlay showed before it was emptied says nothing. */
+static void note_present(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct seen *s = ctx;
+	uint64_t page = (uint64_t)(hva - s->block->hva) >> OS_PAGE_SHIFT, end = page + pages;
+
+	for (struct ram_range range; page < end; page += range.pages) {
+		range = ram_range_at(s->block, page, end);
+		if (s->overlays || range.source != ENTRY_OVERLAY)
+			note_run(s, page, range.pages);
+	}
 }
 
 static void look_at(struct seen *s, unsigned slot, uint64_t page)
@@ -124,8 +146,8 @@ static void look_at(struct seen *s, unsigned slot, uint64_t page)
 	ram_lock(s->ram);
 	b = block_of(s, slot);
 	if (b) {
-		s->looking = s->first[slot];
-		s->hva = b->hva;
+		s->block = b;
+		s->block_table = s->table + s->first[slot];
 		(void)os_pagemap_present_runs(s->pagemap, b->hva + os_bytes(page),
 					      b->pages - page < LOOK_PAGES ? b->pages - page : LOOK_PAGES, note_present, s);
 	}

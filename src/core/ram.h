@@ -133,12 +133,11 @@ int ram_map_overlay(struct ram *ram, struct ram_block *block, uint64_t page, uin
 void ram_hold(struct ram *ram, bool held);
 bool ram_is_held(struct ram *ram); /* [locked] */
 
-/* [locked] Calls `each` for every longest run of base pages that hold data, in order; ends at and returns its
- * first result that is not 0. */
+/* [locked] Calls `each` for every longest run of base, in order; ends at and returns its first result that is not
+ * 0. ram_for_base_of: of a part of one block. */
 typedef int (*ram_run)(void *ctx, struct ram_block *block, uint64_t page, uint64_t pages);
-int ram_for_base_data(struct ram *ram, ram_run each, void *ctx);
-/* [locked] The same for all of base, whether it holds data or not. */
 int ram_for_base(struct ram *ram, ram_run each, void *ctx);
+int ram_for_base_of(struct ram_block *block, uint64_t page, uint64_t pages, ram_run each, void *ctx);
 /* [locked] Brings the private flags up to date, all at once, and calls `each` for every run of private copies. */
 int ram_for_private(struct ram *ram, ram_run each, void *ctx);
 

@@ -6,7 +6,7 @@
  *   service.c  its one thread: control socket, lease breaks, housekeeping
  *   saver.c    its part of a save
  *   restorer.c its part of a restore
- *   faults.c   its other thread, with masked pages only: makes those that are touched
+ *   faults.c   its other thread, from the first restore or save on: serves faults
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
@@ -113,14 +113,18 @@ void pause_drain(struct pause *pause); /* reads and drops what has come */
 struct control_reply;
 void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
+void saver_arm(struct agent *agent, int client, struct control_reply *reply);
+void saver_written(struct agent *agent, uintptr_t hva); /* from faults.c */
 void saver_watch(int client, struct control_reply *reply);
 uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 void saver_client_gone(struct agent *agent, int client);
 
-/* faults.c: starts the thread; from then on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
-int faults_start(struct agent *agent);
+/* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
+int faults_make_pages(struct agent *agent);
+/* Writes to what `uffd` protects go to saver_written; -1: no more (none is under way when it returns). */
+int faults_serve_writes(struct agent *agent, int uffd);
 pid_t faults_tid(void); /* 0: there is no such thread */
 
 /* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */

@@ -380,7 +380,7 @@ static void attach(struct fill *f)
 {
 	const struct agent_restore *restore = &f->agent->config.restore;
 
-	f->masks = f->agent->overlays_allowed && !faults_start(f->agent);
+	f->masks = f->agent->overlays_allowed && !faults_make_pages(f->agent);
 	f->ram = volumes_attach(f->agent->volumes, restore->ram_fd);
 	f->mask_ram = f->masks && f->ram && volume_is_mapped(f->ram);
 	for (uint32_t i = 0; i < restore->volumes; i++) {

@@ -334,6 +334,9 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_SAVE_WATCH:
 		saver_watch(client, p);
 		break;
+	case CONTROL_SAVE_ARM:
+		saver_arm(s->agent, client, p);
+		break;
 	case CONTROL_SAVE_POINT:
 		saver_point(s->agent, client, p);
 		break;

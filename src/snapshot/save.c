@@ -719,6 +719,8 @@ static int save(struct save *s, struct source_progress *progress)
 		r = connect_vm(s, progress);
 	if (!r)
 		r = watch(s, progress);
+	if (!r)
+		r = source_arm(s->source, s->why);
 	if (r)
 		return r;
 	qmp_stop_when(s->qmp, NULL); /* what has begun to pause goes to its end, which is near */

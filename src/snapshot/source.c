@@ -20,6 +20,7 @@
 
 #define ANSWER_MS 20000
 #define CHUNK_PAGES 128u
+#define ENTRIES_CHUNK 512u
 #define EARLY_MAX 16384u /* copies of pages that the guest was about to write: 64 MiB */
 #define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
 
@@ -46,10 +47,11 @@ struct source {
 		uint8_t *written;         /* since the instant, as far as it is known */
 		uint64_t first;           /* the block's first page in the image */
 	} block[SNAPSHOT_BLOCKS];
-	struct control_run *runs; /* private, then base */
+	struct control_run *runs; /* private copies */
+	struct control_run *base; /* what base holds; found while the guest runs again */
 	uint8_t *copies;
 	const uint16_t *seen; /* the agent's table */
-	uint64_t total_pages, base_runs, private_runs, private_pages, base_pages;
+	uint64_t total_pages, base_runs, base_room, private_runs, private_pages, base_pages;
 
 	pthread_t server;
 	bool serving;
@@ -144,6 +146,15 @@ static const void *view(int fd, uint64_t offset, size_t bytes)
 	return at == MAP_FAILED ? NULL : at;
 }
 
+static void take_entries_of(struct source *s, uint32_t block, uint64_t page, uint64_t pages)
+{
+	uint64_t *point = s->block[block].point + page;
+
+	memcpy(point, s->block[block].entries + page, (size_t)pages * sizeof *point);
+	for (uint64_t i = 0; i < pages; i++)
+		s->block[block].state[page + i] = entry_source(point[i]) == ENTRY_BASE ? PAGE_PENDING : PAGE_FREE;
+}
+
 static int map_blocks(struct source *s)
 {
 	for (uint32_t i = 0; i < s->layout.blocks; i++) {
@@ -158,7 +169,8 @@ static int map_blocks(struct source *s)
 		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state || !s->block[i].written)
 			return -ENOMEM;
 		/* Touched now, not while the guest waits. */
-		memset(s->block[i].point, 0, (size_t)b->pages * sizeof(uint64_t));
+		for (uint64_t page = 0; page < b->pages; page += ENTRIES_CHUNK)
+			take_entries_of(s, i, page, b->pages - page < ENTRIES_CHUNK ? b->pages - page : ENTRIES_CHUNK);
 	}
 	s->seen = view(s->fds[CONTROL_FD_SEEN], 0, s->total_pages * sizeof *s->seen);
 	return s->seen ? 0 : -ENOMEM;
@@ -301,16 +313,13 @@ static int check_runs(struct source *s)
 {
 	uint64_t private_pages = 0;
 
-	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++) {
+	for (uint64_t i = 0; i < s->private_runs; i++) {
 		const struct control_run *run = &s->runs[i];
 
 		if (run->block >= s->layout.blocks || run->page >= s->layout.block[run->block].pages ||
 		    run->pages > s->layout.block[run->block].pages - run->page)
 			return -EPROTO;
-		if (i < s->private_runs)
-			private_pages += run->pages;
-		else
-			s->base_pages += run->pages;
+		private_pages += run->pages;
 	}
 	return private_pages == s->private_pages ? 0 : -EPROTO;
 }
@@ -319,13 +328,12 @@ static int take_runs(struct source *s, const struct control_reply *reply)
 {
 	size_t bytes;
 
-	s->base_runs = reply->base_runs;
 	s->private_runs = reply->private_runs;
 	s->private_pages = reply->pages;
-	if (s->base_runs + s->private_runs > s->total_pages || s->private_pages > s->total_pages)
+	if (s->private_runs > s->total_pages || s->private_pages > s->total_pages)
 		return -EPROTO;
 	/* Copied: the agent must not change it after it was checked. */
-	bytes = (size_t)(s->base_runs + s->private_runs) * sizeof *s->runs;
+	bytes = (size_t)s->private_runs * sizeof *s->runs;
 	s->runs = malloc(bytes ? bytes : 1);
 	if (!s->runs)
 		return -ENOMEM;
@@ -337,6 +345,23 @@ static int take_runs(struct source *s, const struct control_reply *reply)
 			return -ENOMEM;
 	}
 	return check_runs(s);
+}
+
+/* The entries as they are now; all of base is pending. Cheap the second time, for little has changed. */
+static void take_entries(struct source *s)
+{
+	for (uint32_t i = 0; i < s->layout.blocks; i++) {
+		uint64_t all = s->layout.block[i].pages;
+
+		for (uint64_t page = 0; page < all; page += ENTRIES_CHUNK) {
+			uint64_t n = all - page < ENTRIES_CHUNK ? all - page : ENTRIES_CHUNK;
+
+			if (memcmp(s->block[i].point + page, s->block[i].entries + page, (size_t)n * sizeof(uint64_t)))
+				take_entries_of(s, i, page, n);
+		}
+	}
+	for (uint64_t i = 0; i < s->private_runs; i++)
+		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page], PAGE_SAVED, s->runs[i].pages);
 }
 
 /* Copies that the guest has made in overlays are pages that it writes. */
@@ -353,6 +378,16 @@ int source_watch(struct source *s, char why[SNAPSHOT_WHY_BYTES])
 	return ask(s, CONTROL_SAVE_WATCH, &reply, why);
 }
 
+int source_arm(struct source *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+	int r = ask(s, CONTROL_SAVE_ARM, &reply, why);
+
+	if (!r)
+		take_entries(s);
+	return r;
+}
+
 int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct control_reply reply = { 0 };
@@ -363,11 +398,7 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 	r = take_runs(s, &reply);
 	if (r)
 		return say(why, r, "what the VM's agent says of guest RAM cannot be used");
-	for (uint32_t i = 0; i < s->layout.blocks; i++)
-		memcpy(s->block[i].point, s->block[i].entries, (size_t)s->layout.block[i].pages * sizeof(uint64_t));
-	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++)
-		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page],
-		       i < s->private_runs ? PAGE_SAVED : PAGE_PENDING, s->runs[i].pages);
+	take_entries(s);
 	note_private(s);
 	*ret_paused_us = reply.paused_us;
 	r = start_server(s);
@@ -476,10 +507,68 @@ static int write_chunk(struct writer *w, uint32_t block, uint64_t page, uint64_t
 /* Until every page that the server has taken is among those to be written. */
 static void wait_for_server(struct source *s)
 {
-	for (uint64_t i = s->private_runs; i < s->private_runs + s->base_runs; i++)
-		for (uint64_t n = 0; n < s->runs[i].pages; n++)
-			while (s->block[s->runs[i].block].state[s->runs[i].page + n] == PAGE_BUSY)
+	for (uint32_t i = 0; i < s->layout.blocks; i++)
+		for (uint64_t page = 0; page < s->layout.block[i].pages; page++)
+			while (s->block[i].state[page] == PAGE_BUSY)
 				sched_yield();
+}
+
+static int note_base(struct source *s, uint32_t block, uint64_t page, uint64_t pages)
+{
+	if (s->base_runs == s->base_room) {
+		uint64_t room = s->base_room ? s->base_room * 2 : 1024;
+		struct control_run *base = realloc(s->base, room * sizeof *base);
+
+		if (!base)
+			return -ENOMEM;
+		s->base = base;
+		s->base_room = room;
+	}
+	s->base[s->base_runs++] = (struct control_run){ block, page, pages };
+	s->base_pages += pages;
+	return 0;
+}
+
+/*
+ * What base holds now, and so all that it held at the instant: since then every write has had to wait for us. Where
+ * it holds nothing it was zero, whatever is written there from now on.
+ */
+static int find_base(struct source *s, uint32_t block, uint64_t page, uint64_t end)
+{
+	const struct control_block *b = &s->layout.block[block];
+	int memfd = s->fds[CONTROL_FD_BLOCKS + 2 * block], r = 0;
+
+	while (!r && page < end) {
+		uint64_t from, to, first = end, last = end;
+
+		if (os_next_data(memfd, b->memfd_offset + os_bytes(page), b->memfd_offset + os_bytes(end), &from, &to)) {
+			first = (from - b->memfd_offset) >> OS_PAGE_SHIFT;
+			last = (to - b->memfd_offset) >> OS_PAGE_SHIFT;
+		}
+		if (first > page)
+			unprotect(s, block, page, first - page);
+		r = last > first ? note_base(s, block, first, last - first) : 0;
+		page = last;
+	}
+	return r;
+}
+
+static int find_all_base(struct source *s)
+{
+	int r = 0;
+
+	for (uint32_t i = 0; !r && i < s->layout.blocks; i++) {
+		const uint64_t *point = s->block[i].point;
+		uint64_t pages = s->layout.block[i].pages;
+
+		for (uint64_t page = 0, end; !r && page < pages; page = end) {
+			for (end = page + 1; end < pages && entry_joins(point[end - 1], point[end]); end++)
+				;
+			if (entry_source(point[page]) == ENTRY_BASE)
+				r = find_base(s, i, page, end);
+		}
+	}
+	return r;
 }
 
 static int write_base(struct writer *w)
@@ -487,8 +576,8 @@ static int write_base(struct writer *w)
 	struct source *s = w->source;
 	int r = 0;
 
-	for (uint64_t i = s->private_runs; !r && i < s->private_runs + s->base_runs; i++) {
-		const struct control_run *run = &s->runs[i];
+	for (uint64_t i = 0; !r && i < s->base_runs; i++) {
+		const struct control_run *run = &s->base[i];
 
 		for (uint64_t done = 0; !r && done < run->pages; done += CHUNK_PAGES) {
 			uint64_t n = run->pages - done < CHUNK_PAGES ? run->pages - done : CHUNK_PAGES;
@@ -577,8 +666,10 @@ int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct so
 
 	if (r)
 		return say(why, r, "no memory for the metadata");
+	r = find_all_base(s);
 	progress->pages_all = s->base_pages + s->private_pages;
-	r = refer_to_volumes(&w);
+	if (!r)
+		r = refer_to_volumes(&w);
 	if (!r)
 		r = write_base(&w);
 	if (!r)
@@ -700,5 +791,6 @@ void source_end(struct source *s)
 	pthread_cond_destroy(&s->room);
 	pthread_mutex_destroy(&s->lock);
 	free(s->runs);
+	free(s->base);
 	free(s);
 }

@@ -23,6 +23,8 @@ struct source;
 int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES]);
 /* From now on it is seen which pages the guest uses. */
 int source_watch(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
+/* Most of the next step's work, while the guest runs. */
+int source_arm(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
 int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);
 

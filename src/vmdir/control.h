@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 3u
+#define CONTROL_VERSION 4u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -19,12 +19,14 @@ enum control_op {
 	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
 	 *          a struct control_layout with descriptors.
 	 *   WATCH  from now on it is noted which pages are touched, and when
-	 *   POINT  with the guest stopped: private copies are copied out, base that holds data is
-	 *          write-protected. From then on the other side has to serve write faults.
+	 *   ARM    base is write-protected; who writes a page of it goes on, and it is noted
+	 *   POINT  with the guest stopped: private copies are copied out, and base that is not
+	 *          protected, or not any more, is. From then on the other side has to serve write faults.
 	 *   END    protection is taken away.
 	 */
 	CONTROL_SAVE_BEGIN,
 	CONTROL_SAVE_WATCH,
+	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
 	CONTROL_OPS
@@ -41,7 +43,7 @@ struct control_reply {
 	uint32_t reserved;
 	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied */
 	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped; SAVE_POINT: its threads */
-	uint64_t private_runs, base_runs; /* CONTROL_SAVE_POINT: in the table of runs, in this order */
+	uint64_t private_runs; /* CONTROL_SAVE_POINT: in the table of runs */
 	char text[512];        /* with error: one sentence with the remedy */
 };
 

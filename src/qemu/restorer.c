@@ -58,6 +58,10 @@ static struct stretch stretch_at(const struct fill *f, uint64_t page)
 		s.volume = f->ram;
 		s.fd = restore->ram_fd;
 		s.file_page = f->ram_page + page;
+	} else if (first->kind == SNAPSHOT_EQUAL) {
+		s.volume = f->ram;
+		s.fd = restore->ram_fd;
+		s.file_page = first->value;
 	} else {
 		s.volume = f->volume[first->volume];
 		s.fd = restore->volume_fd[first->volume];

@@ -29,7 +29,7 @@ static struct source_progress progress;
 
 static const char *in_root(const char *name)
 {
-	static char path[4][128];
+	static char path[4][192];
 	static unsigned next;
 	char *at = path[next++ % 4];
 

@@ -64,12 +64,13 @@ static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t
 /* The kernel would kill the VM for a cgroup's limit. */
 static int check_memory(uint64_t private, struct control_reply *p)
 {
-	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES), room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes();
+	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
 
 	if (bytes <= room)
 		return 0;
 	snprintf(p->text, sizeof p->text, "the VM's cgroup has %llu MiB of memory left, and a save may take %llu MiB there "
-		 "(copies of %llu pages over mapped images, and 64 MiB): raise its memory limit",
+		 "(copies of %llu pages over mapped images, and more): raise its memory limit",
 		 (unsigned long long)room >> 20, (unsigned long long)bytes >> 20, (unsigned long long)private);
 	return -ENOMEM;
 }

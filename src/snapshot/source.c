@@ -160,7 +160,8 @@ static int map_blocks(struct source *s)
 }
 
 /* What this process takes of memory for each page of guest RAM, and beside. */
-#define BYTES_PER_PAGE (sizeof(uint64_t) + 1 + sizeof(struct snapshot_page) + EQUAL_BYTES_PER_PAGE)
+#define BYTES_PER_PAGE \
+	(sizeof(uint64_t) + 1 + sizeof(struct control_run) + sizeof(struct snapshot_page) + EQUAL_BYTES_PER_PAGE)
 #define BYTES_BESIDE (CONTROL_SAVE_EARLY_PAGES * sizeof(struct early))
 
 /* The kernel would kill it for a cgroup's limit, in the midst of its work. */

@@ -115,6 +115,7 @@ def chain(test, directory):
         check_restored(test, guest, c, nonce, "the third")
         guest.kill9()
         missing_and_changed(test, guest, a, b)
+        killed_flattening(test, directory, c)
         latent.run("flatten", c, flat)
         check_flat(test, flat)
         for path in (a, b):
@@ -134,6 +135,23 @@ def check_child(test, a, b):
     test.check_equal(sum(volume["pages"] for volume in about["volumes"]), about["pages_on_volumes"],
                      "and its file is counted")
     test.check(latent.run("verify", b).endswith("is whole\n"), "the child is whole")
+
+
+def killed_flattening(test, directory, snapshot):
+    """At every step: no half of it has the name, and it can be tried again."""
+    answer = latent.command("flatten", snapshot, directory / "killed", env={"LATENT_FAULT": "save_step:0:KILL"})
+    test.check(answer.returncode == latent.USAGE, f"a fault that is none is refused: {answer.stderr.strip()}")
+    for number in range(1, 100):
+        answer = latent.command("flatten", snapshot, directory / "killed", env={"LATENT_FAULT": f"save_step:{number}:KILL"})
+        if not answer.returncode:
+            break
+        test.check(answer.returncode == -signal.SIGKILL and not (directory / "killed").exists(),
+                   f"flatten killed at step {number}: no snapshot")
+        for left in directory.glob("killed.partial-*"):
+            shutil.rmtree(left)
+    test.check(number > 6 and latent.run("verify", directory / "killed").endswith("is whole\n"),
+               f"{number - 1} steps were tried; then it is made")
+    shutil.rmtree(directory / "killed")
 
 
 def check_flat(test, flat):

@@ -45,7 +45,8 @@ struct opened {
 };
 
 /* Prints the sentence and returns an exit status on failure. `*ret_dir`: NULL when nothing is to be done. */
-static int open_snapshot(const struct cli_command *command, int argc, char **argv, struct opened *o, const char **ret_dir)
+static int open_snapshot(const struct cli_command *command, int argc, char **argv, struct opened *o,
+			 const char **ret_dir)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
 	char why[SNAPSHOT_WHY_BYTES];

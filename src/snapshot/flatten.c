@@ -325,7 +325,8 @@ int snapshot_flatten(const char *dir, const char *new_dir, struct source_progres
 	if (!r)
 		r = flatten(f, new_dir);
 	if (!r) {
-		*ret_result = (struct flatten_result){ .pages_copied_in = f->copied_in, .bytes_written = progress->bytes_written };
+		ret_result->pages_copied_in = f->copied_in;
+		ret_result->bytes_written = progress->bytes_written;
 		snapshot_image_count(&f->image, &ret_result->pages);
 	}
 	maker_end(&f->to);

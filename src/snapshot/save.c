@@ -229,7 +229,10 @@ static int query(struct save *s)
 		const char *status = json_object_get_string(part);
 
 		s->ran = !strcmp(status, "running");
-		if (!s->ran && strcmp(status, "paused") && strcmp(status, "postmigrate"))
+		if (!strcmp(status, "postmigrate"))
+			r = fail(s, -EBUSY, "the VM has been saved, or migrated, while it was paused, and QEMU does not do that twice: "
+				 "let it run first (`cont`)");
+		else if (!s->ran && strcmp(status, "paused"))
 			r = fail(s, -EBUSY, "the VM cannot be saved in the state \"%.40s\"%s", status,
 				 !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
 	}

@@ -167,7 +167,8 @@ static int map_blocks(struct source *s)
 /* The kernel would kill it for a cgroup's limit, in the midst of its work. */
 static int check_memory(const struct source *s, char *why)
 {
-	uint64_t bytes = BYTES_BESIDE + s->total_pages * BYTES_PER_PAGE, room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+	uint64_t bytes = BYTES_BESIDE + s->total_pages * BYTES_PER_PAGE;
+	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
 
 	if (bytes <= room)
 		return 0;

@@ -445,7 +445,7 @@ static void test_parent_proves(void **state)
 /* Pages correspond by blocks; what is in a file without a number is not found. */
 static void test_parent_joins(void **state)
 {
-	struct snapshot_image layout = { .blocks = 2, .block = { { .name = "other", .pages = 3 }, { .name = "pc.ram", .pages = 4 } } };
+	struct snapshot_image layout = { .blocks = 2 };
 	struct manifest_volume volume[SNAPSHOT_VOLUMES] = { 0 };
 	struct snapshot_image image;
 	struct snapshot_page found;
@@ -455,6 +455,10 @@ static void test_parent_joins(void **state)
 	(void)state;
 	make_disk_image();
 	make_first("a");
+	strcpy(layout.block[0].name, "other");
+	layout.block[0].pages = 3;
+	strcpy(layout.block[1].name, "pc.ram");
+	layout.block[1].pages = 4;
 	assert_int_equal(snapshot_image_create(&layout, &image), 0);
 	parent = open_parent("a");
 	for (uint32_t i = 0; i < volumes; i++)

@@ -167,8 +167,8 @@ static int check_contents(const struct manifest_volume *v, int fd, const char *n
 	if (r && r != -ESTALE)
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be read: %s", name, strerror(-r));
 	if (r)
-		return cli_fail(CLI_NO_IMAGE, "%s is not the image that the VM had: its contents have changed since it "
-					      "was saved", name);
+		return cli_fail(CLI_NO_IMAGE, "%s has changed since the VM was saved: expected are " MANIFEST_EXPECTED, name,
+				(uintmax_t)v->bytes, (uintmax_t)v->fingerprint);
 	return CLI_OK;
 }
 
@@ -184,8 +184,9 @@ static int open_volumes(struct restore *r)
 		r->agent.volume_fd[i] = fd;
 		r->agent.volumes = i + 1;
 		if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode))
-			status = cli_fail(CLI_NO_IMAGE, "the image %s, which guest RAM refers to, cannot be opened (%s): put it "
-					       "back there", v->path, fd < 0 ? strerror(errno) : "no file");
+			status = cli_fail(CLI_NO_IMAGE, "the %s %s, which guest RAM refers to, cannot be opened (%s): put it back "
+					  "there", v->role == MANIFEST_RAM ? "RAM of another snapshot," : "image", v->path,
+					  fd < 0 ? strerror(errno) : "no file");
 		else
 			status = check_contents(v, fd, v->path);
 	}

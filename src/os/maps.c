@@ -294,6 +294,10 @@ void os_table_destroy(int fd, void *table, size_t bytes)
 
 int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset)
 {
+	int r = os_fault(OS_FAULT_WRITE);
+
+	if (r)
+		return r;
 	for (size_t done = 0; done < bytes;) {
 		ssize_t n = pwrite(fd, (const uint8_t *)from + done, bytes - done, (off_t)(offset + done));
 

@@ -131,6 +131,12 @@ int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset);
 
 /* -ENODATA: the file ends before that; -EIO. */
 int os_read_all(int fd, void *to, size_t bytes, uint64_t offset);
+/*
+ * cgroup.c: memory that may still be charged to the cgroup of a process and to those above it, after the page
+ * cache that the kernel would take back; UINT64_MAX: nothing limits it, or nothing is known. `cgroups`:
+ * /proc/PID/cgroup; `root`: where the hierarchies are mounted (/sys/fs/cgroup). Both versions of cgroups.
+ */
+uint64_t os_memory_room(const char *cgroups, const char *root);
 
 /* Mappings of this process now, and the limit (vm.max_map_count). */
 int os_count_maps(uint64_t *ret_maps);
@@ -243,13 +249,16 @@ enum os_fault_point {
 	OS_FAULT_SETTLE_WRITE,
 	OS_FAULT_REGISTER,     /* of pages to be made when they are touched */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
+	OS_FAULT_WRITE,        /* os_write_all */
+	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */
 	OS_FAULT_POINTS
 };
 
 /*
  * The call number `nth` (from 1) of a point fails with `error` (positive errno), once; 0 disarms.
- * os_fault_parse takes "point:nth:ERRNO" or "storage_read:delay:MS" (every call is delayed),
- * comma-separated, as in the environment variable LATENT_FAULT.
+ * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), or
+ * "storage_read:delay:MS" (every call is delayed), comma-separated, as in the environment variable
+ * LATENT_FAULT of the VMM, of `latent save` and of `latent flatten`.
  */
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error);
 int os_fault_parse(const char *text);

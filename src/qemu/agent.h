@@ -104,6 +104,10 @@ int pause_prepare(struct pause *pause, unsigned *ret_stop_id);
 /* Stops the guest and drains its I/O. `*ret_stopped`: it ran before, and it was us. -ETIMEDOUT. */
 int pause_stop(struct pause *pause, bool *ret_stopped);
 int pause_end(struct pause *pause);
+/* A save begins: whether the guest runs now is remembered. When the process that saves is gone, what it has begun
+ * in QEMU is taken back, and a guest that it has stopped runs again. */
+void pause_save_begins(struct pause *pause);
+int pause_undo_save(struct pause *pause);
 int pause_poll_fd(const struct pause *pause);
 /* `migrate-incoming` from an inherited descriptor. */
 int pause_load_state(struct pause *pause, int fd, char *why, size_t why_bytes);
@@ -119,7 +123,7 @@ void saver_watch(int client, struct control_reply *reply);
 uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
-void saver_client_gone(struct agent *agent, int client);
+bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
 
 /* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
 int faults_make_pages(struct agent *agent);

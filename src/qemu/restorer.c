@@ -85,6 +85,11 @@ static struct stretch stretch_at(const struct fill *f, uint64_t page)
 		s.may_mask = f->mask_ram;
 		s.fd = restore->ram_fd;
 		s.file_page = f->ram_page + page;
+	} else if (first->kind == SNAPSHOT_EQUAL) {
+		s.volume = f->ram;
+		s.may_mask = f->mask_ram;
+		s.fd = restore->ram_fd;
+		s.file_page = first->value;
 	} else {
 		s.volume = f->volume[first->volume];
 		s.may_mask = f->mask_volume[first->volume];

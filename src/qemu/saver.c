@@ -81,7 +81,21 @@ static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t
 	return 0;
 }
 
-static int begin(struct agent *a)
+/* The kernel would kill the VM for a cgroup's limit. */
+static int check_memory(uint64_t private, struct control_reply *p)
+{
+	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes() + saver.total_pages * (1 + sizeof(uint16_t));
+	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+
+	if (bytes <= room)
+		return 0;
+	snprintf(p->text, sizeof p->text, "the VM's cgroup has %llu MiB of memory left, and a save may take %llu MiB there "
+		 "(copies of %llu pages over mapped images, and more): raise its memory limit",
+		 (unsigned long long)room >> 20, (unsigned long long)bytes >> 20, (unsigned long long)private);
+	return -ENOMEM;
+}
+
+static int begin(struct agent *a, struct control_reply *p)
 {
 	struct ram_counts c;
 	uint64_t private = 0;
@@ -107,6 +121,8 @@ static int begin(struct agent *a)
 	if (!r)
 		r = ram_for_private(a->ram, count_private, &private);
 	ram_unlock(a->ram);
+	if (!r)
+		r = check_memory(private, p);
 	/* What the copies will need is allocated before the guest waits for it. */
 	if (!r && private)
 		(void)os_populate_write(saver.copies, os_bytes(private));
@@ -314,12 +330,13 @@ static void end(struct agent *a)
 	saver.client = -1;
 }
 
-void saver_client_gone(struct agent *a, int client)
+bool saver_client_gone(struct agent *a, int client)
 {
 	if (client != saver.client)
-		return;
+		return false;
 	agent_say("a save was broken off; the VM is as it was");
 	end(a);
+	return true;
 }
 
 /* ---- requests ---------------------------------------------------------------------------------- */
@@ -403,11 +420,12 @@ void saver_begin(struct agent *a, int client, struct control_reply *p)
 		return;
 	}
 	saver.client = client;
-	p->error = begin(a);
+	p->error = begin(a, p);
 	if (p->error > 0)
 		p->error = 0;
 	if (p->error) {
-		snprintf(p->text, sizeof p->text, "guest RAM cannot be held still: %s", why_not(p->error));
+		if (!p->text[0])
+			snprintf(p->text, sizeof p->text, "guest RAM cannot be held still: %s", why_not(p->error));
 		end(a);
 	}
 }

@@ -330,6 +330,8 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_SAVE_BEGIN:
 		saver_begin(s->agent, client, p);
+		if (!p->error && s->pause)
+			pause_save_begins(s->pause);
 		break;
 	case CONTROL_SAVE_WATCH:
 		saver_watch(client, p);
@@ -355,6 +357,14 @@ static bool is_valid(const struct control_request *q, ssize_t bytes)
 	       memchr(q->path, '\0', sizeof q->path);
 }
 
+static void undo_save(struct service *s)
+{
+	int r = s->pause ? pause_undo_save(s->pause) : 0;
+
+	if (r)
+		agent_say("what it has begun in QEMU could not be taken back (%s): see `query-status`", strerror(-r));
+}
+
 static void on_client(struct service *s, int *client)
 {
 	struct control_reply p = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION };
@@ -374,7 +384,8 @@ static void on_client(struct service *s, int *client)
 			return;
 		}
 	}
-	saver_client_gone(s->agent, *client);
+	if (saver_client_gone(s->agent, *client))
+		undo_save(s);
 	close(*client);
 	*client = -1;
 }

@@ -44,7 +44,7 @@ static int read_page(const struct snapshot_image *image, uint64_t page, int ram_
 
 	if (p->kind == SNAPSHOT_VOLUME)
 		return os_read_all(volume_fd[p->volume], contents, OS_PAGE_BYTES, os_bytes(p->value));
-	return os_read_all(ram_fd, contents, OS_PAGE_BYTES, os_bytes(page));
+	return os_read_all(ram_fd, contents, OS_PAGE_BYTES, os_bytes(p->kind == SNAPSHOT_EQUAL ? p->value : page));
 }
 
 static int write_contents(int fd, const struct active_page *list, uint64_t count, const struct snapshot_image *image,

@@ -4,6 +4,7 @@
 #include "activity/seen.h"
 #include "core/entry.h"
 #include "os/os.h"
+#include "snapshot/parent.h"
 #include "vmdir/vmdir.h"
 
 #include <errno.h>
@@ -21,7 +22,6 @@
 #define ANSWER_MS 20000
 #define CHUNK_PAGES 128u
 #define ENTRIES_CHUNK 512u
-#define EARLY_MAX 16384u /* copies of pages that the guest was about to write: 64 MiB */
 #define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
 
 /* What has become of a page that was write-protected. */
@@ -176,6 +176,38 @@ static int map_blocks(struct source *s)
 	return s->seen ? 0 : -ENOMEM;
 }
 
+/* What this process takes of memory for each page of guest RAM, and beside. */
+#define BYTES_PER_PAGE \
+	(sizeof(uint64_t) + 2 + sizeof(struct control_run) + sizeof(struct snapshot_page) + sizeof(struct active_page) + \
+	 EQUAL_BYTES_PER_PAGE)
+#define BYTES_BESIDE (CONTROL_SAVE_EARLY_PAGES * sizeof(struct early))
+
+/* The kernel would kill it for a cgroup's limit, in the midst of its work. */
+static int check_memory(const struct source *s, char *why)
+{
+	uint64_t bytes = BYTES_BESIDE + s->total_pages * BYTES_PER_PAGE;
+	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+
+	if (bytes <= room)
+		return 0;
+	snprintf(why, SNAPSHOT_WHY_BYTES, "this command's cgroup has %ju MiB of memory left, and it may need %ju MiB: raise "
+		 "its memory limit, or save from elsewhere", (uintmax_t)room >> 20, (uintmax_t)bytes >> 20);
+	return -ENOMEM;
+}
+
+static int take_layout(struct source *s, char *why)
+{
+	int r = receive_layout(s);
+
+	if (!r) {
+		r = check_memory(s, why);
+		if (r)
+			return r;
+		r = map_blocks(s);
+	}
+	return r ? say(why, r, "what the VM's agent says of guest RAM cannot be used") : 0;
+}
+
 int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct source *s = calloc(1, sizeof *s);
@@ -192,13 +224,8 @@ int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT
 		say(why, r, "the VM's agent cannot be reached");
 	} else {
 		r = ask(s, CONTROL_SAVE_BEGIN, &reply, why);
-		if (!r) {
-			r = receive_layout(s);
-			if (!r)
-				r = map_blocks(s);
-			if (r)
-				say(why, r, "what the VM's agent says of guest RAM cannot be used");
-		}
+		if (!r)
+			r = take_layout(s, why);
 	}
 	if (r)
 		source_end(s);
@@ -239,7 +266,7 @@ static void unprotect(struct source *s, uint32_t block, uint64_t page, uint64_t 
 static void keep_early(struct source *s, struct early *e)
 {
 	pthread_mutex_lock(&s->lock);
-	while (s->early_count >= EARLY_MAX && !s->written)
+	while (s->early_count >= CONTROL_SAVE_EARLY_PAGES && !s->written)
 		pthread_cond_wait(&s->room, &s->lock);
 	if (s->written) {
 		free(e);
@@ -410,39 +437,10 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 struct writer {
 	struct source *source;
 	struct snapshot_image *image;
+	struct store store;
 	struct source_progress *progress;
-	int ram_fd;
 	uint64_t limit_bytes_s, begin_us;
 };
-
-static struct snapshot_page *record(struct writer *w, uint64_t page)
-{
-	return (struct snapshot_page *)w->image->memory + page;
-}
-
-/* Pages of the image that follow each other: those with contents go to the file, in as few calls as there are
- * runs of them. */
-static int write_pages(struct writer *w, uint64_t page, const uint8_t *bytes, uint64_t pages)
-{
-	uint64_t run = 0;
-	int r = 0;
-
-	for (uint64_t i = 0; !r && i <= pages; i++) {
-		if (i < pages) {
-			*record(w, page + i) = snapshot_classify(bytes + os_bytes(i));
-			if (record(w, page + i)->kind == SNAPSHOT_DATA) {
-				run++;
-				continue;
-			}
-		}
-		if (run)
-			r = os_write_all(w->ram_fd, bytes + os_bytes(i - run), os_bytes(run), os_bytes(page + i - run));
-		w->progress->bytes_written += os_bytes(run);
-		run = 0;
-	}
-	w->progress->pages_done += pages;
-	return r;
-}
 
 static int drain_early(struct writer *w)
 {
@@ -459,7 +457,7 @@ static int drain_early(struct writer *w)
 	while (e) {
 		struct early *next = e->next;
 
-		r = r ? r : write_pages(w, e->page, e->bytes, 1);
+		r = r ? r : store_pages(&w->store, e->page, e->bytes, 1);
 		free(e);
 		e = next;
 	}
@@ -498,7 +496,7 @@ static int write_chunk(struct writer *w, uint32_t block, uint64_t page, uint64_t
 		memcpy(copy, s->block[block].view + os_bytes(page + i), os_bytes(n));
 		memset((void *)&s->block[block].state[page + i], PAGE_SAVED, n);
 		unprotect(s, block, page + i, n);
-		r = write_pages(w, s->block[block].first + page + i, copy, n);
+		r = store_pages(&w->store, s->block[block].first + page + i, copy, n);
 		i += n;
 	}
 	return r;
@@ -603,7 +601,7 @@ static int write_private(struct writer *w)
 	for (uint64_t i = 0; !r && i < s->private_runs; i++) {
 		const struct control_run *run = &s->runs[i];
 
-		r = write_pages(w, s->block[run->block].first + run->page, bytes, run->pages);
+		r = store_pages(&w->store, s->block[run->block].first + run->page, bytes, run->pages);
 		bytes += os_bytes(run->pages);
 		if (!r)
 			r = drain_early(w);
@@ -639,7 +637,7 @@ static int refer_to_volumes(struct writer *w)
 			volume = volume_of(s, entry_file(entry));
 			if (volume < 0)
 				return -EPROTO;
-			*record(w, s->block[i].first + page) = (struct snapshot_page){
+			*snapshot_page_at(w->image, s->block[i].first + page) = (struct snapshot_page){
 				SNAPSHOT_VOLUME, (uint32_t)volume, entry_file_page(entry) };
 		}
 	}
@@ -657,23 +655,35 @@ static int make_image(struct source *s, struct snapshot_image *image)
 	return snapshot_image_create(&layout, image);
 }
 
-int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
-		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES])
+static int write_all(struct writer *w)
+{
+	int r = refer_to_volumes(w);
+
+	if (!r)
+		r = write_base(w);
+	return r ? r : write_private(w);
+}
+
+int source_write(struct source *s, int ram_fd, struct parent *parent, uint64_t limit_bytes_s,
+		 struct source_progress *progress, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct snapshot_image image;
-	struct writer w = { s, &image, progress, ram_fd, limit_bytes_s, os_now_us() };
+	struct writer w = { .source = s, .image = &image, .progress = progress, .limit_bytes_s = limit_bytes_s };
 	int r = make_image(s, &image);
 
 	if (r)
 		return say(why, r, "no memory for the metadata");
 	r = find_all_base(s);
+	if (parent)
+		parent_join_blocks(parent, &image);
+	w.begin_us = os_now_us();
 	progress->pages_all = s->base_pages + s->private_pages;
 	if (!r)
-		r = refer_to_volumes(&w);
-	if (!r)
-		r = write_base(&w);
-	if (!r)
-		r = write_private(&w);
+		r = store_begin(&image, ram_fd, parent, progress, &w.store);
+	if (!r) {
+		r = write_all(&w);
+		store_end(&w.store);
+	}
 	if (!r && ftruncate(ram_fd, (off_t)os_bytes(image.pages)))
 		r = -errno;
 	if (r) {

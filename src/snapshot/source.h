@@ -11,10 +11,9 @@
 #define LATENT_SNAPSHOT_SOURCE_H
 
 #include "snapshot/active.h"
-#include "snapshot/image.h"
+#include "snapshot/store.h"
 #include "vmdir/control.h"
 
-#include <stdatomic.h>
 #include <stdbool.h>
 
 struct source;
@@ -31,14 +30,10 @@ int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSH
 /* The volumes that page entries name, as the agent knows them. */
 const struct control_layout *source_layout(const struct source *source);
 
-struct source_progress {
-	_Atomic uint64_t pages_done, pages_all, bytes_written;
-	_Atomic bool stop; /* set it to end the writing with -EINTR */
-};
-
-/* Writes contents to `ram_fd` and makes the metadata. `limit_bytes_s`: 0 for as fast as it goes. */
-int source_write(struct source *source, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
-		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
+/* Writes contents to `ram_fd` and makes the metadata, in which volumes are numbered as in the layout, and then as
+ * the parent has joined its own. `parent`: NULL for none. `limit_bytes_s`: 0 for as fast as it goes. */
+int source_write(struct source *source, int ram_fd, struct parent *parent, uint64_t limit_bytes_s,
+		 struct source_progress *progress, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
 
 /* The pages that the guest has used and that have contents, in the order of their first touch: those since the
  * point in time before those that were seen only before it. The caller frees the list. -ENOMEM. */

@@ -47,6 +47,10 @@ struct control_reply {
 	char text[512];        /* with error: one sentence with the remedy */
 };
 
+/* Pages that the guest may write to while a save goes on, and that are copied for it, at most: between BEGIN and
+ * POINT those that become private, in the VM's memory; after that the writer keeps as many in its own. */
+#define CONTROL_SAVE_EARLY_PAGES 16384u /* 64 MiB */
+
 /* Follows the reply to SAVE_BEGIN. */
 struct control_layout {
 	uint32_t blocks, volumes;

@@ -2,6 +2,7 @@
 /* The guest stopped and continued over the agent's own QMP connection. */
 #include "qemu/agent.h"
 
+#include "os/os.h"
 #include "vmdir/qmp.h"
 
 #include <errno.h>
@@ -16,14 +17,21 @@ struct pause {
 	struct qmp *qmp;
 	uint64_t stops; /* STOP events seen */
 	bool ran;       /* the guest, when pause_prepare looked */
+	bool loaded;    /* the device state */
+	uint64_t resumed_us; /* the guest has run, since then; 0: not yet */
 };
 
 static void on_event(void *ctx, const char *name, struct json_object *data)
 {
 	struct pause *p = ctx;
+	struct json_object *status;
 
-	(void)data;
 	p->stops += !strcmp(name, "STOP");
+	if (!strcmp(name, "RESUME") && !p->resumed_us)
+		p->resumed_us = os_now_us();
+	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status) &&
+	    !strcmp(json_object_get_string(status), "completed"))
+		p->loaded = true;
 }
 
 int pause_open(int fd, struct pause **ret_pause)
@@ -127,8 +135,34 @@ int pause_load_state(struct pause *p, int fd, char *why, size_t why_bytes)
 		incoming.arguments = json_tokener_parse(text);
 		r = qmp_run(p->qmp, &incoming, NULL, words);
 	}
+	while (!r && !p->loaded) { /* QEMU ends itself if it fails */
+		r = qmp_wait(p->qmp, START_MS);
+		snprintf(words, sizeof words, "it did not come to its end");
+	}
 	snprintf(why, why_bytes, "%s", words);
 	return r;
+}
+
+int pause_resume(struct pause *p)
+{
+	return run(p, "cont", NULL);
+}
+
+void pause_quit(struct pause *p)
+{
+	const struct qmp_command quit = { .name = "quit" };
+
+	(void)qmp_send(p->qmp, &quit);
+}
+
+bool pause_is_loaded(const struct pause *p)
+{
+	return p->loaded;
+}
+
+uint64_t pause_resumed_us(const struct pause *p)
+{
+	return p->resumed_us;
 }
 
 int pause_poll_fd(const struct pause *p)

@@ -2,6 +2,7 @@
 #include "snapshot/save.h"
 
 #include "os/os.h"
+#include "snapshot/describe.h"
 #include "snapshot/manifest.h"
 #include "vmdir/qmp.h"
 #include "vmdir/vmdir.h"
@@ -230,7 +231,12 @@ static int query(struct save *s)
 				 !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
 	}
 	json_object_put(value);
-	return r ? r : list_disks(s);
+	s->manifest.stood = !s->ran;
+	if (!r)
+		r = list_disks(s);
+	if (!r)
+		describe_machine(s->qmp, s->options->run_dir, &s->manifest);
+	return r;
 }
 
 /* ---- the pause ------------------------------------------------------------------------------- */
@@ -711,6 +717,7 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	for (unsigned i = 0; !s->switched && i < s->overlays; i++)
 		(void)unlink(s->overlay[i]);
 	snapshot_image_free(&s->image);
+	machine_free(s->manifest.machine);
 	if (s->state_fd >= 0)
 		close(s->state_fd);
 	if (s->dir_fd >= 0)

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 2u
+#define CONTROL_VERSION 3u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -25,6 +25,7 @@ enum control_op {
 	CONTROL_SAVE_BEGIN,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
+	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_OPS
 };
 

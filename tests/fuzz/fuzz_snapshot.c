@@ -62,6 +62,7 @@ static void check_manifest(const uint8_t *text, size_t bytes)
 	fuzz_require(ends(m.name, sizeof m.name) && ends(m.qemu_version, sizeof m.qemu_version));
 	for (uint32_t i = 0; i < m.volumes; i++)
 		fuzz_require(ends(m.volume[i].path, sizeof m.volume[i].path));
+	machine_free(m.machine); /* fuzz_machine.c looks into it */
 	fuzz_require(!strchr(m.name, '/')); /* names of new overlays are made of both */
 	for (uint32_t i = 0; i < m.disks; i++) {
 		fuzz_require(!strchr(m.disk[i].drive, '/'));

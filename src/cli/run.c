@@ -35,7 +35,7 @@
 #define MAX_CONFIG_BYTES (1 << 20)
 #define WHY_BYTES 512
 
-enum { OPT_NAME, OPT_THRESHOLD, OPT_MIN_RUN, OPT_MAX_MAPS, OPT_TRUST, OPT_NO_OVERLAYS };
+enum { OPT_NAME, OPT_THRESHOLD, OPT_MIN_RUN, OPT_MAX_MAPS, OPT_TRUST, OPT_NO_OVERLAYS, OPT_VMGENID };
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: QEMU's -name, or vm-PID)" },
@@ -48,6 +48,7 @@ static const struct cli_option options[] = {
 	[OPT_TRUST] = { "trust-image", CLI_FLAG, NULL,
 			"map images although nothing keeps them from changing" },
 	[OPT_NO_OVERLAYS] = { "no-overlays", CLI_FLAG, NULL, "plain RAM: map no images" },
+	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL, "give the VM a generation ID, which is new for each clone of it" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
 
@@ -66,7 +67,7 @@ struct launch {
 	const char *name; /* as the user gave it, or NULL */
 	double share_threshold;
 	uint64_t min_run_pages, budget_maps;
-	bool trust_images, no_overlays;
+	bool trust_images, no_overlays, vmgenid;
 
 	const struct run_restore *restore; /* NULL: it boots */
 
@@ -84,7 +85,7 @@ struct launch {
 	int ram_fd, qmp_agent_fd, qmp_vmm_fd, monitor_fd, config_fd;
 
 	char **vmm_argv;
-	size_t vmm_argc;
+	size_t vmm_argc, machine_argc; /* machine: the words that say what the VM is, without how it is run */
 };
 
 static int parse_options(const struct cli_command *command, struct launch *launch, int argc,
@@ -214,6 +215,9 @@ static int parse_option(struct launch *launch, int option, const char *value)
 		return CLI_OK;
 	case OPT_TRUST:
 		launch->trust_images = true;
+		return CLI_OK;
+	case OPT_VMGENID:
+		launch->vmgenid = true;
 		return CLI_OK;
 	default:
 		launch->no_overlays = true;
@@ -448,7 +452,7 @@ static int write_json(const struct launch *launch)
 	json_object_object_add(json, "qemu", json_object_new_string(launch->vmm_path));
 	json_object_object_add(json, "qemu_version", json_object_new_string(launch->vmm_version));
 	json_object_object_add(json, "command", words);
-	json_object_object_add(json, "own_words", json_object_new_uint64(launch->vmm_argc - (size_t)launch->argc));
+	json_object_object_add(json, "own_words", json_object_new_uint64(launch->vmm_argc - launch->machine_argc));
 	text = json_object_to_json_string_ext(json,
 					      JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE);
 	if (!text)
@@ -541,7 +545,7 @@ static char *make_word(const struct launch *launch, const char *word)
 /* The user's line as it is, and behind it guest RAM and the monitors. */
 static int make_argv(struct launch *launch)
 {
-	static const size_t own_words = 15;
+	static const size_t own_words = 17;
 	size_t count = (size_t)launch->argc;
 	int r;
 
@@ -553,6 +557,10 @@ static int make_argv(struct launch *launch)
 		if (!launch->vmm_argv[launch->vmm_argc])
 			return -ENOMEM;
 	}
+	r = launch->vmgenid ? add_option(launch, "-device", "vmgenid") : 0;
+	launch->machine_argc = launch->vmm_argc;
+	if (r)
+		return r;
 	r = add_option(launch, "-object",
 		       "memory-backend-file,id=%s,size=%ju,mem-path=/proc/self/fd/%d,share=on,"
 		       "x-use-canonical-path-for-ramblock-id=off",
@@ -587,16 +595,27 @@ static int add_monitors(struct launch *launch)
 	return r;
 }
 
+/* It tries some pages of its own: once is enough. */
+static bool is_kernel_sound(void)
+{
+	static enum { UNKNOWN, SOUND, UNSOUND } known;
+	struct os_selftest_result kernel;
+
+	if (!known)
+		known = !os_selftest(&kernel) && os_selftest_sound(&kernel) && os_features_get()->populate_write ? SOUND :
+														   UNSOUND;
+	return known == SOUND;
+}
+
 /* The sentence that says why nothing may be mapped into guest RAM, or "". */
 static const char *why_no_overlays(const struct launch *launch)
 {
-	struct os_selftest_result kernel;
 
 	if (launch->plan.excludes & COMPAT_OVERLAYS)
 		return launch->plan.excluded_by;
 	if (launch->no_overlays)
 		return "--no-overlays: plain RAM was asked for";
-	if (os_selftest(&kernel) || !os_selftest_sound(&kernel) || !os_features_get()->populate_write)
+	if (!is_kernel_sound())
 		return "this kernel does not keep a rule that mapping images needs (see latent doctor)";
 	return "";
 }

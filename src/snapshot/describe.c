@@ -9,6 +9,8 @@
 
 #define COMMAND_MS 10000
 
+#define OVERLAY_NODE "latent-" /* as a save calls what it puts over a node */
+
 struct line {
 	int argc;
 	const char *argv[1024];
@@ -21,6 +23,63 @@ static struct json_object *ask(struct qmp *qmp, const char *name, const char *ar
 	struct json_object *value = NULL;
 
 	return qmp_run(qmp, &command, &value, NULL) ? NULL : value;
+}
+
+static const char *text_of(struct json_object *json, const char *key)
+{
+	struct json_object *value;
+
+	return json_object_object_get_ex(json, key, &value) ? json_object_get_string(value) : "";
+}
+
+static struct json_object *find_node(struct json_object *nodes, const char *key, const char *value, const char *driver)
+{
+	for (size_t i = 0; i < json_object_array_length(nodes); i++) {
+		struct json_object *node = json_object_array_get_idx(nodes, i);
+
+		if (!strcmp(text_of(node, key), value) && (!driver || !strcmp(text_of(node, "drv"), driver)))
+			return node;
+	}
+	return NULL;
+}
+
+/* The node over the file that `node` names as its backing. */
+static struct json_object *node_beneath(struct json_object *nodes, struct json_object *node)
+{
+	struct json_object *image, *backing;
+
+	if (!json_object_object_get_ex(node, "image", &image) ||
+	    !json_object_object_get_ex(image, "backing-image", &backing))
+		return NULL;
+	return find_node(nodes, "file", text_of(backing, "filename"), text_of(backing, "format"));
+}
+
+static void describe_node(struct json_object *nodes, struct manifest_disk *disk)
+{
+	struct json_object *node = find_node(nodes, "node-name", disk->drive, NULL);
+
+	for (int i = 0; node && i < MANIFEST_LAYERS; i++) {
+		if (strncmp(text_of(node, "node-name"), OVERLAY_NODE, strlen(OVERLAY_NODE))) {
+			snprintf(disk->drive, sizeof disk->drive, "%s", text_of(node, "node-name"));
+			return;
+		}
+		node = node_beneath(nodes, node);
+	}
+}
+
+void describe_nodes(struct qmp *qmp, struct manifest *m)
+{
+	struct json_object *nodes = NULL;
+
+	for (uint32_t i = 0; i < m->disks; i++) {
+		if (strncmp(m->disk[i].drive, OVERLAY_NODE, strlen(OVERLAY_NODE)))
+			continue;
+		if (!nodes)
+			nodes = ask(qmp, "query-named-block-nodes", "{}");
+		if (json_object_is_type(nodes, json_type_array))
+			describe_node(nodes, &m->disk[i]);
+	}
+	json_object_put(nodes);
 }
 
 /* "pc-q35-7.2-machine": another QEMU's q35 is another machine. */

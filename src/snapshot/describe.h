@@ -6,6 +6,10 @@
 #include "snapshot/manifest.h"
 #include "vmdir/qmp.h"
 
+/* A disk of a -blockdev is called by the node that the command line has, also when earlier saves have put overlays
+ * over it. */
+void describe_nodes(struct qmp *qmp, struct manifest *manifest);
+
 /* Sets `machine`, or `machine_missing`, of a manifest that has its disks. */
 void describe_machine(struct qmp *qmp, const char *run_dir, struct manifest *manifest);
 

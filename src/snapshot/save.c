@@ -235,6 +235,8 @@ static int query(struct save *s)
 	if (!r)
 		r = list_disks(s);
 	if (!r)
+		describe_nodes(s->qmp, &s->manifest);
+	if (!r)
 		describe_machine(s->qmp, s->options->run_dir, &s->manifest);
 	return r;
 }

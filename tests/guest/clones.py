@@ -78,10 +78,10 @@ def wait_for(what, condition, timeout_s=60):
 
 def save(test, directory):
     """A guest that holds memory and a nonce that is nowhere else; it has a generation ID and a guest agent's port."""
-    extra = ["-device", "vmgenid", "-chardev", f"socket,id=ga,path={directory}/ga.sock,server=on,wait=off",
+    extra = ["-chardev", f"socket,id=ga,path={directory}/ga.sock,server=on,wait=off",
              "-device", f"virtserialport,chardev=ga,name={GA_PORT}",
              "-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22", "-device", "virtio-net-pci,netdev=net"]
-    with VM("web", latent=[], mem="512M", extra=extra) as guest:
+    with VM("web", latent=["--vmgenid"], mem="512M", extra=extra) as guest:
         guest.sh(f"latent-guest mem hold m {HELD_MIB} 13 mixed", timeout=60)
         guest.sh("head -c 16 /dev/urandom | sha256sum > /run/nonce; echo before > /root/mark; sync")
         # What the host says to the guest agent is kept, with the time at which it came.
@@ -187,6 +187,7 @@ def same_line(test, directory, nonce):
         guest.qemu_arguments = lambda: words
         guest.start()
         guest.sh("echo here > /run/nonce; echo before > /root/mark; sync")
+        latent.run("save", "ide", directory / "first")
         latent.run("save", "ide", directory / "ide")
         manifest = json.loads((directory / "ide/manifest.json").read_text())
         test.check_equal(sorted(disk["drive"] for disk in manifest["disks"]), ["disk0", "ide0-hd0"], "its disks")
@@ -291,10 +292,10 @@ def fails(test, directory):
         return {**good["machine"], "options": good["machine"]["options"] + [{"option": name, "properties": properties}]}
 
     with_machine("a program", "romfile", machine=option("device", ("driver", "e1000"), ("romfile", "/x")))
-    with_machine("a file", "file", machine=option("drive", ("file", "/etc/passwd")))
+    with_machine("a file", "/etc/passwd", machine=option("drive", ("file", "/etc/passwd")))
     with_machine("a log", "serial", machine=option("serial", ("value", "file:/tmp/x")))
     with_machine("an option", "readconfig", machine=option("readconfig", ("value", "x")))
-    with_machine("two options in one", "machine", machine=option("net none -bios", ("value", "x")))
+    with_machine("two options in one", "-bios", machine=option("net none -bios", ("value", "x")))
     with_machine("a type with more", "machine", machine={**good["machine"], "type": "q35,firmware=x"})
     del good["machine"]
     with_machine("none", "vfio-pci", machine_missing="-device vfio-pci cannot be described")
@@ -302,19 +303,27 @@ def fails(test, directory):
 
 
 def after_exec(test, directory, disks):
-    """QEMU itself fails: one clone of three, whose device is another; and one whose state is damaged."""
+    """QEMU itself fails, before it has a machine, and when it loads the state of a device that is not there."""
     manifest = json.loads((directory / "web/manifest.json").read_text())
-    bad = directory / "bad"
-    manifest["machine"]["options"] += [{"option": "device", "properties": [["driver", "virtio-rng-pci"], ["id", "more"]]}]
-    (bad / "manifest.json").write_text(json.dumps(manifest))
-    answer = latent.command("restore", "--clones", "3", "--disks", disks, bad)
-    test.check(answer.returncode == latent.NO_ANSWER and "did not start" in answer.stderr,
-               f"another machine: {answer.stderr.strip()}")
-    wait_for("all of them gone", lambda: latent.run("ps") is not None and latent.vm_dirs() == [])
-    test.check_equal(list(disks.iterdir()), [], "no disk of theirs is left")
-    answer = latent.command("restore", "--disks", disks, bad)
-    test.check(answer.returncode == 1, f"and alone: {answer.stderr.strip().splitlines()[-1]}")
-    test.check_equal(list(disks.iterdir()), [], "no disk of it is left")
+    options = manifest["machine"]["options"]
+    smaller = [{"option": "m", "properties": [["size", "256M"]]} if one["option"] == "m" else one for one in options]
+    fewer = [one for one in options if ["driver", "virtio-net-pci"] not in one.get("properties", [])]
+    for what, changed, word in (("less RAM", smaller, "256 MiB"), ("no network card", fewer, "virtio-net")):
+        (directory / "bad/manifest.json").unlink()
+        (directory / "bad/manifest.json").write_text(json.dumps(
+            {**manifest, "machine": {**manifest["machine"], "options": changed}}))
+        answer = latent.command("restore", "--clones", "3", "--disks", disks, directory / "bad")
+        test.check(answer.returncode == latent.NO_ANSWER and "did not start" in answer.stderr,
+                   f"{what}: {answer.stderr.strip()}")
+        wait_for("all of them gone", lambda: latent.run("ps") is not None and latent.vm_dirs() == [])
+        test.check_equal(list(disks.iterdir()), [], "no disk of theirs is left")
+        answer = latent.command("restore", "--disks", disks, directory / "bad")
+        test.check(answer.returncode == 1 and word in answer.stderr, f"and alone: {answer.stderr.strip()}")
+        test.check_equal(list(disks.iterdir()), [], "no disk of it is left")
+    one_in_use(test, directory, disks)
+
+
+def one_in_use(test, directory, disks):
     taken = subprocess.Popen([vm.BUILD_DIR / "latent", "restore", "--name", "web-2", "--disks", directory,
                               directory / "web"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for("web-2", lambda: "web-2" in latent.run("ps"))

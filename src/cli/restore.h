@@ -12,6 +12,7 @@
 
 struct restore_request {
 	const char *dir;       /* the snapshot's */
+	const struct manifest *manifest; /* by restore_prepare */
 	const char *name;      /* of the VM; NULL: the saved one's, with the process id if that is taken */
 	const char *disks_dir; /* where the new overlays go; absolute: -daemonize leaves the current directory */
 	unsigned number;       /* of the clone or spare; 0: none */

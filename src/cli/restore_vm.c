@@ -24,7 +24,7 @@ struct restore {
 	const char *dir;
 	const struct restore_request *request;
 	int dir_fd;
-	struct manifest manifest;
+	const struct manifest *manifest;
 	struct run_restore vm;
 	char root[VMDIR_PATH_BYTES];
 	char overlay[MANIFEST_DISKS][PATH_MAX];
@@ -49,6 +49,7 @@ int restore_prepare(struct restore_request *request, struct manifest *ret_manife
 	close(dir_fd);
 	if (r)
 		return cli_fail(CLI_NO_IMAGE, "%s: %s", request->dir, why);
+	request->manifest = ret_manifest;
 	if (request->argc)
 		return CLI_OK;
 	if (!ret_manifest->machine)
@@ -69,8 +70,6 @@ static int open_snapshot(struct restore *r)
 	r->dir_fd = open(r->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (r->dir_fd < 0)
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", r->dir, strerror(errno));
-	if (manifest_read(r->dir_fd, &r->manifest, why))
-		return cli_fail(CLI_NO_IMAGE, "%s: %s", r->dir, why);
 	return CLI_OK;
 }
 
@@ -83,8 +82,8 @@ static int note_checked(struct restore *r)
 static int become(struct restore *r)
 {
 	r->vm.agent.step_us[RESTORE_OVERLAYS] = os_now_us();
-	r->vm.like = r->manifest.name;
-	if (r->manifest.stood && r->vm.agent.then == RESTORE_THEN_RUN)
+	r->vm.like = r->manifest->name;
+	if (r->manifest->stood && r->vm.agent.then == RESTORE_THEN_RUN)
 		r->vm.agent.then = RESTORE_THEN_STAND;
 	return run_restored(&r->vm);
 }
@@ -94,7 +93,8 @@ int restore_become(const struct restore_request *request)
 	static int (*const steps[])(struct restore *) = {
 		open_snapshot, open_files, open_volumes, check_disks, note_checked, make_overlays, make_line, become,
 	};
-	struct restore r = { .dir = request->dir, .request = request, .dir_fd = -1 };
+	struct restore r = { .dir = request->dir, .request = request, .manifest = request->manifest,
+			     .dir_fd = -1 };
 	int status = CLI_OK;
 
 	r.vm.name = request->name;
@@ -129,13 +129,13 @@ static int open_file(struct restore *r, const char *name, uint64_t bytes, int32_
 
 static int open_files(struct restore *r)
 {
-	int status = open_file(r, SNAPSHOT_RAM, r->manifest.ram_bytes, &r->vm.agent.ram_fd);
+	int status = open_file(r, SNAPSHOT_RAM, r->manifest->ram_bytes, &r->vm.agent.ram_fd);
 
 	r->vm.agent.active = 1;
 	if (!status)
 		status = open_file(r, SNAPSHOT_PAGES, 0, &r->vm.agent.pages_fd);
 	if (!status)
-		status = open_file(r, SNAPSHOT_STATE, r->manifest.state_bytes, &r->vm.agent.state_fd);
+		status = open_file(r, SNAPSHOT_STATE, r->manifest->state_bytes, &r->vm.agent.state_fd);
 	return status;
 }
 
@@ -156,8 +156,8 @@ static int open_volumes(struct restore *r)
 {
 	int status = CLI_OK;
 
-	for (uint32_t i = 0; !status && i < r->manifest.volumes; i++) {
-		const struct manifest_volume *v = &r->manifest.volume[i];
+	for (uint32_t i = 0; !status && i < r->manifest->volumes; i++) {
+		const struct manifest_volume *v = &r->manifest->volume[i];
 		int fd = open(v->path, O_RDONLY | O_NONBLOCK);
 		struct stat st;
 
@@ -211,9 +211,9 @@ static int check_disks(struct restore *r)
 {
 	int status = CLI_OK;
 
-	for (uint32_t i = 0; i < r->manifest.disks; i++)
-		for (uint32_t j = 0; !status && j < r->manifest.disk[i].layers; j++)
-			status = check_layer(r, &r->manifest.disk[i].layer[j]);
+	for (uint32_t i = 0; i < r->manifest->disks; i++)
+		for (uint32_t j = 0; !status && j < r->manifest->disk[i].layers; j++)
+			status = check_layer(r, &r->manifest->disk[i].layer[j]);
 	return status;
 }
 
@@ -237,14 +237,14 @@ void restore_remove_overlays(const struct manifest *m, const char *disks_dir, co
 
 static int make_overlay(struct restore *r, uint32_t i)
 {
-	const struct manifest_disk *disk = &r->manifest.disk[i];
-	const char *name = r->request->name ? r->request->name : r->manifest.name;
+	const struct manifest_disk *disk = &r->manifest->disk[i];
+	const char *name = r->request->name ? r->request->name : r->manifest->name;
 	char backing[PATH_MAX], file[AGENT_OVERLAY_BYTES];
 	int status = find_layer(r, &disk->layer[0], backing), made;
 
 	if (status)
 		return status;
-	name_overlay(&r->manifest, name, i, getpid(), file);
+	name_overlay(r->manifest, name, i, getpid(), file);
 	snprintf(r->overlay[i], sizeof r->overlay[i], "%.3900s/%s", r->request->disks_dir, file);
 	memcpy(r->vm.agent.overlay[i], file, sizeof file);
 	made = overlay_make(r->root, r->overlay[i], backing, disk->layer[0].format, disk->bytes);
@@ -263,12 +263,12 @@ static int make_overlays(struct restore *r)
 {
 	int status = CLI_OK;
 
-	if (r->manifest.disks) {
+	if (r->manifest->disks) {
 		r->vm.agent.overlays_fd = open(r->request->disks_dir, O_PATH | O_DIRECTORY);
 		if (r->vm.agent.overlays_fd < 0)
 			return cli_fail(CLI_USAGE, "%s cannot be opened: %s", r->request->disks_dir, strerror(errno));
 	}
-	for (uint32_t i = 0; !status && i < r->manifest.disks; i++)
+	for (uint32_t i = 0; !status && i < r->manifest->disks; i++)
 		status = make_overlay(r, i);
 	return status;
 }
@@ -318,7 +318,7 @@ static char *drive_with_overlay(struct restore *r, const struct drive_word *w, b
 
 	r->used[w->disk] = true;
 	text = append(text, "", node ? "file.filename" : "file", r->overlay[w->disk]);
-	text = append_layers(r, text, &r->manifest.disk[w->disk]);
+	text = append_layers(r, text, &r->manifest->disk[w->disk]);
 	for (size_t i = 0; i < w->props.count; i++)
 		if (!is_of_file(w->props.items[i].key))
 			text = append(text, "", w->props.items[i].key, w->props.items[i].value);
@@ -402,9 +402,9 @@ static int make_line(struct restore *r)
 	struct drive_line drives = { 0 };
 	int e;
 
-	for (uint32_t i = 0; i < r->manifest.disks; i++)
-		saved[i] = r->manifest.disk[i].drive;
-	e = drives_find(r->request->argc, (const char *const *)r->request->argv, saved, r->manifest.disks, &drives);
+	for (uint32_t i = 0; i < r->manifest->disks; i++)
+		saved[i] = r->manifest->disk[i].drive;
+	e = drives_find(r->request->argc, (const char *const *)r->request->argv, saved, r->manifest->disks, &drives);
 	r->vm.argv = calloc(2 * (size_t)r->request->argc + 2, sizeof *r->vm.argv); /* a bare file becomes two words */
 	if (!e && !r->vm.argv)
 		e = -ENOMEM;
@@ -413,7 +413,7 @@ static int make_line(struct restore *r)
 	drives_free(&drives);
 	if (e)
 		return cli_fail(CLI_SYSTEM, "no memory");
-	for (uint32_t i = 0; i < r->manifest.disks; i++)
+	for (uint32_t i = 0; i < r->manifest->disks; i++)
 		if (!r->used[i])
 			return cli_fail(CLI_REFUSED, "no drive on QEMU's command line is %s, which was saved: give the line that "
 					"the VM was started with, with id=%s in that disk's -drive", saved[i], saved[i]);
@@ -425,7 +425,6 @@ static void give_up(struct restore *r)
 	for (unsigned i = 0; i < r->vm.agent.overlays; i++)
 		unlink(r->overlay[i]);
 	machine_free_argv(r->vm.argv);
-	machine_free(r->manifest.machine);
 	if (r->dir_fd >= 0)
 		close(r->dir_fd);
 }

@@ -320,7 +320,7 @@ static int keep(struct spares *s, struct cli_parser *parser)
 struct taking {
 	struct spares *s;
 	const char *of;
-	char new_name[VMDIR_NAME_BYTES];
+	char old_name[VMDIR_NAME_BYTES], new_name[VMDIR_NAME_BYTES];
 	uint64_t begun_us;
 	int status;
 };
@@ -351,14 +351,27 @@ static void rename_in_json(const char *root, const char *name)
 	json_object_put(json);
 }
 
+/* A socket in the run directory has moved with it. */
+static void set_clock_at(const struct taking *t, const char *socket)
+{
+	char old[VMDIR_PATH_BYTES], new[VMDIR_PATH_BYTES];
+
+	if (vmdir_path(t->s->root, t->old_name, "", old))
+		return;
+	if (strncmp(socket, old, strlen(old)))
+		guest_clock_set_aside(socket);
+	else if (!vmdir_path(t->s->root, t->new_name, socket + strlen(old), new))
+		guest_clock_set_aside(new);
+}
+
 /* The words of its line that it was started with, for its guest agent. */
-static void set_clock(const char *root, const char *name)
+static void set_clock(const struct taking *t)
 {
 	struct json_object *json = NULL, *words = NULL;
 	char path[VMDIR_PATH_BYTES], *argv[1024], *socket;
 	size_t count;
 
-	if (!vmdir_path(root, name, VMDIR_JSON, path))
+	if (!vmdir_path(t->s->root, t->new_name, VMDIR_JSON, path))
 		json = json_object_from_file(path);
 	json_object_object_get_ex(json, "command", &words);
 	count = json_object_is_type(words, json_type_array) ? json_object_array_length(words) : 0;
@@ -368,7 +381,7 @@ static void set_clock(const char *root, const char *name)
 		argv[i] = (char *)json_object_get_string(json_object_array_get_idx(words, i));
 	socket = guest_clock_socket((int)count, argv);
 	if (socket)
-		guest_clock_set_aside(socket);
+		set_clock_at(t, socket);
 	free(socket);
 	json_object_put(json);
 }
@@ -402,6 +415,7 @@ static int try_one(void *ctx, const char *name)
 		vm_view_close(&view);
 		return 0;
 	}
+	snprintf(t->old_name, sizeof t->old_name, "%s", name);
 	if (t->s->name)
 		snprintf(t->new_name, sizeof t->new_name, "%s", t->s->name);
 	else
@@ -431,6 +445,6 @@ static int take(struct spares *s, const char *of)
 		return t.status;
 	show(&t, os_now_us() - t.begun_us);
 	rename_in_json(s->root, t.new_name);
-	set_clock(s->root, t.new_name);
+	set_clock(&t);
 	return CLI_OK;
 }

@@ -21,6 +21,13 @@ CLONES = 16
 STEPS = ["checks", "overlays", "exec", "ram", "state", "resumed"]
 NO_IMAGE, REFUSED, NO_VM = 66, 65, 67
 GA_PORT = "org.qemu.guest_agent.0"
+MAC = "52:54:00:00:00:99"
+
+KEEP_GA = f"""
+name=$(grep -l {GA_PORT} /sys/class/virtio-ports/*/name)
+port=/dev/$(basename $(dirname $name))
+while :; do cat $port >> /run/ga; sleep 0.1; done
+"""
 
 
 class Restored:
@@ -84,8 +91,9 @@ def save(test, directory):
     with VM("web", latent=["--vmgenid"], mem="512M", extra=extra) as guest:
         guest.sh(f"latent-guest mem hold m {HELD_MIB} 13 mixed", timeout=60)
         guest.sh("head -c 16 /dev/urandom | sha256sum > /run/nonce; echo before > /root/mark; sync")
-        # What the host says to the guest agent is kept, with the time at which it came.
-        guest.sh_start(f"cat /dev/virtio-ports/{GA_PORT} > /run/ga")
+        # What the host says to the guest agent is kept; a port that nobody has at the host's end reads as ended.
+        guest.put(KEEP_GA.encode(), "/run/keep-ga")
+        guest.sh("sh -c 'setsid sh /run/keep-ga > /dev/null 2>&1 &'")
         time.sleep(0.3)
         nonce, generation = guest.sh("cat /run/nonce"), guest.qmp("query-vm-generation-id")["guid"]
         latent.run("save", "web", directory / "web")
@@ -183,7 +191,7 @@ def same_line(test, directory, nonce):
                                   "-device", "virtio-blk-pci,drive=disk0"]
         scratch = guest.dir / "scratch.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", scratch, "16M"], check=True)
-        words += ["-hda", str(scratch)]
+        words += ["-hda", str(scratch), "-netdev", "user,id=net", "-device", "virtio-net-pci,id=card,netdev=net,mac=" + MAC]
         guest.qemu_arguments = lambda: words
         guest.start()
         guest.sh("echo here > /run/nonce; echo before > /root/mark; sync")
@@ -194,7 +202,8 @@ def same_line(test, directory, nonce):
         test.check("machine" in manifest, "a machine of -blockdev and -hda is described")
         guest.kill9()
         line = [word.replace(str(guest.dir), str(directory)).replace("agent.sock", "agent-{clone}.sock")
-                .replace("qmp.sock", "qmp-{clone}.sock").replace("/pid", "/pid-{clone}") for word in words]
+                .replace("qmp.sock", "qmp-{clone}.sock").replace("/pid", "/pid-{clone}")
+                .replace(MAC, MAC[:-2] + "{clone:x}") for word in words]
         for own in ([], ["--", guest.qemu, *line]):
             latent.run("restore", "--clones", "2", "--name", "own", "--disks", directory, directory / "ide", *own)
             for number in (1, 2):
@@ -206,7 +215,17 @@ def same_line(test, directory, nonce):
                                              "echo no disk").wait(30).split()[:2], ["here", "before"],
                                  f"clone {number} {'of a line of its own' if own else 'as described'} has its disk")
                 agent.close()
-                end_pid(latent.stat(f"own-{number}")["pid"])
+                check_mac(test, f"own-{number}", MAC[:-2] + f"{number:02x}" if own else MAC)
+
+
+def check_mac(test, name, said):
+    """A card's address is part of its state, whatever the line says."""
+    pid = latent.stat(name)["pid"]
+    test.check(f"mac={said}" in Path(f"/proc/{pid}/cmdline").read_text(), f"{name} was started with {said}")
+    monitor = vm.Qmp(latent.run_dir() / name / "qmp.sock")
+    test.check_equal(monitor.command("query-rx-filter")[0]["main-mac"], MAC, "and has what was saved")
+    monitor.close()
+    end_pid(pid)
 
 
 def spares(test, directory, nonce, generation):

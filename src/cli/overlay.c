@@ -92,14 +92,15 @@ static uint8_t *read_template(const char *path, uint64_t bytes, size_t *ret_byte
 
 static void name_backing(uint8_t *image, const char *backing)
 {
+	size_t bytes = strnlen(backing, BACKING_MAX);
 	struct qcow2_header header;
 	uint8_t *name;
 
 	memcpy(&header, image, sizeof header);
 	name = image + be64toh(header.backing_offset);
 	memset(name, 0, BACKING_MAX);
-	memcpy(name, backing, strlen(backing));
-	header.backing_bytes = htobe32((uint32_t)strlen(backing));
+	memcpy(name, backing, bytes);
+	header.backing_bytes = htobe32((uint32_t)bytes);
 	memcpy(image, &header, sizeof header);
 }
 

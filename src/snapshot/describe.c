@@ -165,7 +165,7 @@ void describe_machine(struct qmp *qmp, const char *run_dir, struct manifest *m)
 		saved[i] = m->disk[i].drive;
 	m->machine_missing[0] = '\0';
 	if (!line || !line->argc) {
-		snprintf(m->machine_missing, sizeof m->machine_missing, "its " VMDIR_JSON " cannot be read");
+		snprintf(m->machine_missing, sizeof m->machine_missing, "its " VMDIR_JSON " does not tell its command line");
 	} else {
 		ask_type(qmp, type);
 		look_for_plugged(qmp, line, m->machine_missing);

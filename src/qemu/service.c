@@ -9,6 +9,7 @@
 #include "os/probe.h"
 #include "vmdir/control.h"
 #include "vmdir/vmdir.h"
+#include "volume/cost.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -514,6 +515,7 @@ static void *service_main(void *arg)
 	sigaddset(&lease, SERVICE_LEASE_SIGNAL);
 	s->signal_fd = signalfd(-1, &lease, SFD_CLOEXEC | SFD_NONBLOCK);
 	sem_post(&s->ready);
+	(void)cost_model_get(); /* measured here, while QEMU makes its machine: nobody waits for it */
 	if (s->agent->config.restore.active) {
 		restorer_load_state(s->agent, s->pause);
 		resume_restored(s->agent, s->pause);

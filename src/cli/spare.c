@@ -116,7 +116,6 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	char why[VMDIR_WHY_BYTES];
 	int status;
 
-	s.wanted = 1;
 	status = parse(&parser, &s);
 	if (status != CLI_END)
 		return cli_end_status(status);
@@ -124,6 +123,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		return cli_fail(CLI_RUN_DIR, "%s", why);
 	if (!taking)
 		return keep(&s, &parser);
+	if (s.wanted || s.disks_dir)
+		return cli_fail(CLI_USAGE, "spare take: -n and --disks are for who keeps spares");
 	if (parser.next + 1 != parser.argc)
 		return cli_fail(CLI_USAGE, "spare take: give the name that the spares are kept for (see latent spare --help)");
 	return take(&s, parser.argv[parser.next]);
@@ -301,6 +302,7 @@ static int keep(struct spares *s, struct cli_parser *parser)
 	struct sigaction action = { .sa_handler = on_interrupt };
 	int status = parse_keep(s, parser);
 
+	s->wanted = s->wanted ? s->wanted : 1;
 	if (!status && s->json)
 		status = cli_fail(CLI_USAGE, "spare: --json is for `latent spare take`");
 	if (!status)

@@ -23,6 +23,8 @@ NO_IMAGE, REFUSED, NO_VM = 66, 65, 67
 GA_PORT = "org.qemu.guest_agent.0"
 MAC = "52:54:00:00:00:99"
 
+keepers = []
+
 KEEP_GA = f"""
 name=$(grep -l {GA_PORT} /sys/class/virtio-ports/*/name)
 port=/dev/$(basename $(dirname $name))
@@ -229,12 +231,19 @@ def check_mac(test, name, said):
     end_pid(pid)
 
 
+def keep(*arguments):
+    keeper = subprocess.Popen([vm.BUILD_DIR / "latent", "spare", *arguments], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    keepers.append(keeper)
+    return keeper
+
+
 def spares(test, directory, nonce, generation):
     """Kept, taken under a name, replaced; gone with their keeper, who takes no taken one along."""
     disks = directory / "spares"
     disks.mkdir()
-    keeper = subprocess.Popen([vm.BUILD_DIR / "latent", "spare", "--disks", disks, directory / "web", "-n", "2"],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    keeper = keep("--disks", disks, directory / "web", "-n", "2")
+
     def waiting():
         return sorted(one["name"] for one in json.loads(latent.run("ps", "--json")) if one["state"] == "spare")
 
@@ -278,8 +287,7 @@ def spares(test, directory, nonce, generation):
 
 
 def interrupted_keeper(test, directory, disks, waiting):
-    keeper = subprocess.Popen([vm.BUILD_DIR / "latent", "spare", "-n", "1", "--disks", disks, directory / "web"],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    keeper = keep("-n", "1", "--disks", disks, directory / "web")
     wait_for("a spare", lambda: len(waiting()) == 1)
     name = latent.run("spare", "take", "web").split()[0]
     taken = latent.stat(name)["pid"]
@@ -368,6 +376,9 @@ def body(test):
         same_line(test, directory, nonce)
         many_clones(test, directory, nonce, generation)
     finally:
+        for keeper in keepers:
+            keeper.kill()
+            keeper.wait()
         for name in latent.vm_dirs():
             try:
                 os.kill(latent.stat(name)["pid"], signal.SIGKILL)

@@ -102,6 +102,8 @@ static void print_text(const struct reader *r)
 	printf("  zero              %9s\n", cli_size(c.zero * PAGE_BYTES, a));
 	printf("  of one word       %9s\n", cli_size((c.word - c.zero) * PAGE_BYTES, a));
 	printf("device state        %9s\n", cli_size(m->state_bytes, a));
+	printf("machine             %s%s\n", m->machine ? m->machine->type : "not described: ",
+	       m->machine ? "" : m->machine_missing);
 	for (uint32_t i = 0; i < m->disks; i++)
 		print_disk(&m->disk[i]);
 	print_volumes(m, &c);
@@ -145,6 +147,10 @@ static void print_json(const struct reader *r)
 	json_object_object_add(json, "qemu_version", json_object_new_string(m->qemu_version));
 	json_object_object_add(json, "created_unix_s", json_object_new_uint64(m->created_unix_s));
 	json_object_object_add(json, "parent", parent_to_json(&m->parent));
+	if (m->machine)
+		json_object_object_add(json, "machine", json_object_new_string(m->machine->type));
+	else
+		json_object_object_add(json, "machine_missing", json_object_new_string(m->machine_missing));
 	json_object_object_add(json, "state_bytes", json_object_new_uint64(m->state_bytes));
 	json_object_object_add(json, "pages", json_object_new_uint64(c.pages));
 	json_object_object_add(json, "pages_stored", json_object_new_uint64(c.data));

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* latent stat: the statistics of one VM. */
 #include "cli/cli.h"
+#include "cli/restore_steps.h"
 #include "cli/vm_view.h"
 
 #include <errno.h>
@@ -302,6 +303,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 {
 	const struct vm_stats *stats = &view->stats;
 	struct json_object *json = json_object_new_object(), *volumes = json_object_new_array();
+	uint64_t step_us[RESTORE_STEPS];
 
 	add_text(json, "name", view->name);
 	json_object_object_add(json, "refreshed", json_object_new_boolean(refreshed));
@@ -331,6 +333,11 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	add_number(json, "pages_settled", stat_get(&stats->pages_settled));
 	add_number(json, "map_failures", stat_get(&stats->map_failures));
 	add_number(json, "reconciled_unix_ms", stat_get(&stats->reconciled_unix_ms));
+	for (int i = 0; i < RESTORE_STEPS; i++)
+		step_us[i] = stat_get(&stats->restore_us[i]);
+	if (step_us[RESTORE_BEGUN])
+		json_object_object_add(json, "restore", restore_steps_to_json(step_us));
+	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
 	for (uint32_t i = 0; i < stats->volume_count; i++)
 		json_object_array_add(volumes, volume_to_json(&stats->volumes[i]));
 	json_object_object_add(json, "volumes", volumes);

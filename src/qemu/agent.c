@@ -177,6 +177,10 @@ __attribute__((constructor)) static void load(void)
 	keep_from_children(c->qmp_vmm_fd);
 	keep_from_children(c->monitor_fd);
 	keep_from_children(c->stats_fd);
+	if (c->restore.active) {
+		keep_from_children(c->restore.report_fd);
+		keep_from_children(c->restore.overlays_fd);
+	}
 	configured = true;
 }
 
@@ -205,6 +209,8 @@ static int map_stats(struct agent *a)
 	a->overlays_allowed = a->config.overlays_allowed;
 	a->stats->overlays_allowed = a->config.overlays_allowed;
 	a->stats->started_unix_s = (uint64_t)time(NULL);
+	for (int i = 0; a->config.restore.active && i < RESTORE_STEPS; i++)
+		stat_set(&a->stats->restore_us[i], a->config.restore.step_us[i]);
 	return 0;
 }
 
@@ -272,8 +278,12 @@ static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t 
 	if (r) {
 		close(same_opening);
 	} else {
-		if (a->config.restore.active && restorer_fill(a, block))
+		if (a->config.restore.active && restorer_fill(a, block)) {
+			resume_drop_disks(a);
 			_exit(1); /* it has said why; a guest with half of its RAM must not run */
+		}
+		if (a->config.restore.active)
+			stat_set(&a->stats->restore_us[RESTORE_RAM], os_now_us());
 		a->ram_bytes += bytes;
 		a->stats->ram_bytes = a->ram_bytes;
 		a->stats->pid = (uint32_t)getpid();
@@ -519,5 +529,7 @@ __attribute__((destructor)) static void unload(void)
 	close(the_agent.config.lock_fd);
 	if (agent_get() && the_agent.stats->pid == (uint32_t)getpid())
 		volumes_abandon(the_agent.volumes);
-	(void)vmdir_remove_if_dead(the_agent.config.run_dir);
+	/* Else it is -daemonize's parent that ends here. */
+	if (!vmdir_remove_if_dead(the_agent.config.run_dir) && the_agent.config.restore.active)
+		resume_drop_disks(&the_agent);
 }

@@ -8,6 +8,7 @@
  *   restorer.c its part of a restore
  *   faults.c   its other thread, from the first restore or save on: serves faults
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
+ *   resume.c   what comes after a restore: the guest runs, or waits to be taken
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
  */
@@ -109,8 +110,13 @@ int pause_end(struct pause *pause);
 void pause_save_begins(struct pause *pause);
 int pause_undo_save(struct pause *pause);
 int pause_poll_fd(const struct pause *pause);
-/* `migrate-incoming` from an inherited descriptor. */
+/* `migrate-incoming` from an inherited descriptor; comes back when the devices have their state. The guest stands
+ * then (-S). */
 int pause_load_state(struct pause *pause, int fd, char *why, size_t why_bytes);
+int pause_resume(struct pause *pause);
+void pause_quit(struct pause *pause); /* waits for nothing */
+bool pause_is_loaded(const struct pause *pause);
+uint64_t pause_resumed_us(const struct pause *pause); /* when the guest ran first; 0: not yet */
 void pause_drain(struct pause *pause); /* reads and drops what has come */
 
 /* saver.c: requests of a save, from the service thread; `client` is the connection that they came by. */
@@ -135,6 +141,17 @@ pid_t faults_tid(void); /* 0: there is no such thread */
 int restorer_fill(struct agent *agent, struct ram_block *block);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
+
+/* resume.c, from the service thread: goes on where restorer_load_state has ended. */
+void resume_restored(struct agent *agent, struct pause *pause);
+/* What the pause has drained may have been that the guest runs. */
+void resume_note(struct agent *agent, struct pause *pause);
+/* The descriptor that tells a spare when its keeper is gone, and what to do then; -1: none. */
+int resume_poll_fd(const struct agent *agent);
+void resume_keeper_gone(struct agent *agent, struct pause *pause);
+void resume_take(struct agent *agent, struct pause *pause, const char *name, struct control_reply *reply);
+/* Removes the disks of a VM whose guest has never run; any thread, when QEMU ends. */
+void resume_drop_disks(const struct agent *agent);
 
 /* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
 struct msghdr;

@@ -20,14 +20,21 @@ struct pause {
 	uint64_t stops; /* STOP events seen */
 	bool ran;       /* the guest, when pause_prepare looked */
 	bool ran_before_save;
+	bool loaded;    /* the device state */
+	uint64_t resumed_us; /* the guest has run, since then; 0: not yet */
 };
 
 static void on_event(void *ctx, const char *name, struct json_object *data)
 {
 	struct pause *p = ctx;
+	struct json_object *status;
 
-	(void)data;
 	p->stops += !strcmp(name, "STOP");
+	if (!strcmp(name, "RESUME") && !p->resumed_us)
+		p->resumed_us = os_now_us();
+	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status) &&
+	    !strcmp(json_object_get_string(status), "completed"))
+		p->loaded = true;
 }
 
 int pause_open(int fd, struct pause **ret_pause)
@@ -131,6 +138,10 @@ int pause_load_state(struct pause *p, int fd, char *why, size_t why_bytes)
 		incoming.arguments = json_tokener_parse(text);
 		r = qmp_run(p->qmp, &incoming, NULL, words);
 	}
+	while (!r && !p->loaded) { /* QEMU ends itself if it fails */
+		r = qmp_wait(p->qmp, START_MS);
+		snprintf(words, sizeof words, "it did not come to its end");
+	}
 	snprintf(why, why_bytes, "%s", words);
 	return r;
 }
@@ -198,6 +209,28 @@ int pause_undo_save(struct pause *p)
 		usleep(1000);
 	}
 	return r;
+}
+
+int pause_resume(struct pause *p)
+{
+	return run(p, "cont", NULL);
+}
+
+void pause_quit(struct pause *p)
+{
+	const struct qmp_command quit = { .name = "quit" };
+
+	(void)qmp_send(p->qmp, &quit);
+}
+
+bool pause_is_loaded(const struct pause *p)
+{
+	return p->loaded;
+}
+
+uint64_t pause_resumed_us(const struct pause *p)
+{
+	return p->resumed_us;
 }
 
 int pause_poll_fd(const struct pause *p)

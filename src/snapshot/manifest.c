@@ -159,6 +159,11 @@ static struct json_object *to_json(const struct manifest *m)
 		json_object_array_add(disks, disk_to_json(&m->disk[i]));
 	json_object_object_add(json, "volumes", volumes);
 	json_object_object_add(json, "disks", disks);
+	json_object_object_add(json, "stood", json_object_new_boolean(m->stood));
+	if (m->machine)
+		json_object_object_add(json, "machine", machine_to_json(m->machine));
+	else
+		add_text(json, "machine_missing", m->machine_missing);
 	return json;
 }
 
@@ -316,10 +321,26 @@ static void take_disk(struct reading *d, struct json_object *json, struct manife
 
 		take_volume(d, one, &layer->volume);
 		take_name(d, one, "format", layer->format, sizeof layer->format);
+		if (!d->r && strcmp(layer->format, "qcow2") && strcmp(layer->format, "raw"))
+			wrong(d, SNAPSHOT_MANIFEST ": \"format\" is neither qcow2 nor raw");
 		take_text(d, one, "file", layer->file, sizeof layer->file);
 		if (!d->r && layer->file[0] && !is_name(layer->file))
 			wrong(d, SNAPSHOT_MANIFEST ": \"file\" is no plain name of a file");
 	}
+}
+
+/* All of this is younger than the format. */
+static void take_machine(struct reading *d, struct json_object *json, struct manifest *m)
+{
+	struct json_object *value;
+	char words[MACHINE_WHY_BYTES];
+
+	if (json_object_object_get_ex(json, "stood", &value))
+		m->stood = json_object_get_boolean(value);
+	if (json_object_object_get_ex(json, "machine_missing", &value))
+		take_text(d, json, "machine_missing", m->machine_missing, sizeof m->machine_missing);
+	if (!d->r && json_object_object_get_ex(json, "machine", &value) && machine_from_json(value, &m->machine, words))
+		wrong(d, SNAPSHOT_MANIFEST ": %s", words);
 }
 
 static void take_all(struct reading *d, struct json_object *json, struct manifest *m)
@@ -346,6 +367,7 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	array = take_array(d, json, "disks", MANIFEST_DISKS, &m->disks);
 	for (uint32_t i = 0; i < m->disks; i++)
 		take_disk(d, json_object_array_get_idx(array, i), &m->disk[i]);
+	take_machine(d, json, m);
 }
 
 static char *read_text(int dir_fd, char *why)
@@ -384,7 +406,9 @@ int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_W
 		wrong(&d, SNAPSHOT_MANIFEST ": no JSON object");
 	json_object_put(json);
 	free(text);
-	if (!d.r)
+	if (d.r)
+		machine_free(m.machine);
+	else
 		*ret_manifest = m;
 	return d.r;
 }

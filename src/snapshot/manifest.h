@@ -8,6 +8,7 @@
 #define LATENT_SNAPSHOT_MANIFEST_H
 
 #include "snapshot/image.h"
+#include "snapshot/machine.h"
 
 #define MANIFEST_PATH_BYTES 256
 #define MANIFEST_DISKS 16
@@ -56,6 +57,9 @@ struct manifest {
 	uint32_t volumes, disks;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES];
 	struct manifest_disk disk[MANIFEST_DISKS];
+	bool stood;              /* the guest did not run when it was saved */
+	struct machine *machine; /* freed by whoever has read it (machine_free); NULL: */
+	char machine_missing[MACHINE_WHY_BYTES]; /* why it could not be described; empty: by an older Latent */
 };
 
 const char *manifest_role_name(enum manifest_role role);

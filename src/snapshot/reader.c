@@ -91,6 +91,8 @@ int reader_open(const char *dir, struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 void reader_close(struct reader *r)
 {
 	snapshot_image_free(&r->image);
+	machine_free(r->manifest.machine);
+	r->manifest.machine = NULL;
 	for (size_t i = 0; i < SNAPSHOT_VOLUMES; i++) {
 		snapshot_image_free(&r->file[i].origin);
 		if (r->file[i].fd >= 0)

@@ -2,7 +2,9 @@
 #include "snapshot/save.h"
 
 #include "os/os.h"
+#include "snapshot/describe.h"
 #include "snapshot/maker.h"
+#include "snapshot/manifest.h"
 #include "snapshot/parent.h"
 #include "snapshot/reader.h"
 #include "vmdir/qmp.h"
@@ -238,7 +240,14 @@ static int query(struct save *s)
 				 !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
 	}
 	json_object_put(value);
-	return r ? r : list_disks(s);
+	s->manifest.stood = !s->ran;
+	if (!r)
+		r = list_disks(s);
+	if (!r)
+		describe_nodes(s->qmp, &s->manifest);
+	if (!r)
+		describe_machine(s->qmp, s->options->run_dir, &s->manifest);
+	return r;
 }
 
 /* ---- the pause ------------------------------------------------------------------------------- */
@@ -763,6 +772,7 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 		(void)unlink(s->overlay[i]);
 	snapshot_image_free(&s->image);
 	free(s->active);
+	machine_free(s->manifest.machine);
 	if (s->state_fd >= 0)
 		close(s->state_fd);
 	parent_close(s->parent);

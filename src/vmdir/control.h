@@ -29,6 +29,7 @@ enum control_op {
 	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
+	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_OPS
 };
 

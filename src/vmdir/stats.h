@@ -47,6 +47,18 @@ enum volume_state {
 	VOLUME_STATES
 };
 
+/* What a restore does, in this order. */
+enum restore_step {
+	RESTORE_BEGUN,    /* by the command */
+	RESTORE_CHECKED,  /* the snapshot, its disks and images are what they should be */
+	RESTORE_OVERLAYS, /* each disk has a new one */
+	RESTORE_EXEC,     /* the command becomes QEMU */
+	RESTORE_RAM,      /* guest RAM is mapped */
+	RESTORE_STATE,    /* devices have their state */
+	RESTORE_RESUMED,  /* the guest runs */
+	RESTORE_STEPS
+};
+
 struct volume_stats {
 	char path[256]; /* as the VMM opened it, NUL-terminated, cut at 255 bytes */
 	_Atomic uint64_t dev, ino, pages;
@@ -79,6 +91,8 @@ struct vm_stats {
 	stat_counter pages_masked_now, pages_masked, masked_made, masked_copied, masked_mapped, masked_dropped;
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
+	stat_counter restore_us[RESTORE_STEPS]; /* CLOCK_MONOTONIC when it was done; 0: not yet, or no restore */
+	_Atomic uint32_t is_spare; /* restored, and waits to be taken */
 	char message[256]; /* the last that the agent has said, or empty */
 	_Atomic uint64_t message_unix_s;
 	_Atomic uint32_t volume_count;

@@ -323,7 +323,6 @@ static void prepare_mapping(struct volume *v)
 	r = track_open(v->all->options.tracks_dir, v->dev, v->ino, v->pages, &v->track);
 	if (r)
 		os_log("%s is not tracked, and so not shared: %s", volume_path(v), strerror(-r));
-	(void)cost_model_get();
 }
 
 /* `v` is closed; afterwards it is open, mapped or not. */

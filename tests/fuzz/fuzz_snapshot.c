@@ -67,6 +67,7 @@ static void check_manifest(const uint8_t *text, size_t bytes)
 		fuzz_require(ends(m.volume[i].path, sizeof m.volume[i].path));
 		fuzz_require(m.volume[i].role == MANIFEST_IMAGE || m.volume[i].role == MANIFEST_RAM);
 	}
+	machine_free(m.machine); /* fuzz_machine.c looks into it */
 	fuzz_require(!strchr(m.name, '/')); /* names of new overlays are made of both */
 	for (uint32_t i = 0; i < m.disks; i++) {
 		fuzz_require(!strchr(m.disk[i].drive, '/'));

@@ -1,11 +1,15 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* latent info, latent verify: what a snapshot is, and whether it is whole. */
 #include "cli/cli.h"
+#include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/reader.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -271,9 +275,46 @@ static int verify_volumes(struct reader *r)
 	return status;
 }
 
+/* The packed copies of pages in use must be what the pages are. -EBADMSG. */
+static int compare_active(struct reader *r, int fd, char why[SNAPSHOT_WHY_BYTES])
+{
+	uint8_t copy[PAGE_BYTES], page[PAGE_BYTES];
+	struct active_set set = { 0 };
+	int result = active_read(fd, &r->image, &set, why), file;
+
+	for (uint64_t i = 0; !result && i < set.count; i++) {
+		uint64_t number = set.list[i].page, at;
+
+		if (!reader_locate(r, number, &file, &at) || reader_fd(r, file) < 0)
+			continue; /* no contents, or a file of which it was said that it is missing */
+		if (os_read_all(fd, copy, sizeof copy, set.contents_offset + i * PAGE_BYTES) ||
+		    os_read_all(reader_fd(r, file), page, sizeof page, at * PAGE_BYTES) || memcmp(copy, page, sizeof page)) {
+			snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_ACTIVE ": the copy of page %ju is not what the page is",
+				 (uintmax_t)number);
+			result = -EBADMSG;
+		}
+	}
+	active_free(&set);
+	return result;
+}
+
+static int verify_active(struct reader *r)
+{
+	int fd = openat(r->dir_fd, SNAPSHOT_ACTIVE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), result;
+	char why[SNAPSHOT_WHY_BYTES] = SNAPSHOT_ACTIVE " cannot be opened";
+
+	if (fd < 0 && errno == ENOENT)
+		return CLI_OK; /* a restore does without */
+	result = fd < 0 ? -errno : compare_active(r, fd, why);
+	if (fd >= 0)
+		close(fd);
+	return result ? cli_fail(CLI_NO_IMAGE, "%s", why) : CLI_OK;
+}
+
 static int run_verify(const struct cli_command *command, int argc, char **argv)
 {
-	static int (*const parts[])(struct reader *) = { verify_state, verify_ram, verify_volumes, verify_disks };
+	static int (*const parts[])(struct reader *) = { verify_state, verify_ram, verify_volumes, verify_active,
+							 verify_disks };
 	static struct opened o;
 	const char *dir = NULL;
 	int status = open_snapshot(command, argc, argv, &o, &dir);

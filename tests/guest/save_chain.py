@@ -119,7 +119,7 @@ def chain(test, directory):
         missing_and_changed(test, guest, a, b)
         killed_flattening(test, directory, c)
         latent.run("flatten", c, flat)
-        check_flat(test, flat)
+        check_flat(test, c, flat)
         for path in (a, b):
             shutil.rmtree(path)
         check_restored(test, guest, flat, nonce, "the flat one, with the others gone")
@@ -156,11 +156,12 @@ def killed_flattening(test, directory, snapshot):
     shutil.rmtree(directory / "killed")
 
 
-def check_flat(test, flat):
+def check_flat(test, old, flat):
     about = info(flat)
     test.check(about["parent"] is None and {volume["role"] for volume in about["volumes"]} <= {"image"},
                "the flat one needs no other snapshot")
     test.check(latent.run("verify", flat).endswith("is whole\n"), "and is whole")
+    test.check_equal(latent.sha256(flat / "active"), latent.sha256(old / "active"), "its active pages are those of the old one")
 
 
 def page_in_parent(directory, ram):

@@ -593,7 +593,7 @@ static int write_active(struct save *s)
 			close(volumes[i]);
 	if (ram >= 0)
 		close(ram);
-	return r;
+	return r ? r : step(s, "the active pages are written");
 }
 
 static int identify(struct save *s, struct manifest_volume *v)

@@ -301,8 +301,6 @@ static int flatten(struct flatten *f, const char *new_dir)
 		r = write_ram(f);
 	if (!r)
 		r = copy_file(f, SNAPSHOT_STATE);
-	if (!r && !faccessat(f->from.dir_fd, SNAPSHOT_ACTIVE, F_OK, AT_SYMLINK_NOFOLLOW))
-		r = copy_file(f, SNAPSHOT_ACTIVE); /* pages keep their numbers */
 	if (!r)
 		r = step(f, "the device state is copied");
 	if (!r)

@@ -8,7 +8,6 @@ from common import restores
 from common.guests import GuestError, host, vm
 from common.progress import mib
 from common.result import spread
-from save import HELD_MIB, fill
 
 MEM = "1G"
 N_CLONES = 8
@@ -25,7 +24,6 @@ def run(result):
         saved = restores.Saved(directory, common.copy_image("golden.qcow2", directory), "clones", MEM)
         result.say(f"a guest of {MEM} boots, is filled and saved")
         with common.running(saved.guest):
-            fill(saved.guest)
             saved.save(whole=True)
             for number in range(rounds):
                 for way in in_turn(number):
@@ -100,6 +98,6 @@ def report(result, samples):
                     for title, key in ROWS])
     result.note(f"""\
 All are started one right behind the other; times are from the first one's start. Memory is that of the processes, {SETTLE_S:.0f} s
-after the last answer, while the guests stand still; each holds {HELD_MIB} MiB that it has not looked at, all of which is
+after the last answer, while the guests stand still; each holds {restores.HELD_MIB} MiB that it has not looked at, all of which is
 checked afterwards. A page of a file that n clones map counts 1/n in each. One clone more: what goes away with the
 eighth. QEMU's -incoming reads a whole migration, from a file.""")

@@ -2,11 +2,11 @@
 """From the command to a guest that answers: latent restore, QEMU's -incoming, and the ways of papers, warm and cold."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from common import guests as common
 from common import restores
 from common.result import spread
-from save import HELD_MIB, fill
 
 MEM, BIG_MEM = "1G", "4G"
 ROUNDS = {"full": 9, "quick": 2}
@@ -28,9 +28,7 @@ def run(result):
         bench = Bench(result, small, big)
         result.say(f"guests of {MEM} and {BIG_MEM} boot, are filled and saved")
         with common.running(small.guest, big.guest):
-            for saved in (small, big):
-                fill(saved.guest)
-                saved.save(whole=saved is small)
+            both_at_once(lambda: small.save(whole=True), lambda: big.save(whole=False))
             bench.record()
             for number in range(rounds):
                 result.say(f"round {number + 1} of {rounds}")
@@ -51,6 +49,7 @@ class Bench:
         restores.write_complete_ram(self.small)
         self.demanded, right = self.small.record()
         self.result.check(right, "memory of the guest that was watched is right")
+
     def run_round(self, number):
         for cache in (WARM, COLD):
             if cache == WARM:
@@ -64,6 +63,8 @@ class Bench:
     def start(self, way, cache):
         saved = self.big if way == BIG else self.small
         with restores.started(WAYS[way], saved, f"restore-{way.split()[0]}") as guest:
+            if cache == COLD:
+                saved.warm()  # the check alone would read for seconds
             right = restores.memory_is_right(guest)
             checked_ms = (time.monotonic_ns() - guest.begin_ns) / 1e6
         self.result.check(right, f"{way}, {cache}: the guest's memory is right")
@@ -84,17 +85,17 @@ class Bench:
         result.missing.add("latent spare")
         result.table(f"A saved guest of {MEM} starts again, ms: median (lowest-highest)",
                      ["page cache, way", "first answer", "all it holds checked", "starts"],
-                     [[f"{cache}, {way}", *(spread(column) for column in zip(*samples)), len(samples)]
+                     [[f"{cache}, {way}", spread(self.answers(way, cache)),
+                       spread([checked_ms for _, checked_ms in samples]) if cache == WARM else "", len(samples)]
                       for (way, cache), samples in self.samples.items()])
         result.note(f"""\
 First answer: from the start of the command to the second line that the guest prints by itself; it prints one each
 millisecond, and the host sleeps in the kernel until they come. Checked: from the same start until the guest has read
-and verified the {HELD_MIB} MiB that it holds, by a command sent after the answer. Latent's time has its checks and the making
+and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer. Latent's time has its checks and the making
 of an overlay disk in it; the others' disks are made beforehand. All have one command line, without -kernel.
-qemu_incoming: -incoming fd: of a whole migration. The others have the device state without RAM from a file, their
-orders in the monitor's socket before they start, and RAM of one complete file: private_map maps it MAP_PRIVATE;
+qemu_incoming: migrate-incoming fd: of a whole migration. The others have the device state without RAM from a file and RAM of one complete file: private_map maps it MAP_PRIVATE;
 uffd_demand reads a page for each userfault; reap does, too, but first installs the pages that such a guest had asked
-for until a second after its first answer, from one packed file. Cold: nothing of what was saved, nor of the disk's image,
+for until a second after its first answer, from one packed file. QEMU finds its orders in the monitor's socket. Cold: nothing of what was saved, nor of the disk's image,
 is in the page cache (mincore); QEMU itself stays there.""")
 
 
@@ -108,6 +109,12 @@ is in the page cache (mincore); QEMU itself stays there.""")
             self.result.metric("active_set_recall", len(self.demanded & active) / len(self.demanded))
             rows += [["in the snapshot's active set", len(active)], ["in both", len(self.demanded & active)]]
         self.result.table("The first second of a guest", ["", "pages"], rows)
+
+
+def both_at_once(one, other):
+    with ThreadPoolExecutor() as pool:
+        for job in [pool.submit(one), pool.submit(other)]:
+            job.result()
 
 
 def in_turn(ways, number):

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import selectors
 import socket
@@ -26,8 +27,12 @@ WORK = WORK.format("$([ $((i % 5)) = 4 ] && echo w || echo r)")
 WARM_UP_S = 1.0
 # A number that follows another one: what was printed before the save cannot count.
 LINES_OF_AN_ANSWER = 2
+HELD_MIB = 150  # random, checked; with the kernel and the files that are read about 370 MiB are in use
+FILL = f"""find /usr/lib -type f | sort | xargs cat 2> /dev/null | head -c {140 << 20} > /dev/null
+latent-guest mem hold m {HELD_MIB} 13 random"""
 ANSWER_TIMEOUT_S = 60
 PAGE_BYTES = host.PAGE_BYTES
+READY_BYTES = 512 << 20
 LAZY_RAM = vm.BUILD_DIR / "bench/lazy_ram.so"
 
 
@@ -132,7 +137,7 @@ def directories_in(directory):
 # ---- what was saved ----
 
 class Saved:
-    """One running guest, saved by `latent save` and, some milliseconds later, by QEMU's whole migration.
+    """One guest, saved by `latent save` while it runs and, some milliseconds later, by QEMU's whole migration.
 
     snapshot, migration   what they wrote
     disk                  the guest's disk as of the migration
@@ -150,8 +155,9 @@ class Saved:
         self.guest = Guest(f"saved-{name}", boots=True, image=image, mem=mem, latent=["--share-threshold", "0"])
 
     def save(self, whole):
-        """Saves the guest, which has been filled, while it works, and ends it; its disks stay until it is closed."""
+        """Lets the guest work, saves and ends it; its disks stay until it is closed."""
         self.guest.drain()
+        self.guest.sh(FILL, timeout=180)
         self.guest.sh_start(START_BEAT)
         self.guest.sh_start(WORK)
         time.sleep(WARM_UP_S)
@@ -165,7 +171,9 @@ class Saved:
         self.guest.process.wait(10)
 
     def _migrate(self):
+        """Of the stopped guest: what a running one writes under TCG meanwhile may be lost (QEMU 7.2)."""
         guest = self.guest
+        guest.qmp("stop")
         guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
         guest.qmp("migrate", uri=f"exec:cat > {self.migration}")
         while (status := guest.qmp("query-migrate")["status"]) in ("setup", "active", "device"):
@@ -215,6 +223,12 @@ class Saved:
     def warm(self):
         for path in self.files():
             read_data(path)
+
+
+def ready_memory():
+    """Memory that is free and has been used: a machine that is itself virtual gets other memory from its host first,
+    which takes longer than all that is measured here."""
+    mmap.mmap(-1, READY_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 def read_data(path):
@@ -281,8 +295,18 @@ def latent(saved, guest):
 
 
 def qemu_incoming(saved, guest):
+    """The guest was stopped when it was saved, so it is told to go on as soon as all is there."""
     with open(saved.migration, "rb") as file:
-        guest.begin([*guest.command(), "-incoming", f"fd:{file.fileno()}"], [file.fileno()])
+        orders = _begin_with_orders(guest, [], file, {"events"})
+    threading.Thread(target=_go_on, args=(orders,), daemon=True).start()
+
+
+def _go_on(orders):
+    seen = b""
+    with contextlib.suppress(OSError):
+        while b'"completed"' not in seen and (data := orders.recv(65536)):
+            seen += data
+        _order(orders, "cont")
 
 
 def private_map(saved, guest):
@@ -305,16 +329,26 @@ def _backend(kind, saved, properties):
 
 
 def _begin_with_state(saved, guest, arguments):
-    """Guest RAM is there; the device state is the snapshot's. QEMU finds its orders waiting on its monitor."""
+    """Guest RAM is there; the device state is the snapshot's."""
+    with open(saved.snapshot / "state", "rb") as state:
+        _begin_with_orders(guest, arguments, state, {"x-ignore-shared"})
+
+
+def _begin_with_orders(guest, arguments, state, capabilities):
+    """QEMU finds its orders waiting on a monitor: nobody has to wait until it listens. Our end of the monitor."""
     ours, theirs = socket.socketpair()
     guest.helpers.append(ours)
-    with open(saved.snapshot / "state", "rb") as state, theirs:
-        capability = {"capability": "x-ignore-shared", "state": True}
-        for name, values in (("qmp_capabilities", {}), ("migrate-set-capabilities", {"capabilities": [capability]}),
-                             ("migrate-incoming", {"uri": f"fd:{state.fileno()}"})):
-            ours.sendall(json.dumps({"execute": name, "arguments": values}).encode())
+    _order(ours, "qmp_capabilities")
+    _order(ours, "migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in capabilities])
+    _order(ours, "migrate-incoming", uri=f"fd:{state.fileno()}")
+    with theirs:
         guest.begin([*guest.command(), *arguments, "-incoming", "defer", "-chardev", f"socket,id=orders,fd={theirs.fileno()}",
                      "-mon", "chardev=orders,mode=control"], [state.fileno(), theirs.fileno()])
+    return ours
+
+
+def _order(monitor, name, **arguments):
+    monitor.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
 
 
 def prepare(way, saved, name, **env):
@@ -328,6 +362,7 @@ def started(way, saved, name, **env):
     """A guest that has answered; it is gone at the end."""
     guest = prepare(way, saved, name, **env)
     try:
+        ready_memory()
         way(saved, guest)
         wait_answers([guest])
         yield guest

@@ -63,8 +63,8 @@ class Bench:
     def start(self, way, cache):
         saved = self.big if way == BIG else self.small
         with restores.started(WAYS[way], saved, f"restore-{way.split()[0]}") as guest:
-            if cache == COLD:
-                saved.warm()  # the check alone would read for seconds
+            if way in (DEMAND, REAP):
+                restores.read_data(saved.ram)  # page by page the check would take many seconds
             right = restores.memory_is_right(guest)
             checked_ms = (time.monotonic_ns() - guest.begin_ns) / 1e6
         self.result.check(right, f"{way}, {cache}: the guest's memory is right")
@@ -91,13 +91,13 @@ class Bench:
         result.note(f"""\
 First answer: from the start of the command to the second line that the guest prints by itself; it prints one each
 millisecond, and the host sleeps in the kernel until they come. Checked: from the same start until the guest has read
-and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer. Latent's time has its checks and the making
-of an overlay disk in it; the others' disks are made beforehand. All have one command line, without -kernel.
-qemu_incoming: migrate-incoming fd: of a whole migration. The others have the device state without RAM from a file and RAM of one complete file: private_map maps it MAP_PRIVATE;
-uffd_demand reads a page for each userfault; reap does, too, but first installs the pages that such a guest had asked
-for until a second after its first answer, from one packed file. QEMU finds its orders in the monitor's socket. Cold: nothing of what was saved, nor of the disk's image,
-is in the page cache (mincore); QEMU itself stays there.""")
-
+and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer (after cold starts it is checked, too).
+Latent's time has its checks and the making of an overlay disk in it; the others' disks are made beforehand. All have one
+command line, without -kernel. qemu_incoming: migrate-incoming fd: of a whole migration. The others load the device state
+alone, and have RAM in one complete file: private_map maps it MAP_PRIVATE; uffd_demand reads a page for each userfault;
+reap does, too, but first installs the pages that such a guest had asked for until a second after its first answer, from
+one packed file. QEMU finds all orders in its monitor's socket. Cold: nothing of what was saved, nor of the disk's image, is
+in the page cache (mincore); QEMU itself stays there.""")
 
     def report_recall(self):
         """How much of what a guest asks for in its first second the snapshot had predicted."""

@@ -2,10 +2,14 @@
 #include "os/os.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+/* No errno values: the process is to be killed; from now on nothing can be written. */
+enum { DEATH = 0x10000, FULL };
 
 static struct {
 	_Atomic uint32_t calls, nth;
@@ -14,6 +18,7 @@ static struct {
 } points[OS_FAULT_POINTS];
 
 static _Atomic bool any_armed; /* the only thing looked at when no test runs */
+static _Atomic bool full;      /* every OS_FAULT_WRITE fails */
 
 static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_MAP_FILE] = "map_file",
@@ -22,7 +27,10 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_PUNCH] = "punch",
 	[OS_FAULT_POPULATE] = "populate",
 	[OS_FAULT_SETTLE_WRITE] = "settle_write",
+	[OS_FAULT_REGISTER] = "register",
 	[OS_FAULT_STORAGE_READ] = "storage_read",
+	[OS_FAULT_WRITE] = "write",
+	[OS_FAULT_SAVE_STEP] = "save_step",
 };
 
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error)
@@ -51,7 +59,16 @@ int os_fault(enum os_fault_point point)
 		nanosleep(&t, NULL);
 	}
 	call = atomic_fetch_add(&points[point].calls, 1) + 1;
-	return call == points[point].nth ? -points[point].error : 0;
+	if (point == OS_FAULT_WRITE && full)
+		return -ENOSPC;
+	if (call != points[point].nth)
+		return 0;
+	if (points[point].error == DEATH)
+		raise(SIGKILL);
+	if (points[point].error != FULL)
+		return -points[point].error;
+	full = true;
+	return 0;
 }
 
 static int error_by_name(const char *name)
@@ -59,7 +76,7 @@ static int error_by_name(const char *name)
 	static const struct {
 		const char *name;
 		int error;
-	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC } };
+	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC }, { "KILL", DEATH }, { "FULL", FULL } };
 
 	for (size_t i = 0; i < sizeof errors / sizeof errors[0]; i++)
 		if (!strcmp(errors[i].name, name))

@@ -11,7 +11,7 @@ from common.result import spread
 
 MEM = "1G"
 N_CLONES = 8
-ROUNDS = {"full": 5, "quick": 2}
+ROUNDS = {"full": 5, "quick": 1}
 SETTLE_S = 2.0  # from the last answer to the look at memory
 
 WAYS = {"latent": restores.latent, "qemu": restores.qemu_incoming}

@@ -32,9 +32,10 @@ def run(result):
         with common.running(small.guest, big.guest):
             both_at_once(lambda: small.save(whole=True), lambda: big.save(whole=False))
             bench.record()
-            for number in range(rounds):
-                result.say(f"round {number + 1} of {rounds}")
-                bench.run_round(number)
+            for cache in STARTS:  # what is warm stays so until all warm starts are done
+                for number in range(rounds):
+                    result.say(f"{cache}, round {number + 1} of {rounds}")
+                    bench.run_round(cache, number)
         bench.report()
         bench.report_recall()
 
@@ -52,15 +53,14 @@ class Bench:
         self.demanded, right = self.small.record()
         self.result.check(right, "memory of the guest that was watched is right")
 
-    def run_round(self, number):
-        for cache in (WARM, COLD):
-            if cache == WARM:
-                self.small.warm()
-                self.big.warm()
-            for way in in_turn(STARTS[cache], number):
-                if cache == COLD:
-                    self.small.cool()
-                self.start(way, cache)
+    def run_round(self, cache, number):
+        if cache == WARM:
+            self.small.warm()
+            self.big.warm()
+        for way in in_turn(STARTS[cache], number):
+            if cache == COLD:
+                self.small.cool()
+            self.start(way, cache)
 
     def start(self, way, cache):
         saved = self.big if way == BIG else self.small
@@ -92,13 +92,14 @@ class Bench:
         result.note(f"""\
 First answer: from the start of the command to the second line that the guest prints by itself; it prints one each
 millisecond, and the host sleeps in the kernel until they come. Checked: from the same start until the guest has read
-and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer (after cold starts it is checked, too).
-Latent's time has its checks and the making of an overlay disk in it; the others' disks are made beforehand. All have one
-command line, without -kernel. spare: `latent spare take` of a machine that waits. qemu_incoming: migrate-incoming fd: of a whole migration. The others load the device state
-alone, and have RAM in one complete file: private_map maps it MAP_PRIVATE; uffd_demand reads a page for each userfault;
-reap does, too, but first installs the pages that such a guest had asked for until a second after its first answer, from
-one packed file. QEMU finds all orders in its monitor's socket. Cold: nothing of what was saved, nor of the disk's image, is
-in the page cache (mincore); QEMU itself stays there.""")
+and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer (after cold starts it is
+checked, too). Latent's time has its checks and the making of an overlay disk in it; the others' disks are made
+beforehand. All have one command line, without -kernel. spare: `latent spare take` of a machine that waits.
+qemu_incoming: migrate-incoming fd: of a whole migration. The others load the device state alone, and have RAM in one
+complete file: private_map maps it MAP_PRIVATE; uffd_demand reads a page for each userfault; reap does, too, but first
+installs the pages that such a guest had asked for until a second after its first answer, from one packed file. QEMU
+finds all orders in its monitor's socket. Cold: nothing of what was saved, nor of the disk's image, is in the page
+cache (mincore); QEMU itself stays there.""")
 
     def report_recall(self):
         """How much of what a guest asks for in its first second the snapshot had predicted."""

@@ -204,21 +204,31 @@ void ram_watch(struct ram *ram, int uffd)
 	ram->uffd = uffd;
 }
 
+/* -ENOMEM. */
+static int make_room(struct ram_words *w)
+{
+	size_t room = w->room ? w->room * 2 : 64;
+	uint64_t *list;
+
+	if (w->count < w->room)
+		return 0;
+	list = realloc(w->list, room * sizeof *list);
+	if (!list)
+		return -ENOMEM;
+	w->list = list;
+	w->room = room;
+	return 0;
+}
+
 int ram_add_word(struct ram *ram, uint64_t word, uint64_t *ret_number)
 {
 	struct ram_words *w = &ram->words;
-	uint64_t *list;
 	int r = 0;
 
 	assert_locked(ram);
 	pthread_mutex_lock(&ram->mask_lock);
 	if (!w->count || w->list[w->count - 1] != word) {
-		if (w->count == w->room) {
-			list = realloc(w->list, (w->room ? w->room * 2 : 64) * sizeof *list);
-			r = list ? 0 : -ENOMEM;
-			w->list = list ? list : w->list;
-			w->room = list ? (w->room ? w->room * 2 : 64) : w->room;
-		}
+		r = make_room(w);
 		if (!r)
 			w->list[w->count++] = word;
 	}

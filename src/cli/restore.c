@@ -6,6 +6,7 @@
  */
 #include "cli/capture.h"
 #include "cli/cli.h"
+#include "cli/lazy.h"
 #include "cli/props.h"
 #include "cli/run.h"
 #include "snapshot/manifest.h"
@@ -20,11 +21,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { OPT_NAME, OPT_DISKS, OPT_PAUSED };
+enum { OPT_NAME, OPT_DISKS, OPT_DISKS_FROM, OPT_PAUSED };
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: QEMU's -name, or vm-PID)" },
 	[OPT_DISKS] = { "disks", CLI_VALUE, "DIR", "where the VM's new overlay disks go (default: the current directory)" },
+	[OPT_DISKS_FROM] = { "disks-from", CLI_VALUE, "DIR", "where a copy of the snapshot's disks/ is" },
 	[OPT_PAUSED] = { "paused", CLI_FLAG, NULL, "do not let the guest run until `cont`" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
@@ -33,7 +35,7 @@ static int run(const struct cli_command *command, int argc, char **argv);
 
 const struct cli_command cli_restore = {
 	.name = "restore",
-	.arguments = "[OPTIONS] DIR -- qemu-system-x86_64 ...",
+	.arguments = "[OPTIONS] DIR|URL -- qemu-system-x86_64 ...",
 	.summary = "Start a virtual machine where a snapshot left it",
 	.details = "Give the command line that the VM was started with. A -drive whose id is that of a saved disk\n"
 		   "gets a new overlay of it, in place of its file; the snapshot itself is never written.",
@@ -42,7 +44,7 @@ const struct cli_command cli_restore = {
 };
 
 struct restore {
-	const char *dir, *name, *disks_dir;
+	const char *dir, *name, *disks_dir, *disks_from;
 	char disks_path[PATH_MAX]; /* absolute: -daemonize leaves the current directory */
 	bool paused;
 	int dir_fd;
@@ -56,6 +58,7 @@ struct restore {
 };
 
 static int parse(struct cli_parser *parser, struct restore *r);
+static int open_snapshot(struct restore *r);
 static int open_files(struct restore *r);
 static int open_volumes(struct restore *r);
 static int check_disks(struct restore *r);
@@ -67,7 +70,6 @@ static int run(const struct cli_command *command, int argc, char **argv)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv, .stop_at_operand = true };
 	struct restore r = { .dir_fd = -1 };
-	char why[SNAPSHOT_WHY_BYTES];
 	int status = parse(&parser, &r), next = parser.next;
 
 	if (status != CLI_END)
@@ -85,12 +87,7 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (!realpath(r.disks_dir ? r.disks_dir : ".", r.disks_path))
 		return cli_fail(CLI_USAGE, "restore: %s, where the new disks would go, cannot be used (%s): make it, or give "
 					   "another with --disks", r.disks_dir ? r.disks_dir : ".", strerror(errno));
-	r.dir_fd = open(r.dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (r.dir_fd < 0)
-		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", r.dir, strerror(errno));
-	if (manifest_read(r.dir_fd, &r.manifest, why))
-		return cli_fail(CLI_NO_IMAGE, "%s: %s", r.dir, why);
-	status = open_files(&r);
+	status = open_snapshot(&r);
 	if (!status)
 		status = open_volumes(&r);
 	if (!status)
@@ -121,6 +118,9 @@ static int parse(struct cli_parser *parser, struct restore *r)
 		case OPT_DISKS:
 			r->disks_dir = parser->value;
 			break;
+		case OPT_DISKS_FROM:
+			r->disks_from = parser->value;
+			break;
 		default:
 			r->paused = true;
 		}
@@ -143,6 +143,25 @@ static int open_file(struct restore *r, const char *name, uint64_t bytes, int32_
 		return cli_fail(CLI_NO_IMAGE, "%s/%s is not a file of %ju bytes, as the manifest says", r->dir, name,
 				(uintmax_t)bytes);
 	return CLI_OK;
+}
+
+/* A packed one, and one on a store elsewhere, come through a pager. */
+static int open_snapshot(struct restore *r)
+{
+	char why[SNAPSHOT_WHY_BYTES], path[PATH_MAX];
+
+	if (lazy_is_url(r->dir))
+		return lazy_open(r->dir, &r->agent, &r->manifest);
+	r->dir_fd = open(r->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (r->dir_fd < 0)
+		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", r->dir, strerror(errno));
+	if (manifest_read(r->dir_fd, &r->manifest, why))
+		return cli_fail(CLI_NO_IMAGE, "%s: %s", r->dir, why);
+	if (!r->manifest.packed_bytes)
+		return open_files(r);
+	if (!realpath(r->dir, path))
+		return cli_fail(CLI_NO_IMAGE, "%s cannot be found: %s", r->dir, strerror(errno));
+	return lazy_open(path, &r->agent, &r->manifest);
 }
 
 static int open_files(struct restore *r)
@@ -201,7 +220,13 @@ static int find_layer(struct restore *r, const struct manifest_layer *layer, cha
 		snprintf(path, PATH_MAX, "%s", layer->volume.path);
 		return CLI_OK;
 	}
-	snprintf(within, sizeof within, "%.3900s/" SNAPSHOT_DISKS "/%s", r->dir, layer->file);
+	if (r->disks_from)
+		snprintf(within, sizeof within, "%.3900s/%s", r->disks_from, layer->file);
+	else if (lazy_is_url(r->dir))
+		return cli_fail(CLI_NO_IMAGE, "the disk %s is on %.200s: fetch its " SNAPSHOT_DISKS "/ and say where it is with "
+				"--disks-from", layer->file, r->dir);
+	else
+		snprintf(within, sizeof within, "%.3900s/" SNAPSHOT_DISKS "/%s", r->dir, layer->file);
 	if (!realpath(within, path))
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be found: %s", within, strerror(errno));
 	return CLI_OK;

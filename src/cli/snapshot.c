@@ -2,6 +2,7 @@
 /* latent info, latent verify: what a snapshot is, and whether it is whole. */
 #include "cli/cli.h"
 #include "snapshot/manifest.h"
+#include "snapshot/packed.h"
 
 #include <fcntl.h>
 #include <json-c/json.h>
@@ -111,6 +112,8 @@ static void print_text(const struct opened *o)
 	printf("%s, saved %s ago under QEMU %s\n", m->name, cli_age(m->created_unix_s, a), m->qemu_version);
 	printf("RAM %s\n", cli_size(c.pages * PAGE_BYTES, a));
 	printf("  stored            %9s\n", cli_size(c.data * PAGE_BYTES, a));
+	if (m->packed_bytes)
+		printf("    packed into     %9s\n", cli_size(m->packed_bytes, a));
 	printf("  in other files    %9s\n", cli_size(c.volume * PAGE_BYTES, a));
 	printf("  zero              %9s\n", cli_size(c.zero * PAGE_BYTES, a));
 	printf("  of one word       %9s\n", cli_size((c.word - c.zero) * PAGE_BYTES, a));
@@ -133,6 +136,7 @@ static void print_json(const struct opened *o)
 	json_object_object_add(json, "qemu_version", json_object_new_string(m->qemu_version));
 	json_object_object_add(json, "created_unix_s", json_object_new_uint64(m->created_unix_s));
 	json_object_object_add(json, "state_bytes", json_object_new_uint64(m->state_bytes));
+	json_object_object_add(json, "packed_bytes", json_object_new_uint64(m->packed_bytes));
 	json_object_object_add(json, "pages", json_object_new_uint64(c.pages));
 	json_object_object_add(json, "pages_stored", json_object_new_uint64(c.data));
 	json_object_object_add(json, "pages_on_volumes", json_object_new_uint64(c.volume));
@@ -176,13 +180,29 @@ static int verify_file(const struct manifest_volume *v, int fd, const char *name
 	return CLI_OK;
 }
 
+static int verify_packed(struct opened *o, int fd, uint64_t *ret_bad, char *why)
+{
+	struct packed packed;
+	int r = packed_open(fd, &o->image, &packed, why);
+
+	if (r)
+		return r;
+	r = packed_verify(&packed, fd, ret_bad, why);
+	packed_free(&packed);
+	return r;
+}
+
 static int verify_ram(struct opened *o)
 {
-	int fd = openat(o->dir_fd, SNAPSHOT_RAM, O_RDONLY | O_NOFOLLOW | O_CLOEXEC), r;
-	char why[SNAPSHOT_WHY_BYTES] = SNAPSHOT_RAM " cannot be opened";
+	const char *name = o->manifest.packed_bytes ? SNAPSHOT_PACKED : SNAPSHOT_RAM;
+	int fd = openat(o->dir_fd, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC), r = -1;
+	char why[SNAPSHOT_WHY_BYTES];
 	uint64_t bad = 0;
 
-	r = fd < 0 ? -1 : snapshot_image_verify(&o->image, fd, &bad, why);
+	snprintf(why, sizeof why, "%s cannot be opened", name);
+	if (fd >= 0)
+		r = o->manifest.packed_bytes ? verify_packed(o, fd, &bad, why)
+					     : snapshot_image_verify(&o->image, fd, &bad, why);
 	if (fd >= 0)
 		close(fd);
 	if (r || bad)

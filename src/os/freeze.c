@@ -18,12 +18,14 @@
 
 #define THREADS 2048
 #define POLL_NS 50000
+#define SPARED 4
 
 static struct {
 	_Atomic uint32_t frozen; /* 1: who gets the signal stops until it is 0 */
 	_Atomic uint32_t parked;
 	pid_t threads[THREADS]; /* that got the signal */
 	uint32_t count;
+	_Atomic pid_t spared[SPARED]; /* of os_never_freeze; 0: free */
 } freezing;
 
 /* getdents64(2) */
@@ -54,6 +56,24 @@ static pid_t number(const char *text)
 	while (*text >= '0' && *text <= '9')
 		n = n * 10 + (*text++ - '0');
 	return n;
+}
+
+void os_never_freeze(pid_t tid)
+{
+	for (size_t i = 0; i < SPARED; i++) {
+		pid_t none = 0;
+
+		if (atomic_compare_exchange_strong(&freezing.spared[i], &none, tid))
+			return;
+	}
+}
+
+static bool is_spared(pid_t tid)
+{
+	for (size_t i = 0; i < SPARED; i++)
+		if (freezing.spared[i] == tid)
+			return true;
+	return false;
 }
 
 static bool has_signal(pid_t tid)
@@ -98,7 +118,7 @@ static int look_round(int tasks, int signal, pid_t spare, struct round *round)
 		for (long at = 0; at < n;) {
 			const struct dirent64_raw *entry = (const void *)(entries + at);
 			pid_t tid = number(entry->name);
-			int r = tid && tid != self && tid != spare ? visit(tid, signal, round) : 0;
+			int r = tid && tid != self && tid != spare && !is_spared(tid) ? visit(tid, signal, round) : 0;
 
 			if (r)
 				return r;

@@ -112,6 +112,9 @@ bool os_absorb_fault(const void *addr);
  * errno. */
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit);
 
+/* Does writing one page of a memfd leave its neighbours holes? Not where huge pages are forced on shared memory. */
+bool os_memfd_is_fine_grained(void);
+
 /* Shared memory of this process that others may be given to read: a memfd and a writable view of it,
  * sealed so that nobody else can write it or change its size. */
 int os_table_create(const char *name, size_t bytes, int *ret_fd, void **ret_table);
@@ -194,6 +197,11 @@ int os_uffd_open(uint64_t features);
 int os_uffd_new(int flags); /* userfaultfd(2): a descriptor or a negative errno */
 /* Whole mappings of shared memory; -EINVAL for those of ordinary files, -EBUSY: another one has it. */
 int os_uffd_register_wp(int uffd, void *hva, size_t bytes);
+/* Of a private mapping of shared memory: where the file has a hole, whoever touches it waits; what the file has
+ * is mapped as usual. */
+int os_uffd_register_missing(int uffd, void *hva, size_t bytes);
+/* Whoever waits in the range tries again. */
+int os_uffd_wake(int uffd, uintptr_t hva, size_t bytes);
 int os_uffd_unregister(int uffd, void *hva, size_t bytes); /* wakes all that wait, and protects nothing */
 /* Addresses are those of the process that has opened it. Taking protection away wakes who waits. */
 int os_uffd_protect(int uffd, void *hva, size_t bytes, bool on);
@@ -211,6 +219,8 @@ int os_uffd_next_fault(int uffd, uintptr_t *ret_addr);
  */
 int os_freeze(int signal, pid_t spare, unsigned timeout_ms);
 void os_thaw(void);
+/* A thread that a freeze never stops: it serves pages that others wait for, and touches no guest RAM. Four at most. */
+void os_never_freeze(pid_t tid);
 
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
 

@@ -64,6 +64,20 @@ int os_uffd_register_wp(int uffd, void *hva, size_t bytes)
 	return ioctl(uffd, UFFDIO_REGISTER, &range) ? -errno : 0;
 }
 
+int os_uffd_register_missing(int uffd, void *hva, size_t bytes)
+{
+	struct uffdio_register range = { .range = { (uintptr_t)hva, bytes }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+
+	return ioctl(uffd, UFFDIO_REGISTER, &range) ? -errno : 0;
+}
+
+int os_uffd_wake(int uffd, uintptr_t hva, size_t bytes)
+{
+	struct uffdio_range range = { hva, bytes };
+
+	return ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0;
+}
+
 int os_uffd_unregister(int uffd, void *hva, size_t bytes)
 {
 	struct uffdio_range range = { (uintptr_t)hva, bytes };

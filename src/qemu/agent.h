@@ -5,6 +5,7 @@
  *   hooks.c    the C library's functions that it stands in front of
  *   service.c  its one thread: control socket, lease breaks, housekeeping
  *   saver.c    its part of a save
+ *   lazy.c     its end of a source that cannot be mapped
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
@@ -116,6 +117,15 @@ void saver_client_gone(struct agent *agent, int client);
 int restorer_fill(struct agent *agent, struct ram_block *block);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
+
+/* lazy.c: a source that cannot be mapped, which a pager brings into a cache. Used by the restorer. */
+int lazy_begin(struct agent *agent); /* does nothing the second time */
+bool lazy_may_map(void); /* else all has to be loaded before it is read */
+/* The cache has been mapped there, and nobody has touched it yet. */
+int lazy_mapped(void *hva, size_t bytes);
+int lazy_watch(const struct ram_block *block, uint64_t first_page); /* first_page: of the cache */
+void lazy_load_all(void); /* waits until the cache is whole */
+bool lazy_is_loaded(void);
 
 /* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
 struct msghdr;

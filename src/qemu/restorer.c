@@ -89,10 +89,32 @@ static int read_stretch(struct fill *f, const struct stretch *s)
 	return 0;
 }
 
+static bool is_lazy(const struct fill *f, const struct stretch *s)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+
+	return restore->pager.active && s->fd == restore->ram_fd;
+}
+
+/* The cache is filled while it is mapped. What cannot be mapped so is read when it is whole. */
+static int bring_lazily(struct fill *f, const struct stretch *s)
+{
+	int r = s->volume && lazy_may_map() ? volume_map(s->volume, f->block, s->page, s->pages, s->file_page) : -ENOTSUP;
+
+	if (!r && !lazy_mapped(f->block->hva + os_bytes(s->page), os_bytes(s->pages)))
+		return 0;
+	lazy_load_all();
+	return r ? read_stretch(f, s) : 0;
+}
+
 static int bring(struct fill *f, const struct stretch *s)
 {
-	int r = s->volume ? volume_map(s->volume, f->block, s->page, s->pages, s->file_page) : -ENOTSUP;
+	int r = -ENOTSUP;
 
+	if (is_lazy(f, s))
+		return bring_lazily(f, s);
+	if (s->volume)
+		r = volume_map(s->volume, f->block, s->page, s->pages, s->file_page);
 	return r ? read_stretch(f, s) : 0;
 }
 
@@ -128,7 +150,8 @@ static void attach(struct fill *f)
 {
 	const struct agent_restore *restore = &f->agent->config.restore;
 
-	f->ram = volumes_attach(f->agent->volumes, restore->ram_fd);
+	f->ram = restore->pager.active ? volumes_attach_cache(f->agent->volumes, restore->ram_fd)
+				       : volumes_attach(f->agent->volumes, restore->ram_fd);
 	for (uint32_t i = 0; i < restore->volumes; i++)
 		f->volume[i] = volumes_attach(f->agent->volumes, restore->volume_fd[i]);
 }
@@ -176,9 +199,13 @@ int restorer_fill(struct agent *a, struct ram_block *block)
 		return r;
 	}
 	r = find_block(&f, &image);
+	if (!r && a->config.restore.pager.active)
+		r = lazy_begin(a);
 	if (!r) {
 		attach(&f);
 		r = fill(&f);
+		if (!r && a->config.restore.pager.active)
+			r = lazy_watch(block, f.ram_page);
 		if (r)
 			agent_say("guest RAM cannot be filled from the snapshot: %s", strerror(-r));
 		detach(&f);

@@ -271,8 +271,25 @@ static const char *why_not(int r)
 	}
 }
 
+/* A snapshot cannot refer to it: it has no name. */
+static bool maps_cache(struct agent *a)
+{
+	struct volume *v;
+
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
+		if (volume_is_cache(v) && volume_overlay_pages(v))
+			return true;
+	return false;
+}
+
 void saver_begin(struct agent *a, int client, struct control_reply *p)
 {
+	if (maps_cache(a)) {
+		p->error = -EBUSY;
+		snprintf(p->text, sizeof p->text, "its RAM comes from a snapshot that is packed or elsewhere; run `latent detach %s` "
+			 "first, which loads all of it", a->config.name);
+		return;
+	}
 	if (saver.client >= 0) {
 		p->error = -EALREADY;
 		snprintf(p->text, sizeof p->text, "the VM is being saved already");

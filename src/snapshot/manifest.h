@@ -12,6 +12,7 @@
 #define MANIFEST_PATH_BYTES 256
 #define MANIFEST_DISKS 16
 #define MANIFEST_LAYERS 24
+#define MANIFEST_MAX_BYTES (1 << 20)
 
 /* A file that RAM refers to, or a disk. */
 struct manifest_volume {
@@ -38,6 +39,7 @@ struct manifest_disk {
 struct manifest {
 	char name[64], qemu_version[64];
 	uint64_t created_unix_s, ram_bytes, state_bytes;
+	uint64_t packed_bytes; /* of `ram.zst`; 0: there is a plain `ram` */
 	uint32_t volumes, disks;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES];
 	struct manifest_disk disk[MANIFEST_DISKS];
@@ -47,6 +49,8 @@ struct manifest {
 int manifest_write(const struct manifest *manifest, int dir_fd);
 /* -EBADMSG: `why` says what is wrong with it. */
 int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
+/* The same of the file itself. */
+int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
 
 /*
  * What a file is known by, but for its path. The fingerprint is the XXH3-64 over the size and up to 1,024 pages,

@@ -3,6 +3,7 @@
 
 #include "os/os.h"
 #include "snapshot/manifest.h"
+#include "snapshot/packed.h"
 #include "vmdir/qmp.h"
 #include "vmdir/vmdir.h"
 
@@ -458,7 +459,7 @@ static int make_dir(struct save *s)
 
 static void remove_partial(struct save *s)
 {
-	static const char *const files[] = { SNAPSHOT_RAM, SNAPSHOT_PAGES, SNAPSHOT_STATE, SNAPSHOT_MANIFEST };
+	static const char *const files[] = { SNAPSHOT_RAM, SNAPSHOT_PACKED, SNAPSHOT_PAGES, SNAPSHOT_STATE, SNAPSHOT_MANIFEST };
 	char path[128];
 
 	if (!s->partial[0])
@@ -507,6 +508,21 @@ static void drop_unused(struct save *s)
 			page[i].volume = (uint32_t)s->place[page[i].volume];
 }
 
+/* The guest's pages come in the order in which they are about to change; they are packed in their own. So all of
+ * them are in a file first, which nobody has to wait for. */
+static int pack_ram(struct save *s, const struct source_progress *progress)
+{
+	int from = openat(s->dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC), to = from < 0 ? -1 : create(s, SNAPSHOT_PACKED), r;
+
+	if (from < 0)
+		return fail(s, -errno, SNAPSHOT_RAM " cannot be read: %s", strerror(errno));
+	r = to < 0 ? to : packed_write(&s->image, from, to, &progress->stop, &s->manifest.packed_bytes, s->why);
+	s->result->packed_bytes = s->manifest.packed_bytes;
+	close(from);
+	(void)unlinkat(s->dir_fd, SNAPSHOT_RAM, 0);
+	return to < 0 ? r : sync_and_close(s, to, SNAPSHOT_PACKED, r);
+}
+
 static int write_ram(struct save *s, struct source_progress *progress)
 {
 	int fd = create(s, SNAPSHOT_RAM), r;
@@ -518,12 +534,18 @@ static int write_ram(struct save *s, struct source_progress *progress)
 	source_get_counts(s->source, &s->result->source);
 	source_end(s->source);
 	s->source = NULL;
-	r = sync_and_close(s, fd, SNAPSHOT_RAM, r);
+	if (s->options->compress)
+		close(fd);
+	else
+		r = sync_and_close(s, fd, SNAPSHOT_RAM, r);
 	if (r)
 		return r;
 	drop_unused(s);
 	snapshot_image_count(&s->image, &s->result->pages);
 	s->manifest.ram_bytes = os_bytes(s->image.pages);
+	r = s->options->compress ? pack_ram(s, progress) : 0;
+	if (r)
+		return r;
 	fd = create(s, SNAPSHOT_PAGES);
 	if (fd < 0)
 		return fd;

@@ -16,6 +16,7 @@ struct save_options {
 	bool cwd_left;          /* the VMM is elsewhere now (-daemonize), and cannot open them again */
 	const char *dir;        /* the snapshot's; must not be there yet */
 	bool stop;              /* the guest stands until all is written */
+	bool compress;          /* `ram.zst` in place of `ram` */
 	bool no_disks;          /* disks are left as they are, and are not part of the snapshot */
 	uint64_t limit_bytes_s; /* of writing; 0: none */
 };
@@ -24,6 +25,7 @@ struct save_result {
 	uint64_t pause_us;       /* the guest stood */
 	uint64_t point_us;       /* of that, for the point in time of RAM */
 	uint64_t write_us, state_bytes, ram_bytes_written;
+	uint64_t packed_bytes;   /* of `ram.zst`, if that was asked for */
 	struct snapshot_counts pages;
 	struct source_counts source;
 	uint32_t disks;

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
-#define AGENT_CONFIG_VERSION 2u
+#define AGENT_CONFIG_VERSION 3u
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
@@ -28,6 +28,11 @@ struct agent_restore {
 	int32_t pages_fd, ram_fd, state_fd;
 	uint32_t volumes;
 	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
+	struct agent_pager {
+		uint32_t active;       /* ram_fd is a cache, and pager_fd the connection to who fills it: vmdir/pager.h */
+		int32_t fd, index_fd;
+		char program[256], dir[256], source[1024]; /* to find and start another one */
+	} pager;
 };
 
 struct agent_config {

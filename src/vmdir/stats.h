@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 3u
+#define VM_STATS_VERSION 4u
 #define VM_STATS_VOLUMES 32u
 
 typedef _Atomic uint64_t stat_counter;
@@ -40,6 +40,7 @@ enum volume_state {
 	VOLUME_LEASED,   /* mapped under a read lease */
 	VOLUME_SEALED,   /* mapped: fs-verity, immutable, or a read-only file system */
 	VOLUME_TRUSTED,  /* mapped on the user's word (--trust-image) */
+	VOLUME_CACHED,   /* mapped: a pager's cache, which only grows */
 	VOLUME_WRITABLE, /* copied: somebody has it open for writing; looked at again from time to time, */
 	VOLUME_NO_LEASE, /* and so this: nothing keeps it from changing */
 	VOLUME_DETACHED, /* copied: detached by command, for good */
@@ -77,6 +78,10 @@ struct vm_stats {
 	stat_counter pages_base_now, pages_overlay_now, pages_private_now;
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
+	/* What a source that cannot be mapped is loading; source is empty: there is none. */
+	char source[256], source_trouble[256];
+	stat_counter source_pages_all, source_pages_now, source_bytes, source_faults, source_wrong, source_pagers_lost;
+	stat_counter source_waiting_now, source_silent_ms_now;
 	char message[256]; /* the last that the agent has said, or empty */
 	_Atomic uint64_t message_unix_s;
 	_Atomic uint32_t volume_count;

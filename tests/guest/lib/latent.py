@@ -51,7 +51,7 @@ def run_dir():
 def vm_dirs():
     """Names of the VMs' directories, dead or alive."""
     return sorted(path.name for path in run_dir().iterdir()
-                  if path.is_dir() and path.name != "volumes")
+                  if path.is_dir() and path.name not in ("volumes", ".pagers"))
 
 
 def command(*arguments, timeout_s=60, env=None):
@@ -265,3 +265,7 @@ def groups(counts):
     """(locations mapped by exactly one guest page, by two or more)"""
     one = sum(1 for count in counts.values() if count == 1)
     return one, len(counts) - one
+
+
+def volume_states(figures):
+    return [one["state"] for one in figures["volumes"]]

@@ -123,6 +123,18 @@ static void inherit(int fd)
 	(void)fcntl(fd, F_SETFD, 0);
 }
 
+/* The file positions of what came from the pager are those of all that it gives it to; QEMU reads from one. */
+static int with_own_position(int fd)
+{
+	char path[32];
+	int own;
+
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	own = open(path, O_RDONLY);
+	close(fd);
+	return own;
+}
+
 static int take(const int fds[PAGER_FDS], struct agent_restore *restore, struct manifest *ret_manifest, const char *source)
 {
 	char why[SNAPSHOT_WHY_BYTES];
@@ -131,11 +143,12 @@ static int take(const int fds[PAGER_FDS], struct agent_restore *restore, struct 
 	restore->active = 1;
 	restore->ram_fd = fds[PAGER_FD_CACHE];
 	restore->pages_fd = fds[PAGER_FD_PAGES];
-	restore->state_fd = fds[PAGER_FD_STATE];
+	restore->state_fd = with_own_position(fds[PAGER_FD_STATE]);
 	restore->pager.active = 1;
 	restore->pager.index_fd = fds[PAGER_FD_INDEX];
-	for (unsigned i = 0; i < PAGER_FDS; i++)
-		inherit(fds[i]);
+	inherit(restore->ram_fd);
+	inherit(restore->pages_fd);
+	inherit(restore->pager.index_fd);
 	inherit(restore->pager.fd);
 	if (manifest_read_file(fds[PAGER_FD_MANIFEST], ret_manifest, why))
 		return cli_fail(CLI_NO_IMAGE, "%s: %s", source, why);

@@ -231,6 +231,7 @@ enum os_fault_point {
 	OS_FAULT_PUNCH,
 	OS_FAULT_POPULATE,
 	OS_FAULT_SETTLE_WRITE,
+	OS_FAULT_UFFD,         /* there is no userfaultfd to be had */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
 	OS_FAULT_POINTS
 };

@@ -153,8 +153,10 @@ static int get_index(struct cache *c, struct store *store, uint64_t file_bytes, 
 	struct packed_header header;
 	uint64_t bytes = 0;
 	uint8_t *index = NULL;
-	int r = file_bytes < sizeof header ? -EBADMSG : get_part(store, SNAPSHOT_PACKED, 0, &header, sizeof header);
+	int r;
 
+	why[0] = '\0'; /* what was read before was all right */
+	r = file_bytes < sizeof header ? -EBADMSG : get_part(store, SNAPSHOT_PACKED, 0, &header, sizeof header);
 	c->index_fd = os_memfd_create("latent-index", 0, false);
 	if (!r && c->index_fd < 0)
 		r = c->index_fd;

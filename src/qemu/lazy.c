@@ -267,6 +267,10 @@ void lazy_load_all(void)
 {
 	uint64_t next_say_us = os_now_us() + SAY_US;
 
+	if (!lazy.load)
+		agent_say("all of the snapshot's RAM is loaded before the guest runs: %s", lazy.uffd == -EPERM
+			  ? "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
+			    "vm.unprivileged_userfaultfd=1)" : "it cannot be mapped while it is loaded");
 	pthread_mutex_lock(&lazy.lock);
 	lazy.load = true;
 	if (lazy.connection >= 0)

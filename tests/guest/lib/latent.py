@@ -54,6 +54,19 @@ def vm_dirs():
                   if path.is_dir() and path.name not in ("volumes", ".pagers"))
 
 
+def pagers():
+    """Process ids of the pagers that use this run-time directory (src/vmdir/pager.h)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0] == b"latent-pager" and words[1] == os.fsencode(run_dir() / ".pagers"):
+            found.append(int(path.parent.name))
+    return found
+
+
 def command(*arguments, timeout_s=60, env=None):
     """Runs `latent ARGUMENTS`; the CompletedProcess with text output, whatever its status."""
     return subprocess.run([vm.BUILD_DIR / "latent", *map(str, arguments)], stdin=subprocess.DEVNULL,
@@ -265,7 +278,3 @@ def groups(counts):
     """(locations mapped by exactly one guest page, by two or more)"""
     one = sum(1 for count in counts.values() if count == 1)
     return one, len(counts) - one
-
-
-def volume_states(figures):
-    return [one["state"] for one in figures["volumes"]]

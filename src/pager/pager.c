@@ -76,6 +76,7 @@ struct recheck {
 struct pager {
 	const char *source;
 	bool on_demand_only;
+	bool failed; /* to open it: whoever tries again may have changed what this process has inherited */
 	int listener;
 	struct store *store;
 	struct cache *caches;
@@ -515,6 +516,7 @@ static void do_open(struct pager *p, struct client *c)
 		return;
 	}
 	r = cache_load(p->store, p->on_demand_only, &cache, why);
+	p->failed = r;
 	if (r) {
 		answer(p, c, PAGER_OPEN, r, why, NULL);
 		return;
@@ -695,10 +697,13 @@ static void wait_and_answer(struct pager *p)
 
 static bool is_needed(struct pager *p)
 {
+	bool alone = true;
+
 	for (size_t i = 0; i < CLIENTS; i++)
-		if (p->clients[i].fd >= 0)
-			p->alone_since_us = os_now_us();
-	return os_now_us() - p->alone_since_us < LINGER_US;
+		alone = alone && p->clients[i].fd < 0;
+	if (!alone)
+		p->alone_since_us = os_now_us();
+	return !alone || (!p->failed && os_now_us() - p->alone_since_us < LINGER_US);
 }
 
 void pager_serve(int listener, const char *source, bool on_demand_only)

@@ -94,7 +94,7 @@ static int ask(int fd, enum pager_op op, const int *fds, unsigned count)
 
 static int await(int fd, enum pager_op op)
 {
-	struct pager_report report;
+	struct pager_report report = { 0 };
 	int r;
 
 	do
@@ -178,7 +178,7 @@ static void find_successor(void)
 
 static void *lazy_main(void *arg)
 {
-	struct pager_report report;
+	struct pager_report report = { 0 };
 
 	(void)arg;
 	os_never_freeze((pid_t)syscall(SYS_gettid));

@@ -22,6 +22,7 @@ struct cache {
 	uint8_t *state;     /* enum chunk_state, of each chunk */
 	uint64_t chunks_present, pages_all, pages_present;
 	uint64_t *first_wanted, first_count, first_at; /* chunks of the active set, in its order */
+	uint64_t window_end, window_bytes; /* of the last demand */
 	uint64_t next_chunk; /* where loading in the background goes on afterwards */
 };
 

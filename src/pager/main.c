@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -70,6 +71,7 @@ int main(int argc, char **argv)
 	if (fork()) /* who has started it goes on, and is not its parent */
 		_exit(0);
 	umask(077);
+	signal(SIGPIPE, SIG_IGN); /* OpenSSL writes to sockets as to files */
 	while ((lock = take_lock(lock_path)) == -EAGAIN)
 		;
 	listener = lock < 0 ? lock : listen_at(path);

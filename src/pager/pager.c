@@ -22,11 +22,12 @@
 #define REPORT_US 200000
 #define FAULTS_A_TURN 64
 #define DEMANDS 24u /* requests for what is waited for, at a time */
-/* And for the rest. At 2 ms and 1 Gbit/s that much keeps the line busy, and a demand behind it waits for 6 ms. */
+#define WINDOW_BYTES (512u << 10) /* of a demand that goes on where the last one ended, at the most */
+/* And for the rest. At 2 ms and 1 Gbit/s that much keeps the line busy, and a demand behind it waits for 8 ms. */
 #define AHEAD 8u
-#define AHEAD_BYTES (768u << 10)
-#define AHEAD_WAITED_BYTES (256u << 10) /* while somebody waits */
-#define PIECE_BYTES (256u << 10)
+#define AHEAD_BYTES (1024u << 10)
+#define AHEAD_WAITED_BYTES (512u << 10) /* while somebody waits */
+#define PIECE_BYTES (512u << 10)
 #define RETRY_US 50000 /* after a failure; twice as long after each other one, up to */
 #define RETRY_MAX_US 2000000
 #define IDLE_MS 200
@@ -45,6 +46,7 @@ struct client {
 	size_t waiting, room;
 	uint64_t faults;
 	bool load;
+	bool opening; /* the manifest is being read again for it */
 	struct pager_report told;
 };
 
@@ -277,6 +279,34 @@ static bool fetch(struct pager *p, struct cache *cache, uint64_t chunk, uint64_t
 	return true;
 }
 
+/* The chunk, and as many absent ones as follow it in the file and fit in a piece. */
+static uint64_t piece_of(const struct cache *cache, uint64_t chunk, uint64_t max_bytes)
+{
+	const struct packed_chunk *c = &cache->packed.chunk[chunk];
+	uint64_t bytes = c->bytes, n = 1;
+
+	while (chunk + n < cache->packed.chunks && cache->state[chunk + n] == CHUNK_ABSENT &&
+	       c[n].offset == c[n - 1].offset + c[n - 1].bytes && bytes + c[n].bytes <= max_bytes)
+		bytes += c[n++].bytes;
+	return n;
+}
+
+/* Who goes on where the last demand ended gets more at a time, and more again. */
+static uint64_t window_of(const struct pager *p, struct cache *cache, uint64_t chunk)
+{
+	bool goes_on = !p->on_demand_only && cache->window_bytes && chunk >= cache->window_end &&
+		       chunk <= cache->window_end + 1;
+	uint64_t n;
+
+	cache->window_bytes = goes_on ? 2 * cache->window_bytes : cache->packed.chunk[chunk].bytes;
+	if (cache->window_bytes > WINDOW_BYTES)
+		cache->window_bytes = WINDOW_BYTES;
+	n = piece_of(cache, chunk, cache->window_bytes);
+	cache->window_end = chunk + n;
+	cache->next_chunk = chunk + n; /* the background goes on from there */
+	return n;
+}
+
 static void fetch_wanted(struct pager *p)
 {
 	uint64_t now_us = os_now_us();
@@ -284,7 +314,8 @@ static void fetch_wanted(struct pager *p)
 	for (struct want **at = &p->wants; *at && p->demands < DEMANDS;) {
 		struct want *w = *at;
 
-		if (w->not_before_us > now_us || !fetch(p, w->cache, w->chunk, 1, w->tries, false)) {
+		if (w->not_before_us > now_us ||
+		    !fetch(p, w->cache, w->chunk, w->tries ? 1 : window_of(p, w->cache, w->chunk), w->tries, false)) {
 			at = &w->next;
 			continue;
 		}
@@ -292,20 +323,6 @@ static void fetch_wanted(struct pager *p)
 		release_cache(p, w->cache);
 		free(w);
 	}
-}
-
-/* As many chunks as follow it in the file, are absent, and fit in a piece. */
-static uint64_t piece_of(const struct cache *cache, uint64_t chunk)
-{
-	const struct packed_chunk *c = &cache->packed.chunk[chunk];
-	uint64_t bytes = c->bytes, n = 1;
-
-	if (cache->first_at < cache->first_count) /* in the order of the active set, one by one */
-		return 1;
-	while (chunk + n < cache->packed.chunks && cache->state[chunk + n] == CHUNK_ABSENT &&
-	       c[n].offset == c[n - 1].offset + c[n - 1].bytes && bytes + c[n].bytes <= PIECE_BYTES)
-		bytes += c[n++].bytes;
-	return n;
 }
 
 static bool is_loaded_ahead(const struct pager *p, const struct cache *cache)
@@ -325,13 +342,19 @@ static bool may_fetch_ahead(const struct pager *p)
 	       os_now_us() >= p->ahead_not_before_us;
 }
 
+/* In the order of the active set, one by one; then in pieces. */
+static uint64_t piece_bytes(const struct cache *cache)
+{
+	return cache->first_at < cache->first_count ? 0 : PIECE_BYTES;
+}
+
 static void fetch_ahead(struct pager *p)
 {
 	uint64_t chunk;
 
 	for (struct cache *c = p->caches; c; c = c->next)
 		while (is_loaded_ahead(p, c) && may_fetch_ahead(p) && cache_next(c, &chunk))
-			if (!fetch(p, c, chunk, piece_of(c, chunk), 0, true))
+			if (!fetch(p, c, chunk, piece_of(c, chunk, piece_bytes(c)), 0, true))
 				return;
 }
 
@@ -384,7 +407,6 @@ static void on_fault(struct pager *p, struct client *c, uintptr_t addr)
 	}
 	if (c->cache->state[chunk] == CHUNK_ABSENT)
 		want(p, c->cache, chunk, 0);
-	c->cache->next_chunk = chunk + 1; /* what is read next is likely to be what follows */
 }
 
 static void on_faults(struct pager *p, struct client *c)
@@ -469,9 +491,10 @@ static void on_rechecked(struct store_read *read, int r)
 	struct client *c = NULL;
 
 	for (size_t i = 0; i < CLIENTS; i++)
-		if (re->pager->clients[i].fd == re->client_fd)
+		if (re->pager->clients[i].fd == re->client_fd && re->pager->clients[i].opening)
 			c = &re->pager->clients[i];
 	if (c && !c->cache) {
+		c->opening = false;
 		if (r)
 			answer(re->pager, c, PAGER_OPEN, r, store_trouble(re->pager->store), NULL);
 		else if (cache_has_manifest(cache, read->to, read->bytes))
@@ -495,8 +518,10 @@ static void recheck(struct pager *p, struct client *c, const struct cache *cache
 		re->read = (struct store_read){ .object = CACHE_MANIFEST, .bytes = bytes, .to = malloc(bytes),
 						.done = on_rechecked };
 	}
+	c->opening = true;
 	if (re && re->read.to && !store_start(p->store, &re->read))
 		return;
+	c->opening = false;
 	answer(p, c, PAGER_OPEN, -ENOMEM, "no memory", NULL);
 	if (re)
 		free(re->read.to);

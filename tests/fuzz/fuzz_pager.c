@@ -115,13 +115,16 @@ static void end_pager(void)
 
 static void prepare(void)
 {
+	int status;
+
 	if (!pager) {
 		snprintf(source, sizeof source, "%s/snapshot", fuzz_directory());
 		memset(clients, 0xff, sizeof clients); /* -1 */
 		make_snapshot();
 		start_pager();
 		atexit(end_pager);
-	} else if (waitpid(pager, NULL, WNOHANG) == pager) { /* nobody was there for some seconds */
+	} else if (waitpid(pager, &status, WNOHANG) == pager) { /* nobody was there for some seconds */
+		fuzz_require(WIFEXITED(status) && !WEXITSTATUS(status));
 		start_pager();
 	}
 }

@@ -17,7 +17,7 @@ SHORT_RUN_PAGES = 4  # of those map_us_median is taken
 FULL_OPTIONS = ["--min-run", "1", "--share-threshold", "0"]
 
 SETTINGS = {
-    "full": {"episodes": 4, "n_guests": 4, "file_rounds": 3,
+    "full": {"episodes": 3, "n_guests": 4, "file_rounds": 3,
              "disk_rounds": 5, "map_rounds": 15},
     "quick": {"episodes": 1, "n_guests": 2, "file_rounds": 0, "disk_rounds": 3, "map_rounds": 3},
 }

@@ -51,10 +51,10 @@ void cli_print_help(const struct cli_command *command)
 		char left[64];
 
 		snprintf(left, sizeof left,
-			 option->argument == CLI_FLAG    ? "--%s"
-			 : option->argument == CLI_VALUE ? "--%s %s"
-							 : "--%s[=%s]",
-			 option->name, option->value);
+			 option->argument == CLI_FLAG    ? "%s%s"
+			 : option->argument == CLI_VALUE ? "%s%s %s"
+							 : "%s%s[=%s]",
+			 option->name[1] ? "--" : "-", option->name, option->value);
 		printf("  %-24s %s\n", left, option->help);
 	}
 	printf("  %-24s %s\n\nSee latent-%s(1).\n", "--help", "this text", command->name);
@@ -190,7 +190,7 @@ static int wrong(const struct cli_parser *parser, const char *format, const char
 	return CLI_WRONG;
 }
 
-/* One or two dashes would be QEMU's habit; here it is two, and the whole name. */
+/* One or two dashes would be QEMU's habit; here it is two, and the whole name; one before a single letter. */
 static int match(struct cli_parser *parser, const char *word)
 {
 	const struct cli_option *options = parser->command->options;
@@ -202,8 +202,9 @@ static int match(struct cli_parser *parser, const char *word)
 		return CLI_DONE;
 	}
 	for (int i = 0; options[i].name; i++) {
-		if (word[1] != '-' || strlen(options[i].name) != length - 2 ||
-		    strncmp(options[i].name, word + 2, length - 2))
+		size_t name = strlen(options[i].name), dashes = name > 1 ? 2 : 1;
+
+		if (length != dashes + name || strncmp(word, "--", dashes) || strncmp(options[i].name, word + dashes, name))
 			continue;
 		if (take_value(parser, &options[i], equals ? equals + 1 : NULL))
 			return CLI_WRONG;

@@ -5,8 +5,8 @@
  */
 #include "cli/capture.h"
 #include "cli/doctor.h"
-#include "cli/props.h"
 #include "os/os.h"
+#include "vmdir/props.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -141,6 +141,7 @@ static int take(const int fds[PAGER_FDS], struct agent_restore *restore, struct 
 	struct stat st;
 
 	restore->active = 1;
+	restore->active_fd = -1; /* the pager has it, and loads in that order */
 	restore->ram_fd = fds[PAGER_FD_CACHE];
 	restore->pages_fd = fds[PAGER_FD_PAGES];
 	restore->state_fd = with_own_position(fds[PAGER_FD_STATE]);
@@ -175,4 +176,13 @@ int lazy_open(const char *source, struct agent_restore *restore, struct manifest
 	if (report.error)
 		return cli_fail(CLI_NO_IMAGE, "%s: %s", source, report.text);
 	return take(fds, restore, ret_manifest, source);
+}
+
+void lazy_close(const struct agent_restore *restore)
+{
+	close(restore->ram_fd);
+	close(restore->pages_fd);
+	close(restore->state_fd);
+	close(restore->pager.index_fd);
+	close(restore->pager.fd);
 }

@@ -88,6 +88,7 @@ static void gather(const struct vm_view *view, struct row *row)
 	*row = (struct row){
 		.name = view->name,
 		.state = !stats->pid               ? "starting"
+			 : stats->is_spare         ? "spare"
 			 : stats->overlays_allowed ? "sharing"
 						   : "plain",
 		.excluded_by = stats->excluded_by,

@@ -2,8 +2,8 @@
 /* QEMU: softmmu/vl.c (qemu_init, lookup_opt, parse_memory_options), util/cutils.c (do_strtosz). */
 #include "cli/qemu_args.h"
 
-#include "cli/props.h"
 #include "vmdir/compat.h"
+#include "vmdir/props.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -67,7 +67,6 @@ static int take_config_text(struct scan *scan, const char *text, const char *pat
 static int take_file(struct scan *scan, const char *path);
 static int take_incoming(struct scan *scan, const char *uri);
 static const struct group *find_group(const char *name);
-static bool option_has_value(const char *option);
 static int parse_size(struct scan *scan, const char *text, bool legacy, uint64_t *ret_bytes);
 static void look_up(struct scan *scan, enum compat_subject subject, const char *name,
 		    const struct props *props);
@@ -106,7 +105,7 @@ static int scan_words(struct scan *scan, int argc, const char *const *argv)
 			continue;
 		}
 		option += option[1] == '-' ? 2 : 1;
-		if (option_has_value(option)) {
+		if (props_option_has_value(option)) {
 			if (++i == argc)
 				break; /* QEMU will say so */
 			value = argv[i];
@@ -360,59 +359,6 @@ static const struct group *find_group(const char *name)
 		if (!strcmp(groups[i].name, name))
 			return &groups[i];
 	return NULL;
-}
-
-/* Of QEMU's options those without a value are few and settled; new ones have had values. */
-static bool option_has_value(const char *option)
-{
-	static const char *const without[] = {
-		"S",
-		"alt-grab",
-		"async-teardown",
-		"audio-help",
-		"ctrl-grab",
-		"curses",
-		"daemonize",
-		"enable-fips",
-		"enable-hax",
-		"enable-hvf",
-		"enable-kvm",
-		"enable-sync-profile",
-		"full-screen",
-		"h",
-		"help",
-		"mem-prealloc",
-		"no-acpi",
-		"no-fd-bootchk",
-		"no-frame",
-		"no-hpet",
-		"no-kvm",
-		"no-kvm-irqchip",
-		"no-quit",
-		"no-reboot",
-		"no-shutdown",
-		"no-user-config",
-		"nodefaults",
-		"nographic",
-		"only-migratable",
-		"portrait",
-		"preconfig",
-		"s",
-		"sdl",
-		"semihosting",
-		"singlestep",
-		"snapshot",
-		"usb",
-		"version",
-		"win2k-hack",
-		"xen-attach",
-		"xen-domid-restrict",
-	};
-
-	for (size_t i = 0; i < sizeof without / sizeof without[0]; i++)
-		if (!strcmp(option, without[i]))
-			return false;
-	return true;
 }
 
 /*

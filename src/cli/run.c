@@ -5,7 +5,6 @@
  */
 #include "cli/cli.h"
 #include "cli/preflight.h"
-#include "cli/props.h"
 #include "cli/qemu_args.h"
 #include "cli/run.h"
 #include "os/os.h"
@@ -13,6 +12,7 @@
 #include "os/selftest.h"
 #include "vmdir/agent_config.h"
 #include "vmdir/compat.h"
+#include "vmdir/props.h"
 #include "vmdir/stats.h"
 #include "vmdir/vmdir.h"
 #include "volume/track.h"
@@ -21,6 +21,7 @@
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +35,7 @@
 #define MAX_CONFIG_BYTES (1 << 20)
 #define WHY_BYTES 512
 
-enum { OPT_NAME, OPT_THRESHOLD, OPT_MIN_RUN, OPT_MAX_MAPS, OPT_TRUST, OPT_NO_OVERLAYS };
+enum { OPT_NAME, OPT_THRESHOLD, OPT_MIN_RUN, OPT_MAX_MAPS, OPT_TRUST, OPT_NO_OVERLAYS, OPT_VMGENID };
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: QEMU's -name, or vm-PID)" },
@@ -47,6 +48,7 @@ static const struct cli_option options[] = {
 	[OPT_TRUST] = { "trust-image", CLI_FLAG, NULL,
 			"map images although nothing keeps them from changing" },
 	[OPT_NO_OVERLAYS] = { "no-overlays", CLI_FLAG, NULL, "plain RAM: map no images" },
+	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL, "give the VM a generation ID, which is new for each clone of it" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
 
@@ -65,9 +67,9 @@ struct launch {
 	const char *name; /* as the user gave it, or NULL */
 	double share_threshold;
 	uint64_t min_run_pages, budget_maps;
-	bool trust_images, no_overlays;
+	bool trust_images, no_overlays, vmgenid;
 
-	const struct agent_restore *restore; /* NULL: it boots */
+	const struct run_restore *restore; /* NULL: it boots */
 
 	int argc; /* QEMU's own line */
 	char **argv;
@@ -83,7 +85,7 @@ struct launch {
 	int ram_fd, qmp_agent_fd, qmp_vmm_fd, monitor_fd, config_fd;
 
 	char **vmm_argv;
-	size_t vmm_argc;
+	size_t vmm_argc, machine_argc; /* machine: the words that say what the VM is, without how it is run */
 };
 
 static int parse_options(const struct cli_command *command, struct launch *launch, int argc,
@@ -102,6 +104,7 @@ static int make_agent_config(const struct launch *launch);
 static int write_json(const struct launch *launch);
 static void begin_stats(const struct launch *launch);
 static int make_argv(struct launch *launch);
+static char *make_word(const struct launch *launch, const char *word);
 static int add_monitors(struct launch *launch);
 static int become_vmm(struct launch *launch);
 static void give_up(struct launch *launch);
@@ -139,14 +142,14 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	return launch.argc ? launch_vmm(&launch) : status;
 }
 
-int run_restored(const char *name, const struct agent_restore *restore, int argc, char **argv)
+int run_restored(const struct run_restore *restore)
 {
 	struct launch launch = no_launch;
 
-	launch.name = name;
+	launch.name = restore->name;
 	launch.restore = restore;
-	launch.argc = argc;
-	launch.argv = argv;
+	launch.argc = restore->argc;
+	launch.argv = restore->argv;
 	return launch_vmm(&launch);
 }
 
@@ -212,6 +215,9 @@ static int parse_option(struct launch *launch, int option, const char *value)
 		return CLI_OK;
 	case OPT_TRUST:
 		launch->trust_images = true;
+		return CLI_OK;
+	case OPT_VMGENID:
+		launch->vmgenid = true;
 		return CLI_OK;
 	default:
 		launch->no_overlays = true;
@@ -297,7 +303,7 @@ static int claim(struct launch *launch)
 /* QEMU does not mind two VMs of one -name, so neither may this. */
 static int claim_derived(struct launch *launch, char *why)
 {
-	const char *guest = launch->plan.guest_name;
+	const char *guest = launch->restore ? launch->restore->like : launch->plan.guest_name;
 	char name[VMDIR_NAME_BYTES];
 	int r = -EEXIST;
 
@@ -389,7 +395,7 @@ static int make_agent_config(const struct launch *launch)
 	int fd, r;
 
 	if (launch->restore)
-		config.restore = *launch->restore;
+		config.restore = launch->restore->agent;
 	snprintf(config.excluded_by, sizeof config.excluded_by, "%s", why_no_overlays(launch));
 	config.overlays_allowed = !config.excluded_by[0];
 	snprintf(config.block_name, sizeof config.block_name, "%s", launch->plan.block_name);
@@ -446,6 +452,7 @@ static int write_json(const struct launch *launch)
 	json_object_object_add(json, "qemu", json_object_new_string(launch->vmm_path));
 	json_object_object_add(json, "qemu_version", json_object_new_string(launch->vmm_version));
 	json_object_object_add(json, "command", words);
+	json_object_object_add(json, "own_words", json_object_new_uint64(launch->vmm_argc - launch->machine_argc));
 	text = json_object_to_json_string_ext(json,
 					      JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE);
 	if (!text)
@@ -483,10 +490,62 @@ static int add_option(struct launch *launch, const char *option, const char *for
 	return 0;
 }
 
+static int add_flag(struct launch *launch, const char *flag)
+{
+	launch->vmm_argv[launch->vmm_argc] = strdup(flag);
+	return launch->vmm_argv[launch->vmm_argc++] ? 0 : -ENOMEM;
+}
+
+/* The length of a placeholder at `text`, and what it stands for; 0: there is none. */
+static size_t placeholder(const char *text, const char *name, const char *run_dir, unsigned number,
+			  char value[VMDIR_PATH_BYTES])
+{
+	static const char *const words[] = { "{name}", "{run}", "{clone}", "{clone:x}" };
+	size_t i = 0;
+
+	while (i < 4 && strncmp(text, words[i], strlen(words[i])))
+		i++;
+	if (i == 4 || (i > 1 && !number))
+		return 0;
+	if (i < 2)
+		snprintf(value, VMDIR_PATH_BYTES, "%s", i ? run_dir : name);
+	else
+		snprintf(value, VMDIR_PATH_BYTES, i == 2 ? "%u" : "%02x", number);
+	return strlen(words[i]);
+}
+
+char *run_expand(const char *word, const char *name, const char *run_dir, unsigned number)
+{
+	char *text = NULL, value[VMDIR_PATH_BYTES];
+	size_t bytes = 0;
+	FILE *out = open_memstream(&text, &bytes);
+
+	if (!out)
+		return NULL;
+	while (*word) {
+		size_t length = *word == '{' ? placeholder(word, name, run_dir, number, value) : 0;
+
+		if (length)
+			fputs(value, out);
+		else
+			putc(*word, out);
+		word += length ? length : 1;
+	}
+	return fclose(out) ? NULL : text;
+}
+
+/* The line of a restore has placeholders; that of `latent run` is QEMU's own. */
+static char *make_word(const struct launch *launch, const char *word)
+{
+	if (!launch->restore)
+		return strdup(word);
+	return run_expand(word, launch->dir.name, launch->dir.path, launch->restore->number);
+}
+
 /* The user's line as it is, and behind it guest RAM and the monitors. */
 static int make_argv(struct launch *launch)
 {
-	static const size_t own_words = 14;
+	static const size_t own_words = 17;
 	size_t count = (size_t)launch->argc;
 	int r;
 
@@ -494,18 +553,24 @@ static int make_argv(struct launch *launch)
 	if (!launch->vmm_argv)
 		return -ENOMEM;
 	for (; launch->vmm_argc < count; launch->vmm_argc++) {
-		launch->vmm_argv[launch->vmm_argc] = strdup(launch->argv[launch->vmm_argc]);
+		launch->vmm_argv[launch->vmm_argc] = make_word(launch, launch->argv[launch->vmm_argc]);
 		if (!launch->vmm_argv[launch->vmm_argc])
 			return -ENOMEM;
 	}
+	r = launch->vmgenid ? add_option(launch, "-device", "vmgenid") : 0;
+	launch->machine_argc = launch->vmm_argc;
+	if (r)
+		return r;
 	r = add_option(launch, "-object",
 		       "memory-backend-file,id=%s,size=%ju,mem-path=/proc/self/fd/%d,share=on,"
 		       "x-use-canonical-path-for-ramblock-id=off",
 		       launch->plan.block_name, (uintmax_t)launch->plan.ram_bytes, launch->ram_fd);
 	if (!r)
 		r = add_option(launch, "-machine", "memory-backend=%s", launch->plan.block_name);
-	if (!r && launch->restore) /* the agent says when and what from */
+	if (!r && launch->restore) /* the agent says when and what from, and then when the guest runs */
 		r = add_option(launch, "-incoming", "defer");
+	if (!r && launch->restore)
+		r = add_flag(launch, "-S");
 	if (!r)
 		r = add_monitors(launch);
 	return r;
@@ -530,18 +595,39 @@ static int add_monitors(struct launch *launch)
 	return r;
 }
 
+/* It tries some pages of its own: once is enough. */
+static bool is_kernel_sound(void)
+{
+	static enum { UNKNOWN, SOUND, UNSOUND } known;
+	struct os_selftest_result kernel;
+
+	if (!known)
+		known = !os_selftest(&kernel) && os_selftest_sound(&kernel) && os_features_get()->populate_write ? SOUND :
+														   UNSOUND;
+	return known == SOUND;
+}
+
 /* The sentence that says why nothing may be mapped into guest RAM, or "". */
 static const char *why_no_overlays(const struct launch *launch)
 {
-	struct os_selftest_result kernel;
 
 	if (launch->plan.excludes & COMPAT_OVERLAYS)
 		return launch->plan.excluded_by;
 	if (launch->no_overlays)
 		return "--no-overlays: plain RAM was asked for";
-	if (os_selftest(&kernel) || !os_selftest_sound(&kernel) || !os_features_get()->populate_write)
+	if (!is_kernel_sound())
 		return "this kernel does not keep a rule that mapping images needs (see latent doctor)";
 	return "";
+}
+
+/* The agent reads it in a moment. */
+static void note_exec(const struct launch *launch)
+{
+	uint64_t now_us = os_now_us();
+
+	if (launch->restore && pwrite(launch->config_fd, &now_us, sizeof now_us,
+				      offsetof(struct agent_config, restore.step_us[RESTORE_EXEC])) < 0)
+		cli_say("%s: the time of the start is not noted", launch->dir.name);
 }
 
 static int become_vmm(struct launch *launch)
@@ -558,6 +644,7 @@ static int become_vmm(struct launch *launch)
 			launch->plan.aio);
 	if (why_no_overlays(launch)[0] && !launch->no_overlays)
 		cli_say("%s: %s; its RAM stays plain", launch->dir.name, why_no_overlays(launch));
+	note_exec(launch);
 	execv(launch->vmm_path, launch->vmm_argv);
 	error = errno;
 	return cli_fail(error == ENOENT ? CLI_NOT_FOUND : CLI_NOT_EXECUTABLE, "%s cannot be run: %s",

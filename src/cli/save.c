@@ -1,28 +1,31 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* latent save: writes a running VM into a directory; the work is snapshot/'s, here it is shown. */
 #include "cli/cli.h"
+#include "cli/progress.h"
 #include "cli/vm_view.h"
 #include "snapshot/save.h"
 
 #include <errno.h>
 #include <json-c/json.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #define PAGE_BYTES 4096
-#define PROGRESS_MS 200
+#define WINDOW_MS 250
+#define WINDOW_MAX_MS 600000
 
-enum { OPT_LIVE, OPT_STOP, OPT_NO_DISK, OPT_COMPRESS, OPT_LIMIT, OPT_JSON };
+enum { OPT_LIVE, OPT_STOP, OPT_PARENT, OPT_NO_DISK, OPT_COMPRESS, OPT_WINDOW, OPT_LIMIT, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_LIVE] = { "live", CLI_FLAG, NULL, "let the guest run while its RAM is written (the default)" },
 	[OPT_STOP] = { "stop", CLI_FLAG, NULL, "let the guest stand until all is written" },
+	[OPT_PARENT] = { "parent", CLI_VALUE, "DIR", "another snapshot, which is kept: store only what it has not" },
 	[OPT_NO_DISK] = { "no-disk", CLI_FLAG, NULL, "leave the disks as they are, and out of the snapshot" },
 	[OPT_COMPRESS] = { "compress", CLI_FLAG, NULL, "store RAM in packed pieces (zstd)" },
+	[OPT_WINDOW] = { "window", CLI_VALUE, "MS",
+			 "see for so long, before, which pages the guest uses (default: 250)" },
 	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB a second" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object" },
 	{ NULL, CLI_FLAG, NULL, NULL },
@@ -50,7 +53,7 @@ static void print_json(const struct save_options *save, const struct save_result
 static int run(const struct cli_command *command, int argc, char **argv)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
-	struct save_options save = { 0 };
+	struct save_options save = { .window_ms = WINDOW_MS };
 	struct vm_view view;
 	bool json = false;
 	int status = parse(&parser, &save, &json);
@@ -65,7 +68,9 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		return status;
 	save.name = argv[1];
 	save.dir = argv[2];
-	status = save_vm(&view, &save, json);
+	status = progress_take_faults();
+	if (!status)
+		status = save_vm(&view, &save, json);
 	vm_view_close(&view);
 	return status;
 }
@@ -73,7 +78,7 @@ static int run(const struct cli_command *command, int argc, char **argv)
 static int parse(struct cli_parser *parser, struct save_options *save, bool *ret_json)
 {
 	bool live = false;
-	uint64_t mib;
+	uint64_t mib, window_ms;
 	int option;
 
 	while ((option = cli_next_option(parser)) >= 0) {
@@ -83,6 +88,9 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 			break;
 		case OPT_STOP:
 			save->stop = true;
+			break;
+		case OPT_PARENT:
+			save->parent = parser->value;
 			break;
 		case OPT_NO_DISK:
 			save->no_disks = true;
@@ -96,6 +104,14 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 				return CLI_WRONG;
 			}
 			save->limit_bytes_s = mib << 20;
+			break;
+		case OPT_WINDOW:
+			if (!cli_parse_unsigned(parser->value, WINDOW_MAX_MS, &window_ms)) {
+				cli_fail(CLI_USAGE, "save: --window takes milliseconds, up to %d, not '%.40s'", WINDOW_MAX_MS,
+					 parser->value);
+				return CLI_WRONG;
+			}
+			save->window_ms = (unsigned)window_ms;
 			break;
 		case OPT_JSON:
 			*ret_json = true;
@@ -111,35 +127,7 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 	return option;
 }
 
-/* ---- progress -------------------------------------------------------------------------------- */
-
-static void on_interrupt(int signal)
-{
-	(void)signal;
-	progress.stop = true;
-}
-
-static void show_progress(void)
-{
-	uint64_t all = progress.pages_all, done = progress.pages_done;
-	char size[CLI_SIZE_TEXT];
-
-	if (all)
-		fprintf(stderr, "\rwriting RAM: %3.0f %%, %s written ", 100 * (double)done / (double)all,
-			cli_size(progress.bytes_written, size));
-}
-
-static void *progress_main(void *arg)
-{
-	const _Atomic bool *done = arg;
-
-	while (!*done) {
-		show_progress();
-		usleep(PROGRESS_MS * 1000);
-	}
-	fprintf(stderr, "\r\033[K");
-	return NULL;
-}
+/* ---- the VM -------------------------------------------------------------------------------------- */
 
 /* -daemonize goes to the root. */
 static bool has_left(const struct vm_view *view)
@@ -156,26 +144,17 @@ static bool has_left(const struct vm_view *view)
 static int save_vm(struct vm_view *view, const struct save_options *options_given, bool json)
 {
 	struct save_options save = *options_given;
-	struct sigaction action = { .sa_handler = on_interrupt };
 	char run_dir[VMDIR_PATH_BYTES], why[SNAPSHOT_WHY_BYTES] = "";
 	struct save_result result;
-	_Atomic bool done = false;
-	bool shown = isatty(STDERR_FILENO);
-	pthread_t thread;
 	int r;
 
 	snprintf(run_dir, sizeof run_dir, "%.180s/%.63s", view->root, view->name);
 	save.run_dir = run_dir;
 	save.cwd = view->stats.cwd;
 	save.cwd_left = has_left(view);
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-	signal(SIGPIPE, SIG_IGN);
-	shown = shown && !pthread_create(&thread, NULL, progress_main, &done);
+	progress_begin(&progress);
 	r = snapshot_save(&save, &progress, &result, why);
-	done = true;
-	if (shown)
-		pthread_join(thread, NULL);
+	progress_end();
 	if (r)
 		return cli_fail(r == -EEXIST ? CLI_USAGE : CLI_NO_ANSWER, "%s was not saved: %s", view->name,
 				why[0] ? why : strerror(-r));
@@ -188,18 +167,21 @@ static int save_vm(struct vm_view *view, const struct save_options *options_give
 static void print_text(const struct save_options *save, const struct save_result *result)
 {
 	const struct snapshot_counts *p = &result->pages;
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT];
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT], f[CLI_SIZE_TEXT];
 
 	printf("%s is saved in %s; the guest stood for %.1f ms\n", save->name, save->dir,
 	       (double)result->pause_us / 1000);
-	printf("  RAM %s: stored %s, on disk images %s, zero or of one word %s\n", cli_size(p->pages * PAGE_BYTES, a),
-	       cli_size(p->data * PAGE_BYTES, b), cli_size(p->volume * PAGE_BYTES, c),
-	       cli_size(p->word * PAGE_BYTES, d));
+	printf("  RAM %s: stored %s, equal to that %s, in other snapshots %s, on disk images %s, zero or of one word %s\n",
+	       cli_size(p->pages * PAGE_BYTES, a), cli_size(p->data * PAGE_BYTES, b), cli_size(p->equal * PAGE_BYTES, c),
+	       cli_size(result->pages_in_ram * PAGE_BYTES, d),
+	       cli_size((p->volume - result->pages_in_ram) * PAGE_BYTES, e), cli_size(p->word * PAGE_BYTES, f));
 	if (save->compress)
 		printf("  packed into %s\n", cli_size(result->packed_bytes, a));
 	for (uint32_t i = 0; i < result->disks; i++)
 		printf("  disk %s: the VM writes to %s from now on; %s belongs to the snapshot\n", result->disk[i].drive,
 		       result->disk[i].now, result->disk[i].before);
+	printf("  in use when it was saved: %s, of that written %s\n", cli_size(result->active_pages * PAGE_BYTES, a),
+	       cli_size(result->active_written_pages * PAGE_BYTES, b));
 	printf("  device state %s, disks %u; written in %.1f s, %ju pages first for the guest\n",
 	       cli_size(result->state_bytes, a), result->disks, (double)result->write_us / 1e6,
 	       (uintmax_t)result->source.faults);
@@ -224,9 +206,13 @@ static void print_json(const struct save_options *save, const struct save_result
 	add(json, "packed_bytes", result->packed_bytes);
 	add(json, "pages", result->pages.pages);
 	add(json, "pages_stored", result->pages.data);
+	add(json, "pages_equal", result->pages.equal);
 	add(json, "pages_on_volumes", result->pages.volume);
+	add(json, "pages_in_snapshots", result->pages_in_ram);
 	add(json, "pages_zero", result->pages.zero);
 	add(json, "pages_of_one_word", result->pages.word);
+	add(json, "active_pages", result->active_pages);
+	add(json, "active_written_pages", result->active_written_pages);
 	add(json, "private_pages", result->source.private_pages);
 	add(json, "faults", result->source.faults);
 	for (uint32_t i = 0; i < result->disks; i++) {

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* latent info, latent verify: what a snapshot is, and whether it is whole. */
 #include "cli/cli.h"
-#include "snapshot/manifest.h"
+#include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/packed.h"
+#include "snapshot/reader.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <stdio.h>
@@ -42,52 +45,30 @@ const struct cli_command cli_verify = {
 };
 
 struct opened {
-	int dir_fd;
-	struct manifest manifest;
-	struct snapshot_image image;
+	struct reader reader;
 	bool json;
 };
 
-static int open_pages(struct opened *o, const char *dir);
-
-/* Prints the sentence and returns an exit status on failure. */
-static int open_snapshot(const struct cli_command *command, int argc, char **argv, struct opened *o)
+/* Prints the sentence and returns an exit status on failure. `*ret_dir`: NULL when nothing is to be done. */
+static int open_snapshot(const struct cli_command *command, int argc, char **argv, struct opened *o,
+			 const char **ret_dir)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
 	char why[SNAPSHOT_WHY_BYTES];
 	int option;
 
-	o->dir_fd = -1;
 	while ((option = cli_next_option(&parser)) >= 0)
 		o->json = true;
 	if (option != CLI_END)
 		return cli_end_status(option);
 	if (parser.operands != 1)
 		return cli_fail(CLI_USAGE, "%s: give the directory of a snapshot", command->name);
-	o->dir_fd = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (o->dir_fd < 0)
-		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened as a directory", argv[1]);
-	if (manifest_read(o->dir_fd, &o->manifest, why))
+	if (reader_open(argv[1], &o->reader, why)) {
+		reader_close(&o->reader);
 		return cli_fail(CLI_NO_IMAGE, "%s: %s", argv[1], why);
-	return open_pages(o, argv[1]);
-}
-
-static int open_pages(struct opened *o, const char *dir)
-{
-	char why[SNAPSHOT_WHY_BYTES] = SNAPSHOT_PAGES " cannot be opened";
-	int fd = openat(o->dir_fd, SNAPSHOT_PAGES, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-	int r = fd < 0 ? -1 : snapshot_image_read(fd, &o->image, why);
-
-	if (fd >= 0)
-		close(fd);
-	return r ? cli_fail(CLI_NO_IMAGE, "%s: %s", dir, why) : CLI_OK;
-}
-
-static void close_snapshot(struct opened *o)
-{
-	snapshot_image_free(&o->image);
-	if (o->dir_fd >= 0)
-		close(o->dir_fd);
+	}
+	*ret_dir = argv[1];
+	return CLI_OK;
 }
 
 /* ---- info ------------------------------------------------------------------------------------ */
@@ -102,50 +83,93 @@ static void print_disk(const struct manifest_disk *disk)
 		       cli_size(disk->layer[i].volume.bytes, size), disk->layer[i].volume.path);
 }
 
-static void print_text(const struct opened *o)
+static void print_volumes(const struct manifest *m, const struct snapshot_counts *c)
 {
-	const struct manifest *m = &o->manifest;
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT];
+	char size[CLI_SIZE_TEXT];
+
+	for (uint32_t i = 0; i < m->volumes; i++)
+		printf("needs               %9s  of %s%s\n", cli_size(c->in_volume[i] * PAGE_BYTES, size), m->volume[i].path,
+		       m->volume[i].role == MANIFEST_RAM ? " (another snapshot)" : "");
+}
+
+static void print_text(const struct reader *r)
+{
+	const struct manifest *m = &r->manifest;
+	char a[CLI_SIZE_TEXT];
 	struct snapshot_counts c;
 
-	snapshot_image_count(&o->image, &c);
+	snapshot_image_count(&r->image, &c);
 	printf("%s, saved %s ago under QEMU %s\n", m->name, cli_age(m->created_unix_s, a), m->qemu_version);
 	printf("RAM %s\n", cli_size(c.pages * PAGE_BYTES, a));
 	printf("  stored            %9s\n", cli_size(c.data * PAGE_BYTES, a));
 	if (m->packed_bytes)
 		printf("    packed into     %9s\n", cli_size(m->packed_bytes, a));
+	printf("  equal to stored   %9s\n", cli_size(c.equal * PAGE_BYTES, a));
 	printf("  in other files    %9s\n", cli_size(c.volume * PAGE_BYTES, a));
 	printf("  zero              %9s\n", cli_size(c.zero * PAGE_BYTES, a));
 	printf("  of one word       %9s\n", cli_size((c.word - c.zero) * PAGE_BYTES, a));
 	printf("device state        %9s\n", cli_size(m->state_bytes, a));
+	printf("machine             %s%s\n", m->machine ? m->machine->type : "not described: ",
+	       m->machine ? "" : m->machine_missing);
 	for (uint32_t i = 0; i < m->disks; i++)
 		print_disk(&m->disk[i]);
-	for (uint32_t i = 0; i < m->volumes; i++)
-		printf("needs               %9s  %s\n", cli_size(m->volume[i].bytes, b), m->volume[i].path);
+	print_volumes(m, &c);
+	if (m->parent.path[0])
+		printf("parent              %s of %s\n", m->parent.path, m->parent.name);
 }
 
-static void print_json(const struct opened *o)
+static struct json_object *volume_to_json(const struct manifest_volume *v, uint64_t pages)
+{
+	struct json_object *json = json_object_new_object();
+
+	json_object_object_add(json, "path", json_object_new_string(v->path));
+	json_object_object_add(json, "role", json_object_new_string(manifest_role_name(v->role)));
+	json_object_object_add(json, "bytes", json_object_new_uint64(v->bytes));
+	json_object_object_add(json, "pages", json_object_new_uint64(pages));
+	return json;
+}
+
+static struct json_object *parent_to_json(const struct manifest_parent *p)
+{
+	struct json_object *json;
+
+	if (!p->path[0])
+		return NULL;
+	json = json_object_new_object();
+	json_object_object_add(json, "path", json_object_new_string(p->path));
+	json_object_object_add(json, "name", json_object_new_string(p->name));
+	json_object_object_add(json, "created_unix_s", json_object_new_uint64(p->created_unix_s));
+	return json;
+}
+
+static void print_json(const struct reader *r)
 {
 	struct json_object *json = json_object_new_object(), *disks = json_object_new_array(),
 			   *volumes = json_object_new_array();
-	const struct manifest *m = &o->manifest;
+	const struct manifest *m = &r->manifest;
 	struct snapshot_counts c;
 
-	snapshot_image_count(&o->image, &c);
+	snapshot_image_count(&r->image, &c);
 	json_object_object_add(json, "name", json_object_new_string(m->name));
 	json_object_object_add(json, "qemu_version", json_object_new_string(m->qemu_version));
 	json_object_object_add(json, "created_unix_s", json_object_new_uint64(m->created_unix_s));
+	json_object_object_add(json, "parent", parent_to_json(&m->parent));
+	if (m->machine)
+		json_object_object_add(json, "machine", json_object_new_string(m->machine->type));
+	else
+		json_object_object_add(json, "machine_missing", json_object_new_string(m->machine_missing));
 	json_object_object_add(json, "state_bytes", json_object_new_uint64(m->state_bytes));
 	json_object_object_add(json, "packed_bytes", json_object_new_uint64(m->packed_bytes));
 	json_object_object_add(json, "pages", json_object_new_uint64(c.pages));
 	json_object_object_add(json, "pages_stored", json_object_new_uint64(c.data));
+	json_object_object_add(json, "pages_equal", json_object_new_uint64(c.equal));
 	json_object_object_add(json, "pages_on_volumes", json_object_new_uint64(c.volume));
 	json_object_object_add(json, "pages_zero", json_object_new_uint64(c.zero));
 	json_object_object_add(json, "pages_of_one_word", json_object_new_uint64(c.word));
 	for (uint32_t i = 0; i < m->disks; i++)
 		json_object_array_add(disks, json_object_new_string(m->disk[i].drive));
 	for (uint32_t i = 0; i < m->volumes; i++)
-		json_object_array_add(volumes, json_object_new_string(m->volume[i].path));
+		json_object_array_add(volumes, volume_to_json(&m->volume[i], c.in_volume[i]));
 	json_object_object_add(json, "disks", disks);
 	json_object_object_add(json, "volumes", volumes);
 	printf("%s\n", json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
@@ -154,12 +178,14 @@ static void print_json(const struct opened *o)
 
 static int run_info(const struct cli_command *command, int argc, char **argv)
 {
-	struct opened o = { 0 };
-	int status = open_snapshot(command, argc, argv, &o);
+	static struct opened o;
+	const char *dir = NULL;
+	int status = open_snapshot(command, argc, argv, &o, &dir);
 
-	if (!status && o.dir_fd >= 0 && o.image.memory)
-		(o.json ? print_json : print_text)(&o);
-	close_snapshot(&o);
+	if (dir) {
+		(o.json ? print_json : print_text)(&o.reader);
+		reader_close(&o.reader);
+	}
 	return status;
 }
 
@@ -180,55 +206,47 @@ static int verify_file(const struct manifest_volume *v, int fd, const char *name
 	return CLI_OK;
 }
 
-static int verify_packed(struct opened *o, int fd, uint64_t *ret_bad, char *why)
+static int verify_packed(struct reader *r, uint64_t *ret_bad, char *why)
 {
 	struct packed packed;
-	int r = packed_open(fd, &o->image, &packed, why);
+	int e = packed_open(r->packed_fd, &r->image, &packed, why);
 
-	if (r)
-		return r;
-	r = packed_verify(&packed, fd, ret_bad, why);
+	if (e)
+		return e;
+	e = packed_verify(&packed, r->packed_fd, ret_bad, why);
 	packed_free(&packed);
-	return r;
+	return e;
 }
 
-static int verify_ram(struct opened *o)
+static int verify_ram(struct reader *r)
 {
-	const char *name = o->manifest.packed_bytes ? SNAPSHOT_PACKED : SNAPSHOT_RAM;
-	int fd = openat(o->dir_fd, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC), r = -1;
 	char why[SNAPSHOT_WHY_BYTES];
 	uint64_t bad = 0;
+	int e = r->packed_fd >= 0 ? verify_packed(r, &bad, why) : snapshot_image_verify(&r->image, r->ram_fd, &bad, why);
 
-	snprintf(why, sizeof why, "%s cannot be opened", name);
-	if (fd >= 0)
-		r = o->manifest.packed_bytes ? verify_packed(o, fd, &bad, why)
-					     : snapshot_image_verify(&o->image, fd, &bad, why);
-	if (fd >= 0)
-		close(fd);
-	if (r || bad)
+	if (e || bad)
 		return cli_fail(CLI_NO_IMAGE, "%s (%ju bad pages)", why, (uintmax_t)bad);
 	return CLI_OK;
 }
 
-static int verify_state(struct opened *o)
+static int verify_state(struct reader *r)
 {
 	struct stat st;
 
-	if (fstatat(o->dir_fd, SNAPSHOT_STATE, &st, AT_SYMLINK_NOFOLLOW) ||
-	    (uint64_t)st.st_size != o->manifest.state_bytes)
+	if (fstatat(r->dir_fd, SNAPSHOT_STATE, &st, AT_SYMLINK_NOFOLLOW) || (uint64_t)st.st_size != r->manifest.state_bytes)
 		return cli_fail(CLI_NO_IMAGE, SNAPSHOT_STATE " is missing, or not of %ju bytes",
-				(uintmax_t)o->manifest.state_bytes);
+				(uintmax_t)r->manifest.state_bytes);
 	return CLI_OK;
 }
 
-static int verify_layer(struct opened *o, const struct manifest_layer *layer)
+static int verify_layer(struct reader *r, const struct manifest_layer *layer)
 {
 	char path[MANIFEST_PATH_BYTES + 16];
 	int fd, status;
 
 	if (layer->file[0]) {
 		snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", layer->file);
-		fd = openat(o->dir_fd, path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+		fd = openat(r->dir_fd, path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	} else {
 		snprintf(path, sizeof path, "%s", layer->volume.path);
 		fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -239,22 +257,14 @@ static int verify_layer(struct opened *o, const struct manifest_layer *layer)
 	return status;
 }
 
-static int verify_files(struct opened *o)
+static int verify_disks(struct reader *r)
 {
-	const struct manifest *m = &o->manifest;
+	const struct manifest *m = &r->manifest;
 	int status = CLI_OK;
 
-	for (uint32_t i = 0; i < m->volumes; i++) {
-		int fd = open(m->volume[i].path, O_RDONLY | O_CLOEXEC), one;
-
-		one = verify_file(&m->volume[i], fd, m->volume[i].path);
-		status = status ? status : one;
-		if (fd >= 0)
-			close(fd);
-	}
 	for (uint32_t i = 0; i < m->disks; i++) {
 		for (uint32_t j = 0; j < m->disk[i].layers; j++) {
-			int one = verify_layer(o, &m->disk[i].layer[j]);
+			int one = verify_layer(r, &m->disk[i].layer[j]);
 
 			status = status ? status : one;
 		}
@@ -262,20 +272,79 @@ static int verify_files(struct opened *o)
 	return status;
 }
 
+/* Images by their fingerprints; of what is in other snapshots every page, by the digest that is there. */
+static int verify_volumes(struct reader *r)
+{
+	const struct manifest *m = &r->manifest;
+	char why[SNAPSHOT_WHY_BYTES];
+	int status = CLI_OK;
+	uint64_t bad = 0;
+
+	if (reader_open_files(r, why) || reader_open_origins(r, why))
+		return cli_fail(CLI_NO_IMAGE, "%s", why);
+	for (uint32_t i = 0; i < m->volumes; i++) {
+		int one = verify_file(&m->volume[i], r->file[i].fd, m->volume[i].path);
+
+		status = status ? status : one;
+	}
+	if (reader_verify_origins(r, &bad, why) || bad)
+		status = cli_fail(CLI_NO_IMAGE, "%s (%ju bad pages)", why, (uintmax_t)bad);
+	return status;
+}
+
+/* The packed copies of pages in use must be what the pages are. -EBADMSG. */
+static int compare_active(struct reader *r, int fd, char why[SNAPSHOT_WHY_BYTES])
+{
+	uint8_t copy[PAGE_BYTES], page[PAGE_BYTES];
+	struct active_set set = { 0 };
+	int result = active_read(fd, &r->image, &set, why), file;
+
+	for (uint64_t i = 0; !result && set.contents_offset && i < set.count; i++) {
+		uint64_t number = set.list[i].page, at;
+
+		if (!reader_locate(r, number, &file, &at) || reader_fd(r, file) < 0)
+			continue; /* no contents, or a file of which it was said that it is missing */
+		if (os_read_all(fd, copy, sizeof copy, set.contents_offset + i * PAGE_BYTES) ||
+		    os_read_all(reader_fd(r, file), page, sizeof page, at * PAGE_BYTES) || memcmp(copy, page, sizeof page)) {
+			snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_ACTIVE ": the copy of page %ju is not what the page is",
+				 (uintmax_t)number);
+			result = -EBADMSG;
+		}
+	}
+	active_free(&set);
+	return result;
+}
+
+static int verify_active(struct reader *r)
+{
+	int fd = openat(r->dir_fd, SNAPSHOT_ACTIVE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), result;
+	char why[SNAPSHOT_WHY_BYTES] = SNAPSHOT_ACTIVE " cannot be opened";
+
+	if (fd < 0 && errno == ENOENT)
+		return CLI_OK; /* a restore does without */
+	result = fd < 0 ? -errno : compare_active(r, fd, why);
+	if (fd >= 0)
+		close(fd);
+	return result ? cli_fail(CLI_NO_IMAGE, "%s", why) : CLI_OK;
+}
+
 static int run_verify(const struct cli_command *command, int argc, char **argv)
 {
-	struct opened o = { 0 };
-	int status = open_snapshot(command, argc, argv, &o), one;
+	static int (*const parts[])(struct reader *) = { verify_state, verify_ram, verify_volumes, verify_active,
+							 verify_disks };
+	static struct opened o;
+	const char *dir = NULL;
+	int status = open_snapshot(command, argc, argv, &o, &dir);
 
-	if (!status && o.image.memory) {
-		status = verify_state(&o);
-		one = verify_ram(&o);
+	if (!dir)
+		return status;
+	for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+		int one = parts[i](&o.reader);
+
 		status = status ? status : one;
-		one = verify_files(&o);
-		status = status ? status : one;
-		if (!status)
-			printf("%s is whole\n", argv[1]);
 	}
-	close_snapshot(&o);
+	if (!status)
+		printf("%s is whole\n", dir);
+	reader_close(&o.reader);
 	return status;
 }

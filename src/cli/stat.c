@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* latent stat: the statistics of one VM. */
 #include "cli/cli.h"
+#include "cli/restore_steps.h"
 #include "cli/vm_view.h"
 
 #include <errno.h>
@@ -191,6 +192,22 @@ static double percent(uint64_t part, uint64_t whole)
 	return whole ? 100 * (double)part / (double)whole : 0;
 }
 
+/* What a restore has left to be made. */
+static void print_masked(const struct vm_stats *stats)
+{
+	uint64_t now = stat_get(&stats->pages_masked_now);
+	char a[CLI_SIZE_TEXT];
+
+	if (!stat_get(&stats->pages_masked))
+		return;
+	printf("  %-34s %9s  %5.1f %%\n", "to be made when it is touched", cli_size(now * PAGE_BYTES, a),
+	       percent(now * PAGE_BYTES, stats->ram_bytes));
+	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced before that %ju\n",
+	       (uintmax_t)stat_get(&stats->pages_masked), (uintmax_t)stat_get(&stats->masked_made),
+	       (uintmax_t)stat_get(&stats->masked_mapped), (uintmax_t)stat_get(&stats->masked_copied),
+	       (uintmax_t)stat_get(&stats->masked_dropped));
+}
+
 static void print_source(const struct vm_stats *stats)
 {
 	uint64_t all = stat_get(&stats->source_pages_all), now = stat_get(&stats->source_pages_now);
@@ -215,7 +232,7 @@ static void print_source(const struct vm_stats *stats)
 static void print_vm(const struct vm_view *view)
 {
 	const struct vm_stats *stats = &view->stats;
-	uint64_t base = stat_get(&stats->pages_base_now) * PAGE_BYTES;
+	uint64_t base = (stat_get(&stats->pages_base_now) - stat_get(&stats->pages_masked_now)) * PAGE_BYTES;
 	uint64_t copies = stat_get(&stats->pages_private_now) * PAGE_BYTES;
 	uint64_t mapped = vm_view_clean_pages(stats) * PAGE_BYTES;
 	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT];
@@ -237,6 +254,7 @@ static void print_vm(const struct vm_view *view)
 	       percent(mapped, stats->ram_bytes));
 	printf("  %-34s %9s  %5.1f %%\n", "copies of image pages", cli_size(copies, a),
 	       percent(copies, stats->ram_bytes));
+	print_masked(stats);
 	printf("  discarded %ju pages, settled %ju pages, mapping calls that failed %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_discarded), (uintmax_t)stat_get(&stats->pages_settled),
 	       (uintmax_t)stat_get(&stats->map_failures));
@@ -324,6 +342,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 {
 	const struct vm_stats *stats = &view->stats;
 	struct json_object *json = json_object_new_object(), *volumes = json_object_new_array();
+	uint64_t step_us[RESTORE_STEPS];
 
 	add_text(json, "name", view->name);
 	json_object_object_add(json, "refreshed", json_object_new_boolean(refreshed));
@@ -343,10 +362,21 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	add_number(json, "pages_base_now", stat_get(&stats->pages_base_now));
 	add_number(json, "pages_overlay_now", stat_get(&stats->pages_overlay_now));
 	add_number(json, "pages_private_now", stat_get(&stats->pages_private_now));
+	add_number(json, "pages_masked_now", stat_get(&stats->pages_masked_now));
+	add_number(json, "pages_masked", stat_get(&stats->pages_masked));
+	add_number(json, "masked_made", stat_get(&stats->masked_made));
+	add_number(json, "masked_copied", stat_get(&stats->masked_copied));
+	add_number(json, "masked_mapped", stat_get(&stats->masked_mapped));
+	add_number(json, "masked_dropped", stat_get(&stats->masked_dropped));
 	add_number(json, "pages_discarded", stat_get(&stats->pages_discarded));
 	add_number(json, "pages_settled", stat_get(&stats->pages_settled));
 	add_number(json, "map_failures", stat_get(&stats->map_failures));
 	add_number(json, "reconciled_unix_ms", stat_get(&stats->reconciled_unix_ms));
+	for (int i = 0; i < RESTORE_STEPS; i++)
+		step_us[i] = stat_get(&stats->restore_us[i]);
+	if (step_us[RESTORE_BEGUN])
+		json_object_object_add(json, "restore", restore_steps_to_json(step_us));
+	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
 	if (stats->source[0])
 		add_source(json, stats);
 	for (uint32_t i = 0; i < stats->volume_count; i++)

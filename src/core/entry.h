@@ -10,13 +10,13 @@
  *  +------------+---------------------------------+-------+-------+--+--+--+--+--+-------+
  *
  *  source  enum entry_source: how the page is mapped
- *  nu      needs update: the contents are still to be made             (save and restore)
- *  kc      the backing already holds contents of a known class         (save and restore)
+ *  nu      needs update: the contents are still to be made; with ENTRY_MASKED only
+ *  kc, sh  not used
  *  sb      source bit: an access must fetch from the locator           (migration)
- *  sh      shared: maps a canonical page that others map too           (save and restore)
  *  pr      private, sticky: the guest has written; a copy of its own   (all)
  *  short, long   activity, two granularities                           (classification)
- *  file index, page number   the locator, for a source other than base
+ *  file index, page number   the locator, for an overlay or a masked page. With the file index
+ *          ENTRY_WORDS the page is one 8-byte word repeated, and the page number is the word's
  *
  * Ranges are not stored: a range is a longest run of pages whose entries name one mapping (see
  * entry_joins). So ranges and entries cannot disagree.
@@ -30,20 +30,29 @@
 enum entry_source {
 	ENTRY_BASE = 0,    /* MAP_SHARED of the VM's own memfd */
 	ENTRY_OVERLAY = 1, /* MAP_PRIVATE of a file */
-	/* 2 is kept for masked ranges */
+	/* Base, in a mapping that is watched for pages that are not there yet (mask.c): */
+	ENTRY_MASKED = 2,  /* needs update: nothing is there; made from the locator when it is touched */
+	ENTRY_WATCHED = 3, /* whatever was to be made there has been, and is in the memfd */
 };
 
 #define ENTRY_SOURCE_MASK 0x7ull
+#define ENTRY_NEEDS_UPDATE (1ull << 3)
 #define ENTRY_PRIVATE (1ull << 7)
 #define ENTRY_FILE_SHIFT 52
 #define ENTRY_PAGE_SHIFT 16
 #define ENTRY_PAGE_BITS 36
-#define ENTRY_FILES (1u << 12)
+#define ENTRY_WORDS 0xfffu /* no file */
+#define ENTRY_FILES ENTRY_WORDS
 #define ENTRY_FILE_PAGES (1ull << ENTRY_PAGE_BITS) /* 256 TiB */
 
 static inline uint64_t entry_overlay(unsigned file, uint64_t file_page)
 {
 	return ENTRY_OVERLAY | (uint64_t)file << ENTRY_FILE_SHIFT | file_page << ENTRY_PAGE_SHIFT;
+}
+
+static inline uint64_t entry_masked(unsigned file, uint64_t file_page)
+{
+	return ENTRY_MASKED | ENTRY_NEEDS_UPDATE | (uint64_t)file << ENTRY_FILE_SHIFT | file_page << ENTRY_PAGE_SHIFT;
 }
 
 static inline enum entry_source entry_source(uint64_t entry)
@@ -66,9 +75,16 @@ static inline bool entry_is_private(uint64_t entry)
 	return entry & ENTRY_PRIVATE;
 }
 
+static inline bool entry_is_watched(uint64_t entry)
+{
+	return entry_source(entry) == ENTRY_MASKED || entry_source(entry) == ENTRY_WATCHED;
+}
+
 /* True if a page with entry `b` that follows one with entry `a` lies in the same mapping. */
 static inline bool entry_joins(uint64_t a, uint64_t b)
 {
+	if (entry_is_watched(a) && entry_is_watched(b))
+		return true;
 	if (entry_source(a) != entry_source(b))
 		return false;
 	if (entry_source(a) == ENTRY_BASE)

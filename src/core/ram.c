@@ -1,7 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-#include "core/ram.h"
-
-#include "os/os.h"
+#include "core/internal.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -11,29 +9,9 @@
 #include <time.h>
 
 #define PRIVATIZE_SLICE_PAGES 512u
+#define ZAP_BATCH 512u
+#define SCAN_GAP_PAGES 256u /* shorter ones cost less to scan than to leave out */
 #define RECONCILE_SLICE_PAGES 16384u /* 64 MiB: 0.3 to 1.1 ms under the lock */
-
-struct ram_file {
-	bool used;
-	int fd;
-	uint64_t pages;
-	uint64_t overlay_pages; /* entries that name it, */
-	uint64_t mapped_pages;  /* and of those the ones without a copy of their own */
-	struct ram_observer observer;
-};
-
-struct ram {
-	pthread_mutex_t lock; /* the range lock: protects everything below but what is said */
-#ifndef NDEBUG
-	pthread_t holder;
-	bool held;
-#endif
-	struct ram_block *blocks[RAM_BLOCKS]; /* slots are read without the lock by ram_find */
-	struct ram_file files[ENTRY_FILES];
-	struct ram_counts counts;
-	bool base_held; /* see ram_hold */
-	struct os_pagemap *pagemap; /* used under the lock */
-};
 
 /* ---- life ----------------------------------------------------------------------------------- */
 
@@ -50,6 +28,8 @@ int ram_create(uint64_t budget_maps, struct ram **ret_ram)
 		return r;
 	}
 	pthread_mutex_init(&ram->lock, NULL);
+	pthread_mutex_init(&ram->mask_lock, NULL);
+	ram->uffd = -1;
 	ram->counts.budget_maps = budget_maps ? budget_maps : os_max_maps() / 2;
 	r = ram_recount_maps(ram);
 	if (r)
@@ -65,7 +45,9 @@ void ram_destroy(struct ram *ram)
 		return;
 	ram_remove_blocks(ram);
 	os_pagemap_close(ram->pagemap);
+	pthread_mutex_destroy(&ram->mask_lock);
 	pthread_mutex_destroy(&ram->lock);
+	free(ram->words.list);
 	free(ram);
 }
 
@@ -93,6 +75,14 @@ void ram_lock(struct ram *ram)
 	note_holder(ram);
 }
 
+bool ram_lock_if_free(struct ram *ram)
+{
+	if (pthread_mutex_trylock(&ram->lock))
+		return false;
+	note_holder(ram);
+	return true;
+}
+
 bool ram_lock_within(struct ram *ram, unsigned timeout_ms)
 {
 	struct timespec until;
@@ -118,26 +108,7 @@ void ram_unlock(struct ram *ram)
 	pthread_mutex_unlock(&ram->lock);
 }
 
-static void assert_locked(struct ram *ram)
-{
-#ifndef NDEBUG
-	assert(ram->held && pthread_equal(ram->holder, pthread_self()));
-#else
-	(void)ram;
-#endif
-}
-
 /* ---- entries -------------------------------------------------------------------------------- */
-
-static uint64_t entry_get(const struct ram_block *b, uint64_t page)
-{
-	return atomic_load_explicit(&b->entries[page], memory_order_relaxed);
-}
-
-static void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
-{
-	atomic_store_explicit(&b->entries[page], entry, memory_order_relaxed);
-}
 
 static size_t table_bytes(const struct ram_block *b)
 {
@@ -163,8 +134,7 @@ static void destroy_block(struct ram_block *b)
 	free(b);
 }
 
-/* Mappings that begin at pages first..last; a mapping that begins with the block is not counted. */
-static uint64_t count_starts(const struct ram_block *b, uint64_t first, uint64_t last)
+uint64_t count_starts(const struct ram_block *b, uint64_t first, uint64_t last)
 {
 	uint64_t starts = 0;
 
@@ -220,6 +190,8 @@ static void set_entries(struct ram *ram, struct ram_block *b, uint64_t page, uin
 			ram->counts.private_pages--;
 		if (maps_file(old))
 			tell_lost(ram, old, why);
+		if (entry_source(old) == ENTRY_MASKED)
+			mask_forget(ram, old);
 		entry_set(b, page + i, overlay ? head + (i << ENTRY_PAGE_SHIFT) : head);
 	}
 	ram->counts.maps += count_starts(b, page, page + pages) - starts_before;
@@ -248,7 +220,7 @@ static void set_private(struct ram *ram, struct ram_block *b, uint64_t page, enu
 struct ram_range ram_range_at(const struct ram_block *b, uint64_t page, uint64_t end)
 {
 	uint64_t head = entry_get(b, page), last = page;
-	struct ram_range range = { .page = page, .source = entry_source(head) };
+	struct ram_range range = { .page = page, .source = entry_is_watched(head) ? ENTRY_WATCHED : entry_source(head) };
 
 	if (range.source == ENTRY_OVERLAY) {
 		range.file = entry_file(head);
@@ -302,12 +274,14 @@ void ram_remove_block(struct ram *ram, struct ram_block *b)
 	assert_locked(ram);
 	if (!b)
 		return;
+	pthread_mutex_lock(&ram->mask_lock);
 	set_entries(ram, b, 0, b->pages, ENTRY_BASE, RAM_LOST_DROPPED);
 	ram->counts.pages -= b->pages;
 	ram->counts.maps--;
 	for (size_t i = 0; i < RAM_BLOCKS; i++)
 		if (ram->blocks[i] == b)
 			__atomic_store_n(&ram->blocks[i], NULL, __ATOMIC_RELEASE);
+	pthread_mutex_unlock(&ram->mask_lock);
 	destroy_block(b);
 }
 
@@ -402,14 +376,14 @@ int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_obser
 void ram_drop_file(struct ram *ram, unsigned file)
 {
 	assert_locked(ram);
-	assert(file < ENTRY_FILES && !ram->files[file].overlay_pages);
+	assert(file < ENTRY_FILES && !ram->files[file].overlay_pages && !ram->files[file].masked_pages);
 	ram->files[file].used = false;
 }
 
 uint64_t ram_overlay_pages(struct ram *ram, unsigned file)
 {
 	assert_locked(ram);
-	return ram->files[file].overlay_pages;
+	return ram->files[file].overlay_pages + ram->files[file].masked_pages;
 }
 
 uint64_t ram_mapped_pages(struct ram *ram, unsigned file)
@@ -450,16 +424,6 @@ void ram_remember_policy(struct ram *ram, const void *hva, size_t bytes, const s
 
 /* ---- mapping calls that leave memory whole when they fail ------------------------------------ */
 
-static void *page_hva(const struct ram_block *b, uint64_t page)
-{
-	return b->hva + os_bytes(page);
-}
-
-static uint64_t memfd_at(const struct ram_block *b, uint64_t page)
-{
-	return b->memfd_offset + os_bytes(page);
-}
-
 /*
  * After a failed mapping call that has left a hole: base must come back, or the guest dies at the
  * next touch. It needs no more mappings than there were before the call, so only a passing lack of
@@ -474,6 +438,7 @@ static bool fill_hole(struct ram *ram, struct ram_block *b, uint64_t page, uint6
 
 	if (os_is_mapped(hva, os_bytes(pages)))
 		return false;
+	mask_rescue(ram, b, page, pages);
 	for (int tries = 0; tries < 1000; tries++) {
 		if (!os_map_base_over(hva, os_bytes(pages), b->memfd, memfd_at(b, page))) {
 			(void)os_set_marks(hva, os_bytes(pages), b->marks, true);
@@ -510,12 +475,20 @@ static bool has_source(const struct ram_block *b, uint64_t page, uint64_t pages,
 	return false;
 }
 
+static bool is_all_overlay(const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	for (uint64_t i = 0; i < pages; i++)
+		if (entry_source(entry_get(b, page + i)) != ENTRY_OVERLAY)
+			return false;
+	return true;
+}
+
 static bool base_holds_data(struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	return os_has_data(b->memfd, memfd_at(b, page), os_bytes(pages));
 }
 
-static bool within_budget(struct ram *ram, uint64_t more)
+bool within_budget(struct ram *ram, uint64_t more)
 {
 	struct ram_counts *c = &ram->counts;
 
@@ -524,8 +497,7 @@ static bool within_budget(struct ram *ram, uint64_t more)
 
 /* ---- transitions ---------------------------------------------------------------------------- */
 
-int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
-		    unsigned file, uint64_t file_page)
+int map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, unsigned file, uint64_t file_page)
 {
 	struct ram_file *f = &ram->files[file];
 	uint64_t head = entry_overlay(file, file_page), before, after;
@@ -544,7 +516,7 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	after = count_starts_if(b, page, pages, head);
 	if (after > before && !within_budget(ram, after - before))
 		return -EDQUOT;
-	over_base = has_source(b, page, pages, ENTRY_BASE);
+	over_base = !is_all_overlay(b, page, pages);
 	r = os_map_file_over(hva, os_bytes(pages), f->fd, os_bytes(file_page));
 	if (r) {
 		ram->counts.failures++;
@@ -559,6 +531,16 @@ int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	if (over_base && base_holds_data(b, page, pages))
 		(void)os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
 	return 0;
+}
+
+int ram_map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, unsigned file, uint64_t file_page)
+{
+	int r;
+
+	pthread_mutex_lock(&ram->mask_lock);
+	r = map_overlay(ram, b, page, pages, file, file_page);
+	pthread_mutex_unlock(&ram->mask_lock);
+	return r;
 }
 
 typedef int (*range_step)(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx);
@@ -638,6 +620,7 @@ static int zero_base(void *ctx, struct ram_block *b, uint64_t page, uint64_t pag
 	return 0;
 }
 
+/* Calls `each` for every run of base in the pages, or of data in it; ends at the first result that is not 0. */
 static int for_base_of(struct ram_block *b, uint64_t page, uint64_t end, bool data_only, ram_run each, void *ctx)
 {
 	int r = 0;
@@ -658,25 +641,20 @@ static int for_base_of(struct ram_block *b, uint64_t page, uint64_t end, bool da
 	return r;
 }
 
-static int for_base_of_all(struct ram *ram, bool data_only, ram_run each, void *ctx)
+int ram_for_base_of(struct ram_block *b, uint64_t page, uint64_t pages, ram_run each, void *ctx)
+{
+	return for_base_of(b, page, page + pages, false, each, ctx);
+}
+
+int ram_for_base(struct ram *ram, ram_run each, void *ctx)
 {
 	int r = 0;
 
 	assert_locked(ram);
 	for (size_t i = 0; !r && i < RAM_BLOCKS; i++)
 		if (ram->blocks[i])
-			r = for_base_of(ram->blocks[i], 0, ram->blocks[i]->pages, data_only, each, ctx);
+			r = ram_for_base_of(ram->blocks[i], 0, ram->blocks[i]->pages, each, ctx);
 	return r;
-}
-
-int ram_for_base(struct ram *ram, ram_run each, void *ctx)
-{
-	return for_base_of_all(ram, false, each, ctx);
-}
-
-int ram_for_base_data(struct ram *ram, ram_run each, void *ctx)
-{
-	return for_base_of_all(ram, true, each, ctx);
 }
 
 void ram_hold(struct ram *ram, bool held)
@@ -701,7 +679,10 @@ int ram_discard(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pa
 		return for_overlays(ram, b, page, pages, step_discard, NULL);
 	}
 	/* Punched before base is mapped: what lay beneath an overlay must not be seen again. */
+	pthread_mutex_lock(&ram->mask_lock);
 	r = os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
+	mask_drop(ram, b, page, pages);
+	pthread_mutex_unlock(&ram->mask_lock);
 	if (r) {
 		memset(page_hva(b, page), 0, os_bytes(pages));
 		return 0;
@@ -774,7 +755,7 @@ static void mark_piece(struct ram *ram, size_t slot, const struct piece *piece)
 
 int ram_privatize(struct ram *ram, unsigned file)
 {
-	int r = 0;
+	int r = ram_unmask_file(ram, file);
 
 	for (size_t slot = 0; slot < RAM_BLOCKS; slot++) {
 		struct piece piece = { 0 };
@@ -970,6 +951,22 @@ static void note_private(void *ctx, uint8_t *hva, uint64_t pages)
 	}
 }
 
+/* The next pages in which there are overlays: base between them is left out where there is much of it. */
+static bool next_overlays(const struct ram_block *b, uint64_t *page, uint64_t *ret_pages)
+{
+	uint64_t first = *page, end;
+
+	while (first < b->pages && entry_source(entry_get(b, first)) != ENTRY_OVERLAY)
+		first++;
+	end = first;
+	for (uint64_t i = first; i < b->pages && i - end < SCAN_GAP_PAGES; i++)
+		if (entry_source(entry_get(b, i)) == ENTRY_OVERLAY)
+			end = i + 1;
+	*page = first;
+	*ret_pages = end - first;
+	return end > first;
+}
+
 int ram_for_private(struct ram *ram, ram_run each, void *ctx)
 {
 	struct private_runs p = { .ram = ram, .each = each, .ctx = ctx };
@@ -978,11 +975,52 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx)
 	assert_locked(ram);
 	for (size_t i = 0; !r && i < RAM_BLOCKS; i++) {
 		p.block = ram->blocks[i];
-		if (p.block)
-			r = os_pagemap_private_runs(ram->pagemap, p.block->hva, p.block->pages, note_private, &p);
-		r = r ? r : p.error;
+		for (uint64_t page = 0, pages; !r && p.block && next_overlays(p.block, &page, &pages); page += pages) {
+			r = os_pagemap_private_runs(ram->pagemap, page_hva(p.block, page), pages, note_private, &p);
+			r = r ? r : p.error;
+		}
 	}
 	return r;
+}
+
+void ram_zap_base(struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	for (uint64_t end = page + pages; page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+
+		if (range.source != ENTRY_OVERLAY)
+			(void)os_zap(page_hva(b, page), os_bytes(range.pages));
+		page += range.pages;
+	}
+}
+
+struct zap {
+	struct os_range ranges[ZAP_BATCH];
+	size_t count;
+};
+
+static int step_zap_clean(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
+{
+	struct zap *z = ctx;
+
+	(void)ram;
+	for (uint64_t i = 0; i < range->pages; i++)
+		if (entry_is_private(entry_get(b, range->page + i)))
+			return 0;
+	z->ranges[z->count++] = (struct os_range){ page_hva(b, range->page), os_bytes(range->pages) };
+	if (z->count == ZAP_BATCH) {
+		os_zap_many(z->ranges, z->count);
+		z->count = 0;
+	}
+	return 0;
+}
+
+void ram_zap_clean_overlays(struct ram *ram)
+{
+	struct zap z = { .count = 0 };
+
+	(void)for_overlays_of_all(ram, step_zap_clean, &z);
+	os_zap_many(z.ranges, z.count);
 }
 
 int ram_recount_maps(struct ram *ram)

@@ -71,6 +71,16 @@ struct ram_counts {
 	uint64_t unmarked;   /* mappings that could not get their madvise marks */
 };
 
+/* Masked pages, in pages; all but the first only grow. */
+struct ram_mask_counts {
+	uint64_t masked_now;
+	uint64_t masked;  /* got the flag "needs update" */
+	uint64_t made;    /* their contents were made of a word, */
+	uint64_t copied;  /* or copied from a file, */
+	uint64_t mapped;  /* or the file was mapped there; */
+	uint64_t dropped; /* or something else came there before anybody looked */
+};
+
 struct ram;
 
 /* `budget_maps`: mappings that the whole process may have; 0: half of vm.max_map_count. */
@@ -82,6 +92,7 @@ void ram_remove_blocks(struct ram *ram);
 
 void ram_lock(struct ram *ram);
 void ram_unlock(struct ram *ram);
+bool ram_lock_if_free(struct ram *ram);
 /* False: somebody has held it all the time. */
 bool ram_lock_within(struct ram *ram, unsigned timeout_ms);
 
@@ -122,18 +133,23 @@ int ram_map_overlay(struct ram *ram, struct ram_block *block, uint64_t page, uin
 void ram_hold(struct ram *ram, bool held);
 bool ram_is_held(struct ram *ram); /* [locked] */
 
-/* [locked] Calls `each` for every longest run of base pages that hold data, in order; ends at and returns its
- * first result that is not 0. */
+/* [locked] Calls `each` for every longest run of base, in order; ends at and returns its first result that is not
+ * 0. ram_for_base_of: of a part of one block. */
 typedef int (*ram_run)(void *ctx, struct ram_block *block, uint64_t page, uint64_t pages);
-int ram_for_base_data(struct ram *ram, ram_run each, void *ctx);
-/* [locked] The same for all of base, whether it holds data or not. */
 int ram_for_base(struct ram *ram, ram_run each, void *ctx);
+int ram_for_base_of(struct ram_block *block, uint64_t page, uint64_t pages, ram_run each, void *ctx);
 /* [locked] Brings the private flags up to date, all at once, and calls `each` for every run of private copies. */
 int ram_for_private(struct ram *ram, ram_run each, void *ctx);
 
 /* [locked] Contents are free. Gives overlays of the pages back to base; those that were overlays
  * then read as zeros, or hold what they held. */
 int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+
+/* [locked] Takes base's part of the pages out of the page table; nothing is lost. */
+void ram_zap_base(struct ram_block *block, uint64_t page, uint64_t pages);
+/* [locked] The same for all overlays without private copies; writers stopped, and the private flags brought up to
+ * date (ram_for_private) since they stand. */
+void ram_zap_clean_overlays(struct ram *ram);
 
 /* [locked] Would ram_return_base make mappings fewer, or leave their number? */
 bool ram_return_saves_maps(const struct ram_block *block, uint64_t page, uint64_t pages);
@@ -144,6 +160,30 @@ bool ram_has_overlay(const struct ram_block *block, uint64_t page, uint64_t page
 /* [locked] All pages read as zeros afterwards. They take no memory, unless giving part of an overlay
  * back would exceed the budget of mappings: those become private copies full of zeros. */
 int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+
+/*
+ * Masked pages: what they hold is known, and nothing is there until somebody touches them. A userfaultfd tells
+ * of that, and a thread that the caller runs makes them: from a word that is repeated, or from a file, which is
+ * mapped there if the range lock is free and the budget allows it, and else copied.
+ *
+ * ram_watch: [locked] `uffd` (OS_UFFD_MISSING_SHMEM; borrowed) is what new masks are registered with.
+ * ram_add_word: [locked] the number of a word, for entry_masked(ENTRY_WORDS, number); -ENOMEM.
+ * ram_mask: [locked] `entries` of [page, pages): entry_masked, or ENTRY_WATCHED where base already holds what the
+ *     page shall hold. All of it has to be base, with nothing in the memfd where pages are to be masked.
+ *     -EDQUOT: over the budget of mappings; -EBUSY: something else watches guest RAM. Then nothing was changed.
+ * ram_make: the page at `hva` is waited for. Takes the range lock only if it is free, never waits for who has it.
+ *     -EIO and others: storage does not give the contents; whoever touched it waits on, until it is tried again.
+ * ram_unmask_file: makes all that comes from the file, by copying; it may be rewritten afterwards. May wait for
+ *     storage. Needs no lock; the guest may run. Goes on after a failure and returns the first one.
+ * ram_unmask: makes everything, by mapping where that is possible, and watches nothing any more.
+ */
+void ram_watch(struct ram *ram, int uffd);
+int ram_add_word(struct ram *ram, uint64_t word, uint64_t *ret_number);
+int ram_mask(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages, const uint64_t *entries);
+int ram_make(struct ram *ram, void *hva);
+int ram_unmask_file(struct ram *ram, unsigned file);
+int ram_unmask(struct ram *ram);
+void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
 
 /* Contents stay. Makes every page of the file's overlays a private copy: from then on the file may be
  * rewritten (but not truncated). Safe while the guest runs. It may wait for storage, so it holds the
@@ -185,8 +225,8 @@ void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts);
 /* [locked] The range that holds `page`, cut to [page, end). */
 struct ram_range ram_range_at(const struct ram_block *block, uint64_t page, uint64_t end);
 
-/* [locked] The number of pages that are overlays of `file`, and of those the ones that are not private:
- * that show the file. */
+/* [locked] The number of pages that are overlays of `file` or will be made from it, and the number of those that
+ * show it: overlays without a copy of their own. */
 uint64_t ram_overlay_pages(struct ram *ram, unsigned file);
 uint64_t ram_mapped_pages(struct ram *ram, unsigned file);
 

@@ -2,10 +2,13 @@
 #include "os/os.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#define DEATH 0x10000 /* no errno: the process is to be killed */
 
 static struct {
 	_Atomic uint32_t calls, nth;
@@ -23,7 +26,10 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_POPULATE] = "populate",
 	[OS_FAULT_SETTLE_WRITE] = "settle_write",
 	[OS_FAULT_UFFD] = "uffd",
+	[OS_FAULT_REGISTER] = "register",
 	[OS_FAULT_STORAGE_READ] = "storage_read",
+	[OS_FAULT_WRITE] = "write",
+	[OS_FAULT_SAVE_STEP] = "save_step",
 };
 
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error)
@@ -52,7 +58,11 @@ int os_fault(enum os_fault_point point)
 		nanosleep(&t, NULL);
 	}
 	call = atomic_fetch_add(&points[point].calls, 1) + 1;
-	return call == points[point].nth ? -points[point].error : 0;
+	if (call != points[point].nth)
+		return 0;
+	if (points[point].error == DEATH)
+		raise(SIGKILL);
+	return -points[point].error;
 }
 
 static int error_by_name(const char *name)
@@ -60,8 +70,8 @@ static int error_by_name(const char *name)
 	static const struct {
 		const char *name;
 		int error;
-	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC },
-		      { "EPERM", EPERM } };
+	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC }, { "EPERM", EPERM },
+		      { "KILL", DEATH } };
 
 	for (size_t i = 0; i < sizeof errors / sizeof errors[0]; i++)
 		if (!strcmp(errors[i].name, name))

@@ -105,7 +105,7 @@ static int visit(pid_t tid, int signal, struct round *round)
 }
 
 /* One look at all threads; the signal to those that have not had it. */
-static int look_round(int tasks, int signal, pid_t spare, struct round *round)
+static int look_round(int tasks, int signal, struct round *round)
 {
 	char entries[4096] __attribute__((aligned(8)));
 	pid_t self = (pid_t)syscall(SYS_gettid);
@@ -118,7 +118,7 @@ static int look_round(int tasks, int signal, pid_t spare, struct round *round)
 		for (long at = 0; at < n;) {
 			const struct dirent64_raw *entry = (const void *)(entries + at);
 			pid_t tid = number(entry->name);
-			int r = tid && tid != self && tid != spare && !is_spared(tid) ? visit(tid, signal, round) : 0;
+			int r = tid && tid != self && !is_spared(tid) ? visit(tid, signal, round) : 0;
 
 			if (r)
 				return r;
@@ -128,14 +128,14 @@ static int look_round(int tasks, int signal, pid_t spare, struct round *round)
 	return n ? -errno : 0;
 }
 
-static int stop_all(int tasks, int signal, pid_t spare, unsigned timeout_ms)
+static int stop_all(int tasks, int signal, unsigned timeout_ms)
 {
 	uint64_t until_ms = os_now_us() / 1000 + timeout_ms;
 	struct timespec pause = { 0, POLL_NS };
 	struct round round;
 
 	for (;;) {
-		int r = look_round(tasks, signal, spare, &round);
+		int r = look_round(tasks, signal, &round);
 
 		if (r)
 			return r;
@@ -147,7 +147,7 @@ static int stop_all(int tasks, int signal, pid_t spare, unsigned timeout_ms)
 	}
 }
 
-int os_freeze(int signal, pid_t spare, unsigned timeout_ms)
+int os_freeze(int signal, unsigned timeout_ms)
 {
 	struct sigaction action = { .sa_handler = park, .sa_flags = SA_RESTART };
 	int tasks = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -160,7 +160,7 @@ int os_freeze(int signal, pid_t spare, unsigned timeout_ms)
 	freezing.count = 0;
 	freezing.frozen = 1;
 	if (!r)
-		r = stop_all(tasks, signal, spare, timeout_ms);
+		r = stop_all(tasks, signal, timeout_ms);
 	if (tasks >= 0)
 		syscall(SYS_close, tasks);
 	if (r)

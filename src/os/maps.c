@@ -28,6 +28,8 @@ static const struct {
 };
 #define MARKS (sizeof mark_table / sizeof mark_table[0])
 
+#define ZAP_RANGES 512u
+
 unsigned os_mark_of_advice(int advice, unsigned *ret_clears)
 {
 	unsigned sets = 0;
@@ -109,6 +111,32 @@ int os_populate_write(void *hva, size_t bytes)
 			break;
 	}
 	return r;
+}
+
+int os_zap(void *hva, size_t bytes)
+{
+	return syscall(SYS_madvise, hva, bytes, MADV_DONTNEED) ? -errno : 0;
+}
+
+void os_zap_many(const struct os_range *ranges, size_t count)
+{
+	struct iovec iov[ZAP_RANGES];
+	int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+
+	while (count) {
+		size_t n = count < ZAP_RANGES ? count : ZAP_RANGES;
+
+		for (size_t i = 0; i < n; i++)
+			iov[i] = (struct iovec){ ranges[i].hva, ranges[i].bytes };
+		/* Any advice for oneself: Linux 6.13. It tells how far it has come, or fails at the first. */
+		if (self < 0 || syscall(SYS_process_madvise, self, iov, n, MADV_DONTNEED, 0) < 0)
+			for (size_t i = 0; i < n; i++)
+				(void)os_zap(ranges[i].hva, ranges[i].bytes);
+		ranges += n;
+		count -= n;
+	}
+	if (self >= 0)
+		close(self);
 }
 
 void os_populate_read(void *hva, size_t bytes)
@@ -280,6 +308,10 @@ void os_table_destroy(int fd, void *table, size_t bytes)
 
 int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset)
 {
+	int r = os_fault(OS_FAULT_WRITE);
+
+	if (r)
+		return r;
 	for (size_t done = 0; done < bytes;) {
 		ssize_t n = pwrite(fd, (const uint8_t *)from + done, bytes - done, (off_t)(offset + done));
 
@@ -287,6 +319,22 @@ int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset)
 			done += (size_t)n;
 		else if (n == 0)
 			return -EIO;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+int os_read_all(int fd, void *to, size_t bytes, uint64_t offset)
+{
+	for (size_t done = 0; done < bytes;) {
+		/* Not pread(2): the agent stands in front of that, to see what QEMU reads. */
+		long n = syscall(SYS_pread64, fd, (uint8_t *)to + done, bytes - done, (off_t)(offset + done));
+
+		if (n > 0)
+			done += (size_t)n;
+		else if (n == 0)
+			return -ENODATA;
 		else if (errno != EINTR)
 			return -errno;
 	}

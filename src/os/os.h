@@ -69,6 +69,15 @@ bool os_is_mapped(void *hva, size_t bytes);
  * failed; -ENOMEM. */
 int os_populate_write(void *hva, size_t bytes);
 
+/* Takes the entries of a shared mapping, or of a private one without copies, out of the page table: what they
+ * showed stays where it is (MADV_DONTNEED). os_zap_many: of several, in as few system calls as the kernel allows. */
+struct os_range {
+	void *hva;
+	size_t bytes;
+};
+int os_zap(void *hva, size_t bytes);
+void os_zap_many(const struct os_range *ranges, size_t count);
+
 /* Brings the pages of any mapping in, from a file or from swap (MADV_POPULATE_READ, Linux 5.14). Advice:
  * what fails will be met at the access. */
 void os_populate_read(void *hva, size_t bytes);
@@ -123,6 +132,15 @@ void os_table_destroy(int fd, void *table, size_t bytes);
 /* Copies memory into a file, all of it. -EFAULT: the memory could not be read; -ENOSPC, -EIO. */
 int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset);
 
+/* -ENODATA: the file ends before that; -EIO. */
+int os_read_all(int fd, void *to, size_t bytes, uint64_t offset);
+/*
+ * cgroup.c: memory that may still be charged to the cgroup of a process and to those above it, after the page
+ * cache that the kernel would take back; UINT64_MAX: nothing limits it, or nothing is known. `cgroups`:
+ * /proc/PID/cgroup; `root`: where the hierarchies are mounted (/sys/fs/cgroup). Both versions of cgroups.
+ */
+uint64_t os_memory_room(const char *cgroups, const char *root);
+
 /* Mappings of this process now, and the limit (vm.max_map_count). */
 int os_count_maps(uint64_t *ret_maps);
 uint64_t os_max_maps(void);
@@ -145,9 +163,12 @@ void os_pagemap_close(struct os_pagemap *pagemap);
  * write-protection: not FILE, and PRESENT or SWAPPED. Uses PAGEMAP_SCAN (Linux 6.7), else the
  * classic file. `found` must not change mappings of the range.
  */
-typedef void (*os_private_run)(void *ctx, uint8_t *hva, uint64_t pages);
-int os_pagemap_private_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,
-			    os_private_run found, void *ctx);
+typedef void (*os_page_run)(void *ctx, uint8_t *hva, uint64_t pages);
+int os_pagemap_private_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx);
+
+/* The same for pages that have an entry in the page table: touched since they were mapped or zapped, they or, where
+ * nothing keeps the kernel from faulting around, one of their neighbours. Any mapping. */
+int os_pagemap_present_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx);
 
 /* enum os_page_flag bits of each page into flags[pages]. */
 int os_pagemap_flags(struct os_pagemap *pagemap, const uint8_t *hva, uint64_t pages, uint8_t *flags);
@@ -197,12 +218,14 @@ int os_uffd_open(uint64_t features);
 int os_uffd_new(int flags); /* userfaultfd(2): a descriptor or a negative errno */
 /* Whole mappings of shared memory; -EINVAL for those of ordinary files, -EBUSY: another one has it. */
 int os_uffd_register_wp(int uffd, void *hva, size_t bytes);
-/* Of a private mapping of shared memory: where the file has a hole, whoever touches it waits; what the file has
- * is mapped as usual. */
-int os_uffd_register_missing(int uffd, void *hva, size_t bytes);
-/* Whoever waits in the range tries again. */
-int os_uffd_wake(int uffd, uintptr_t hva, size_t bytes);
 int os_uffd_unregister(int uffd, void *hva, size_t bytes); /* wakes all that wait, and protects nothing */
+/* Of a mapping of a memfd, shared (base) or private: where the file has a hole, whoever touches it waits; what the
+ * file has is mapped as usual. */
+int os_uffd_register_missing(int uffd, void *hva, size_t bytes);
+/* Puts a page where there is none; wakes who waits for it. -EEXIST: there is one; -ENOENT: not registered. */
+int os_uffd_copy(int uffd, void *hva, const void *page);
+int os_uffd_zero(int uffd, void *hva);
+void os_uffd_wake(int uffd, void *hva, size_t bytes); /* whoever waits in the range tries again */
 /* Addresses are those of the process that has opened it. Taking protection away wakes who waits. */
 int os_uffd_protect(int uffd, void *hva, size_t bytes, bool on);
 /* 1: a page (its address) is waited for; 0: none now; -ENOSPC and others: it is over. */
@@ -211,15 +234,15 @@ int os_uffd_next_fault(int uffd, uintptr_t *ret_addr);
 /* ---- freeze.c: all other threads stopped for a moment ---------------------------------------- */
 
 /*
- * Stops every other thread of this process but `spare` (0: none) in a handler of `signal`, which none may
+ * Stops every other thread of this process but those of os_never_freeze in a handler of `signal`, which none may
  * block: then none is inside a system call, so nobody has memory under his hands but kernel threads and
  * devices. Until os_thaw the caller may use system calls only: a stopped thread may hold any lock (malloc's,
  * stdio's) that the caller does not hold itself. System calls that were waiting are restarted, or fail with
  * EINTR as after any signal. One caller at a time. -ETIMEDOUT: a thread did not stop; all run again.
  */
-int os_freeze(int signal, pid_t spare, unsigned timeout_ms);
+int os_freeze(int signal, unsigned timeout_ms);
 void os_thaw(void);
-/* A thread that a freeze never stops: it serves pages that others wait for, and touches no guest RAM. Four at most. */
+/* A thread that a freeze never stops: others may wait for what it does, and it touches no guest RAM. Four at most. */
 void os_never_freeze(pid_t tid);
 
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
@@ -232,14 +255,18 @@ enum os_fault_point {
 	OS_FAULT_POPULATE,
 	OS_FAULT_SETTLE_WRITE,
 	OS_FAULT_UFFD,         /* there is no userfaultfd to be had */
+	OS_FAULT_REGISTER,     /* of pages to be made when they are touched */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
+	OS_FAULT_WRITE,        /* os_write_all */
+	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */
 	OS_FAULT_POINTS
 };
 
 /*
  * The call number `nth` (from 1) of a point fails with `error` (positive errno), once; 0 disarms.
- * os_fault_parse takes "point:nth:ERRNO" or "storage_read:delay:MS" (every call is delayed),
- * comma-separated, as in the environment variable LATENT_FAULT.
+ * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), or
+ * "storage_read:delay:MS" (every call is delayed), comma-separated, as in the environment variable
+ * LATENT_FAULT of the VMM, of `latent save` and of `latent flatten`.
  */
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error);
 int os_fault_parse(const char *text);

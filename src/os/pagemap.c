@@ -106,8 +106,20 @@ int os_pagemap_flags(struct os_pagemap *p, const uint8_t *hva, uint64_t pages, u
 	return 0;
 }
 
-static int private_runs_classic(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
-				os_private_run found, void *ctx)
+/* What a run is made of: pages that are FILE or not, or either, and in memory or (`swapped`) out of it. */
+struct wanted {
+	bool file_matters, file, swapped;
+};
+
+static bool is_wanted(uint64_t word, const struct wanted *w)
+{
+	if (w->file_matters && w->file != !!(word & CLASSIC_FILE))
+		return false;
+	return word & (CLASSIC_PRESENT | (w->swapped ? CLASSIC_SWAPPED : 0));
+}
+
+static int runs_classic(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const struct wanted *wanted,
+			os_page_run found, void *ctx)
 {
 	uint64_t run = 0; /* pages of the run that ends before `done` */
 
@@ -118,9 +130,7 @@ static int private_runs_classic(struct os_pagemap *p, uint8_t *hva, uint64_t pag
 		if (r)
 			return r;
 		for (uint64_t i = 0; i < n; i++, done++) {
-			uint64_t w = p->words[i];
-
-			if (!(w & CLASSIC_FILE) && (w & (CLASSIC_PRESENT | CLASSIC_SWAPPED))) {
+			if (is_wanted(p->words[i], wanted)) {
 				run++;
 			} else if (run) {
 				found(ctx, hva + os_bytes(done - run), run);
@@ -133,19 +143,20 @@ static int private_runs_classic(struct os_pagemap *p, uint8_t *hva, uint64_t pag
 	return 0;
 }
 
-static int private_runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
-			     os_private_run found, void *ctx)
+static int runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const struct wanted *wanted,
+		     os_page_run found, void *ctx)
 {
+	uint64_t states = SCAN_PRESENT | (wanted->swapped ? SCAN_SWAPPED : 0);
 	struct scan_arg arg = {
 		.size = sizeof arg,
 		.start = (uintptr_t)hva,
 		.end = (uintptr_t)hva + os_bytes(pages),
 		.vec = (uintptr_t)p->regions,
 		.vec_len = SCAN_REGIONS,
-		.category_inverted = SCAN_FILE,
-		.category_mask = SCAN_FILE,
-		.category_anyof_mask = SCAN_PRESENT | SCAN_SWAPPED,
-		.return_mask = SCAN_PRESENT | SCAN_SWAPPED,
+		.category_inverted = wanted->file ? 0 : SCAN_FILE,
+		.category_mask = wanted->file_matters ? SCAN_FILE : 0,
+		.category_anyof_mask = states,
+		.return_mask = states,
 	};
 
 	while (arg.start < arg.end) {
@@ -166,9 +177,18 @@ static int private_runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
 	return 0;
 }
 
-int os_pagemap_private_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages,
-			    os_private_run found, void *ctx)
+static int runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const struct wanted *wanted, os_page_run found,
+		void *ctx)
 {
-	return p->classic ? private_runs_classic(p, hva, pages, found, ctx)
-			  : private_runs_scan(p, hva, pages, found, ctx);
+	return p->classic ? runs_classic(p, hva, pages, wanted, found, ctx) : runs_scan(p, hva, pages, wanted, found, ctx);
+}
+
+int os_pagemap_private_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx)
+{
+	return runs(p, hva, pages, &(struct wanted){ .file_matters = true, .file = false, .swapped = true }, found, ctx);
+}
+
+int os_pagemap_present_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx)
+{
+	return runs(p, hva, pages, &(struct wanted){ .file = true }, found, ctx);
 }

@@ -59,25 +59,23 @@ int os_uffd_open(uint64_t features)
 	return fd;
 }
 
-int os_uffd_register_wp(int uffd, void *hva, size_t bytes)
+static int register_range(int uffd, void *hva, size_t bytes, uint64_t mode)
 {
-	struct uffdio_register range = { .range = { (uintptr_t)hva, bytes }, .mode = UFFDIO_REGISTER_MODE_WP };
+	struct uffdio_register range = { .range = { (uintptr_t)hva, bytes }, .mode = mode };
 
 	return ioctl(uffd, UFFDIO_REGISTER, &range) ? -errno : 0;
+}
+
+int os_uffd_register_wp(int uffd, void *hva, size_t bytes)
+{
+	return register_range(uffd, hva, bytes, UFFDIO_REGISTER_MODE_WP);
 }
 
 int os_uffd_register_missing(int uffd, void *hva, size_t bytes)
 {
-	struct uffdio_register range = { .range = { (uintptr_t)hva, bytes }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	int r = os_fault(OS_FAULT_REGISTER);
 
-	return ioctl(uffd, UFFDIO_REGISTER, &range) ? -errno : 0;
-}
-
-int os_uffd_wake(int uffd, uintptr_t hva, size_t bytes)
-{
-	struct uffdio_range range = { hva, bytes };
-
-	return ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0;
+	return r ? r : register_range(uffd, hva, bytes, UFFDIO_REGISTER_MODE_MISSING);
 }
 
 int os_uffd_unregister(int uffd, void *hva, size_t bytes)
@@ -85,6 +83,36 @@ int os_uffd_unregister(int uffd, void *hva, size_t bytes)
 	struct uffdio_range range = { (uintptr_t)hva, bytes };
 
 	return ioctl(uffd, UFFDIO_UNREGISTER, &range) ? -errno : 0;
+}
+
+/* The kernel's answer in the request is how much it has done, or why not. */
+int os_uffd_copy(int uffd, void *hva, const void *page)
+{
+	struct uffdio_copy copy = { .dst = (uintptr_t)hva, .src = (uintptr_t)page, .len = OS_PAGE_BYTES };
+	int r;
+
+	do
+		r = ioctl(uffd, UFFDIO_COPY, &copy) ? -errno : 0;
+	while (r == -EAGAIN || r == -EINTR);
+	return r;
+}
+
+int os_uffd_zero(int uffd, void *hva)
+{
+	struct uffdio_zeropage zero = { .range = { (uintptr_t)hva, OS_PAGE_BYTES } };
+	int r;
+
+	do
+		r = ioctl(uffd, UFFDIO_ZEROPAGE, &zero) ? -errno : 0;
+	while (r == -EAGAIN || r == -EINTR);
+	return r;
+}
+
+void os_uffd_wake(int uffd, void *hva, size_t bytes)
+{
+	struct uffdio_range range = { (uintptr_t)hva, bytes };
+
+	(void)ioctl(uffd, UFFDIO_WAKE, &range);
 }
 
 int os_uffd_protect(int uffd, void *hva, size_t bytes, bool on)

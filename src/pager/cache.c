@@ -2,6 +2,7 @@
 #include "pager/cache.h"
 
 #include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/manifest.h"
 
 #include <errno.h>
@@ -14,19 +15,6 @@
 
 #define INDEX_MAX_BYTES (1ull << 32)
 
-/* `active`: a header, then a record for each page, in the order of first use. */
-struct active_header {
-	uint64_t magic;
-	uint32_t version, page_bytes;
-	uint64_t pages, checksum;
-};
-
-struct active_record {
-	uint64_t page;
-	uint32_t flags, order;
-};
-
-#define ACTIVE_OBJECT "active"
 #define ACTIVE_READ_RECORDS 4096u
 
 static int fail(char *why, int r, const char *what)
@@ -209,7 +197,7 @@ static int get_metadata(struct cache *c, struct store *store, char *why)
 	return r < 0 ? r : 0;
 }
 
-static void want_first(struct cache *c, const struct active_record *record, uint8_t *seen)
+static void want_first(struct cache *c, const struct active_page *record, uint8_t *seen)
 {
 	uint64_t chunk;
 
@@ -222,17 +210,18 @@ static void want_first(struct cache *c, const struct active_record *record, uint
 /* Advice: a file that is missing, or not what it should be, changes the order and nothing else. */
 static void take_active(struct cache *c, struct store *store)
 {
-	static struct active_record records[ACTIVE_READ_RECORDS];
+	static struct active_page records[ACTIVE_READ_RECORDS];
 	uint8_t *seen = calloc(c->packed.chunks ? (size_t)c->packed.chunks : 1, 1);
 	struct active_header header;
-	int r = get_part(store, ACTIVE_OBJECT, 0, &header, sizeof header);
+	int r = get_part(store, SNAPSHOT_ACTIVE, 0, &header, sizeof header);
 
 	c->first_wanted = calloc(c->packed.chunks ? (size_t)c->packed.chunks : 1, sizeof *c->first_wanted);
-	if (!seen || !c->first_wanted || header.page_bytes != OS_PAGE_BYTES || header.pages > c->image.pages)
+	if (!r && (!seen || !c->first_wanted || header.magic != ACTIVE_MAGIC || header.version != ACTIVE_VERSION ||
+		   header.page_bytes != OS_PAGE_BYTES || header.pages > c->image.pages))
 		r = -EBADMSG;
 	for (uint64_t at = 0, n; !r && at < header.pages; at += n) {
 		n = header.pages - at < ACTIVE_READ_RECORDS ? header.pages - at : ACTIVE_READ_RECORDS;
-		r = get_part(store, ACTIVE_OBJECT, sizeof header + at * sizeof records[0], records, (size_t)n * sizeof records[0]);
+		r = get_part(store, SNAPSHOT_ACTIVE, sizeof header + at * sizeof records[0], records, (size_t)n * sizeof records[0]);
 		for (uint64_t i = 0; !r && i < n; i++)
 			want_first(c, &records[i], seen);
 	}
@@ -395,6 +384,8 @@ bool cache_is_complete(const struct cache *c)
 
 bool cache_chunk_of(const struct cache *c, uint64_t page, uint64_t *ret_chunk)
 {
+	if (page < c->image.pages && page_at(c, page)->kind == SNAPSHOT_EQUAL)
+		page = page_at(c, page)->value; /* which is mapped in its place */
 	if (page >= c->image.pages || page_at(c, page)->kind != SNAPSHOT_DATA)
 		return false;
 	*ret_chunk = packed_find(&c->packed, page);

@@ -17,7 +17,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define CLIENTS 256u
+#define CLIENTS 258u /* as many clones as `latent restore` starts, and that */
 #define LINGER_US 5000000
 #define REPORT_US 200000
 #define FAULTS_A_TURN 64
@@ -169,7 +169,7 @@ static void wake(struct pager *p, const struct cache *cache, uint64_t chunk)
 				n++;
 				continue;
 			}
-			(void)os_uffd_wake(c->uffd, c->waiters[n].addr, OS_PAGE_BYTES);
+			os_uffd_wake(c->uffd, (void *)c->waiters[n].addr, OS_PAGE_BYTES);
 			c->waiters[n] = c->waiters[--c->waiting];
 		}
 	}
@@ -398,11 +398,11 @@ static void on_fault(struct pager *p, struct client *c, uintptr_t addr)
 	if (!known || !cache_chunk_of(c->cache, page, &chunk)) {
 		if (known)
 			(void)cache_make_page(c->cache, page);
-		(void)os_uffd_wake(c->uffd, addr, OS_PAGE_BYTES);
+		os_uffd_wake(c->uffd, (void *)addr, OS_PAGE_BYTES);
 		return;
 	}
 	if (c->cache->state[chunk] == CHUNK_PRESENT || !add_waiter(c, addr, chunk)) {
-		(void)os_uffd_wake(c->uffd, addr, OS_PAGE_BYTES);
+		os_uffd_wake(c->uffd, (void *)addr, OS_PAGE_BYTES);
 		return;
 	}
 	if (c->cache->state[chunk] == CHUNK_ABSENT)

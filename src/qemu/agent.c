@@ -177,6 +177,10 @@ __attribute__((constructor)) static void load(void)
 	keep_from_children(c->qmp_vmm_fd);
 	keep_from_children(c->monitor_fd);
 	keep_from_children(c->stats_fd);
+	if (c->restore.active) {
+		keep_from_children(c->restore.report_fd);
+		keep_from_children(c->restore.overlays_fd);
+	}
 	configured = true;
 }
 
@@ -205,6 +209,8 @@ static int map_stats(struct agent *a)
 	a->overlays_allowed = a->config.overlays_allowed;
 	a->stats->overlays_allowed = a->config.overlays_allowed;
 	a->stats->started_unix_s = (uint64_t)time(NULL);
+	for (int i = 0; a->config.restore.active && i < RESTORE_STEPS; i++)
+		stat_set(&a->stats->restore_us[i], a->config.restore.step_us[i]);
 	return 0;
 }
 
@@ -249,7 +255,6 @@ static int start(struct agent *a)
 		a->ram = NULL;
 		return r;
 	}
-	a->service_tid = service_tid;
 	volumes_lease_to(a->volumes, service_tid);
 	(void)agent_set_sigbus(NULL, NULL);
 	atomic_store_explicit(&running, a, memory_order_release);
@@ -272,8 +277,12 @@ static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t 
 	if (r) {
 		close(same_opening);
 	} else {
-		if (a->config.restore.active && restorer_fill(a, block))
+		if (a->config.restore.active && restorer_fill(a, block)) {
+			resume_drop_disks(a);
 			_exit(1); /* it has said why; a guest with half of its RAM must not run */
+		}
+		if (a->config.restore.active)
+			stat_set(&a->stats->restore_us[RESTORE_RAM], os_now_us());
 		a->ram_bytes += bytes;
 		a->stats->ram_bytes = a->ram_bytes;
 		a->stats->pid = (uint32_t)getpid();
@@ -324,6 +333,11 @@ void agent_note_kernel_io(bool of_drives)
 		a->stats->other_io = 1;
 }
 
+int agent_freeze(unsigned timeout_ms)
+{
+	return os_freeze(AGENT_FREEZE_SIGNAL, timeout_ms);
+}
+
 int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)
 {
 	uint64_t begin_us;
@@ -334,7 +348,7 @@ int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct s
 		return -EBUSY;
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
 	begin_us = os_now_us();
-	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, timeout_ms);
+	r = agent_freeze(timeout_ms);
 	if (!r) {
 		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 			int one = all || !volume_is_mapped(v) ? volume_settle(v, &done->pages) : 0;
@@ -367,10 +381,12 @@ int agent_exclude(const char *what)
 	if (!a || !a->overlays_allowed)
 		return 0;
 	volumes_allow(a->volumes, false);
+	r = ram_unmask(a->ram);
 	ram_get_counts(a->ram, &c);
 	for (uint32_t i = 0; c.overlay_pages && (v = volumes_nth(a->volumes, i)); i++)
 		volume_swap_in(v);
-	r = c.overlay_pages ? agent_settle_frozen(a, true, FREEZE_MS, &done) : 0;
+	if (!r && c.overlay_pages)
+		r = agent_settle_frozen(a, true, FREEZE_MS, &done);
 	if (r) {
 		volumes_allow(a->volumes, true);
 		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images, and %s. "
@@ -509,5 +525,7 @@ __attribute__((destructor)) static void unload(void)
 	close(the_agent.config.lock_fd);
 	if (agent_get() && the_agent.stats->pid == (uint32_t)getpid())
 		volumes_abandon(the_agent.volumes);
-	(void)vmdir_remove_if_dead(the_agent.config.run_dir);
+	/* Else it is -daemonize's parent that ends here. */
+	if (!vmdir_remove_if_dead(the_agent.config.run_dir) && the_agent.config.restore.active)
+		resume_drop_disks(&the_agent);
 }

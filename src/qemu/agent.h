@@ -5,8 +5,11 @@
  *   hooks.c    the C library's functions that it stands in front of
  *   service.c  its one thread: control socket, lease breaks, housekeeping
  *   saver.c    its part of a save
+ *   restorer.c its part of a restore
+ *   faults.c   its other thread, from the first restore or save on: serves faults
  *   lazy.c     its end of a source that cannot be mapped
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
+ *   resume.c   what comes after a restore: the guest runs, or waits to be taken
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
  */
@@ -33,7 +36,6 @@ struct agent {
 	struct volumes *volumes;
 	_Atomic bool overlays_allowed; /* what agent_exclude has decided */
 	_Atomic bool kernel_io; /* the kernel does I/O to guest RAM with no thread of QEMU's in it */
-	pid_t service_tid;
 	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
 };
 
@@ -58,6 +60,9 @@ void agent_ram_unmapped(void *hva, size_t bytes);
 int agent_exclude(const char *what);
 /* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
 void agent_note_kernel_io(bool of_drives);
+
+/* os_freeze of all threads but the agent's own ones; os_thaw ends it. */
+int agent_freeze(unsigned timeout_ms);
 
 struct settled {
 	uint64_t pages, paused_us;
@@ -100,24 +105,52 @@ int pause_prepare(struct pause *pause, unsigned *ret_stop_id);
 /* Stops the guest and drains its I/O. `*ret_stopped`: it ran before, and it was us. -ETIMEDOUT. */
 int pause_stop(struct pause *pause, bool *ret_stopped);
 int pause_end(struct pause *pause);
+/* A save begins: whether the guest runs now is remembered. When the process that saves is gone, what it has begun
+ * in QEMU is taken back, and a guest that it has stopped runs again. */
+void pause_save_begins(struct pause *pause);
+int pause_undo_save(struct pause *pause);
 int pause_poll_fd(const struct pause *pause);
-/* `migrate-incoming` from an inherited descriptor. */
+/* `migrate-incoming` from an inherited descriptor; comes back when the devices have their state. The guest stands
+ * then (-S). */
 int pause_load_state(struct pause *pause, int fd, char *why, size_t why_bytes);
+int pause_resume(struct pause *pause);
+void pause_quit(struct pause *pause); /* waits for nothing */
+bool pause_is_loaded(const struct pause *pause);
+uint64_t pause_resumed_us(const struct pause *pause); /* when the guest ran first; 0: not yet */
 void pause_drain(struct pause *pause); /* reads and drops what has come */
 
 /* saver.c: requests of a save, from the service thread; `client` is the connection that they came by. */
 struct control_reply;
 void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
+void saver_arm(struct agent *agent, int client, struct control_reply *reply);
+void saver_written(struct agent *agent, uintptr_t hva); /* from faults.c */
+void saver_watch(int client, struct control_reply *reply);
+uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
-void saver_client_gone(struct agent *agent, int client);
+bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
+
+/* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
+int faults_make_pages(struct agent *agent);
+/* Writes to what `uffd` protects go to saver_written; -1: no more (none is under way when it returns). */
+int faults_serve_writes(struct agent *agent, int uffd);
 
 /* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */
 int restorer_fill(struct agent *agent, struct ram_block *block);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
 
+/* resume.c, from the service thread: goes on where restorer_load_state has ended. */
+void resume_restored(struct agent *agent, struct pause *pause);
+/* What the pause has drained may have been that the guest runs. */
+void resume_note(struct agent *agent, struct pause *pause);
+/* The descriptor that tells a spare when its keeper is gone, and what to do then; -1: none. */
+int resume_poll_fd(const struct agent *agent);
+void resume_keeper_gone(struct agent *agent, struct pause *pause);
+void resume_take(struct agent *agent, struct pause *pause, const char *name, struct control_reply *reply);
+/* Removes the disks of a VM whose guest has never run; any thread, when QEMU ends. */
+void resume_drop_disks(const struct agent *agent);
 /* lazy.c: a source that cannot be mapped, which a pager brings into a cache. Used by the restorer. */
 int lazy_begin(struct agent *agent); /* does nothing the second time */
 bool lazy_may_map(void); /* else all has to be loaded before it is read */

@@ -120,7 +120,7 @@ static int zap_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 	for (uint64_t end = page + pages; page < end;) {
 		struct ram_range range = ram_range_at(b, page, end);
 
-		if (range.source == ENTRY_BASE &&
+		if (range.source != ENTRY_OVERLAY &&
 		    raw(SYS_madvise, (long)(b->hva + os_bytes(range.page)), (long)os_bytes(range.pages),
 			MADV_DONTNEED, 0, 0, 0))
 			return -errno;

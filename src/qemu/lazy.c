@@ -129,7 +129,7 @@ static int introduce(int fd)
 static void wake_all(void)
 {
 	for (uint32_t i = 0; i < lazy.ram.blocks; i++)
-		(void)os_uffd_wake(lazy.uffd, lazy.ram.block[i].hva, os_bytes(lazy.ram.block[i].pages));
+		os_uffd_wake(lazy.uffd, (void *)(uintptr_t)lazy.ram.block[i].hva, os_bytes(lazy.ram.block[i].pages));
 }
 
 static int try_successor(uint64_t *next_start_us)

@@ -2,28 +2,39 @@
 /* The guest stopped and continued over the agent's own QMP connection. */
 #include "qemu/agent.h"
 
+#include "os/os.h"
 #include "vmdir/qmp.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define REPLY_MS 5000
+#define UNDO_MS 10000
 #define START_MS 60000 /* QEMU answers when its machine is made */
 
 struct pause {
 	struct qmp *qmp;
 	uint64_t stops; /* STOP events seen */
 	bool ran;       /* the guest, when pause_prepare looked */
+	bool ran_before_save;
+	bool loaded;    /* the device state */
+	uint64_t resumed_us; /* the guest has run, since then; 0: not yet */
 };
 
 static void on_event(void *ctx, const char *name, struct json_object *data)
 {
 	struct pause *p = ctx;
+	struct json_object *status;
 
-	(void)data;
 	p->stops += !strcmp(name, "STOP");
+	if (!strcmp(name, "RESUME") && !p->resumed_us)
+		p->resumed_us = os_now_us();
+	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status) &&
+	    !strcmp(json_object_get_string(status), "completed"))
+		p->loaded = true;
 }
 
 int pause_open(int fd, struct pause **ret_pause)
@@ -127,8 +138,99 @@ int pause_load_state(struct pause *p, int fd, char *why, size_t why_bytes)
 		incoming.arguments = json_tokener_parse(text);
 		r = qmp_run(p->qmp, &incoming, NULL, words);
 	}
+	while (!r && !p->loaded) { /* QEMU ends itself if it fails */
+		r = qmp_wait(p->qmp, START_MS);
+		snprintf(words, sizeof words, "it did not come to its end");
+	}
 	snprintf(why, why_bytes, "%s", words);
 	return r;
+}
+
+/* ---- a save that was broken off ---------------------------------------------------------------- */
+
+void pause_save_begins(struct pause *p)
+{
+	char status[32];
+
+	p->ran_before_save = !qmp_greet(p->qmp, REPLY_MS) && !query_status(p, status) && !strcmp(status, "running");
+}
+
+/* Something is still on its way: a migration that is cancelled ends by itself, a moment later. */
+static bool is_migrating(struct pause *p)
+{
+	static const char *const ended[] = { "none", "cancelled", "completed", "failed" };
+	struct json_object *value = NULL, *status;
+	bool is = false;
+
+	if (!run(p, "query-migrate", &value) && json_object_object_get_ex(value, "status", &status)) {
+		is = true;
+		for (size_t i = 0; i < sizeof ended / sizeof ended[0]; i++)
+			is = is && strcmp(json_object_get_string(status), ended[i]);
+	}
+	json_object_put(value);
+	return is;
+}
+
+static void reset_capabilities(struct pause *p)
+{
+	struct qmp_command reset = { .name = "migrate-set-capabilities", .timeout_ms = REPLY_MS };
+
+	reset.arguments = json_tokener_parse(
+		"{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": false},"
+		"{\"capability\": \"pause-before-switchover\", \"state\": false}]}");
+	(void)qmp_run(p->qmp, &reset, NULL, NULL);
+}
+
+/* Stopped by a migration, and not by a user since. */
+static bool is_left_stopped(struct pause *p)
+{
+	char status[32];
+
+	return !query_status(p, status) && (!strcmp(status, "postmigrate") || !strcmp(status, "finish-migrate"));
+}
+
+int pause_undo_save(struct pause *p)
+{
+	uint64_t until_us = os_now_us() + UNDO_MS * 1000ull;
+	int r = qmp_greet(p->qmp, REPLY_MS);
+
+	if (r)
+		return r;
+	if (is_migrating(p))
+		(void)run(p, "migrate_cancel", NULL);
+	while (is_migrating(p) && os_now_us() < until_us)
+		usleep(1000);
+	reset_capabilities(p);
+	/* QEMU tells that a migration is complete a moment before it lets the guest go on. */
+	while (p->ran_before_save && is_left_stopped(p)) {
+		r = run(p, "cont", NULL);
+		if (!r || os_now_us() >= until_us)
+			break;
+		usleep(1000);
+	}
+	return r;
+}
+
+int pause_resume(struct pause *p)
+{
+	return run(p, "cont", NULL);
+}
+
+void pause_quit(struct pause *p)
+{
+	const struct qmp_command quit = { .name = "quit" };
+
+	(void)qmp_send(p->qmp, &quit);
+}
+
+bool pause_is_loaded(const struct pause *p)
+{
+	return p->loaded;
+}
+
+uint64_t pause_resumed_us(const struct pause *p)
+{
+	return p->resumed_us;
 }
 
 int pause_poll_fd(const struct pause *p)

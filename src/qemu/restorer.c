@@ -1,21 +1,34 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The agent's part of a restore: guest RAM begins as a snapshot says, before QEMU has made its machine. What the
- * snapshot stores is mapped from it, what it refers to from the disk image; nothing is read. See "Restore" in
- * ARCHITECTURE.md.
+ * The agent's part of a restore: guest RAM begins as a snapshot says, before QEMU has made its machine. See
+ * "Restore" in ARCHITECTURE.md. Of each page one is chosen:
+ *
+ *   nothing  it is zero, as base is
+ *   copy     its contents go to base now: the guest will write it soon, or it is in use and storage is cold
+ *            (then all such pages are read in one piece)
+ *   map      it is part of a long run of one file, which is mapped there; nothing is read
+ *   mask     a word that is repeated, or a short run: made when it is touched (core/mask.c)
+ *
+ * Where pages cannot be masked, words are written and short runs are mapped, or read.
  */
 #include "qemu/agent.h"
 
 #include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/image.h"
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#define GAP_PAGES 32u /* zeros between stored pages that are mapped along, as the snapshot's holes */
+#define GAP_PAGES 32u         /* zeros between stored pages that are mapped along, as the snapshot's holes */
+#define MAP_PAGES 16u         /* a run as long as this is mapped at once */
+#define WATCHED_GAP_PAGES 64u /* zeros within a range of masked pages: each costs a fault that is served here */
+#define CHUNK_PAGES 256u
+#define SAMPLES 128u
 
 struct fill {
 	struct agent *agent;
@@ -23,11 +36,22 @@ struct fill {
 	const struct snapshot_page *table;
 	uint64_t pages, ram_page;
 	struct volume *ram, *volume[AGENT_RESTORE_VOLUMES]; /* NULL: it cannot be mapped, and is read */
+	struct active_set active;
+	bool masks;         /* pages can be masked, */
+	bool mask_ram, mask_volume[AGENT_RESTORE_VOLUMES]; /* if these files cannot change */
+	bool *copied;       /* of each page: its contents are in base */
+	uint8_t *use;       /* of each page, enum use */
+	uint64_t *entries;  /* of the masked range that grows */
+	uint64_t first, end; /* that range; end: behind its last masked or copied page. first == end: none */
+	uint64_t masked;    /* pages of it */
 };
+
+enum use { NOT_IN_USE, IN_USE, IN_USE_WRITTEN };
 
 /* Pages that come from one place of one file. */
 struct stretch {
 	struct volume *volume;
+	bool may_mask;
 	int fd;
 	uint64_t page, pages, file_page;
 };
@@ -37,11 +61,13 @@ static bool is_zero(const struct snapshot_page *p)
 	return p->kind == SNAPSHOT_WORD && !p->value;
 }
 
+/* ---- stretches --------------------------------------------------------------------------------- */
+
 static bool follows(const struct fill *f, uint64_t page, const struct snapshot_page *first, uint64_t distance)
 {
 	const struct snapshot_page *p = &f->table[page];
 
-	if (p->kind != first->kind)
+	if (p->kind != first->kind || f->copied[page])
 		return false;
 	return p->kind == SNAPSHOT_DATA || (p->volume == first->volume && p->value == first->value + distance);
 }
@@ -56,10 +82,17 @@ static struct stretch stretch_at(const struct fill *f, uint64_t page)
 
 	if (first->kind == SNAPSHOT_DATA) {
 		s.volume = f->ram;
+		s.may_mask = f->mask_ram;
 		s.fd = restore->ram_fd;
 		s.file_page = f->ram_page + page;
+	} else if (first->kind == SNAPSHOT_EQUAL) {
+		s.volume = f->ram;
+		s.may_mask = f->mask_ram;
+		s.fd = restore->ram_fd;
+		s.file_page = first->value;
 	} else {
 		s.volume = f->volume[first->volume];
+		s.may_mask = f->mask_volume[first->volume];
 		s.fd = restore->volume_fd[first->volume];
 		s.file_page = first->value;
 	}
@@ -75,18 +108,7 @@ static struct stretch stretch_at(const struct fill *f, uint64_t page)
 
 static int read_stretch(struct fill *f, const struct stretch *s)
 {
-	uint8_t *to = f->block->hva + os_bytes(s->page);
-	size_t bytes = os_bytes(s->pages);
-
-	for (size_t done = 0; done < bytes;) {
-		/* Not pread(2): the agent stands in front of that. */
-		long n = syscall(SYS_pread64, s->fd, to + done, bytes - done, os_bytes(s->file_page) + done);
-
-		if (n <= 0)
-			return n ? -errno : -EIO;
-		done += (size_t)n;
-	}
-	return 0;
+	return os_read_all(s->fd, f->block->hva + os_bytes(s->page), os_bytes(s->pages), os_bytes(s->file_page));
 }
 
 static bool is_lazy(const struct fill *f, const struct stretch *s)
@@ -126,15 +148,18 @@ static void write_words(struct fill *f, uint64_t page)
 		at[i] = f->table[page].value;
 }
 
-static int fill(struct fill *f)
+/* ---- masked ranges ----------------------------------------------------------------------------- */
+
+/* What could not be masked is brought now. */
+static int bring_range(struct fill *f)
 {
 	int r = 0;
 
-	for (uint64_t page = 0; !r && page < f->pages;) {
+	for (uint64_t page = f->first; !r && page < f->end;) {
 		struct stretch s;
 
-		if (f->table[page].kind == SNAPSHOT_WORD) {
-			if (f->table[page].value)
+		if (f->copied[page] || f->table[page].kind == SNAPSHOT_WORD) {
+			if (!f->copied[page] && f->table[page].value)
 				write_words(f, page);
 			page++;
 			continue;
@@ -146,14 +171,253 @@ static int fill(struct fill *f)
 	return r;
 }
 
+/* [range lock] Somebody may have begun to write one of the files since. */
+static bool may_still_mask(const struct fill *f)
+{
+	bool may = f->masks && (!f->mask_ram || volume_is_mapped(f->ram));
+
+	for (uint32_t i = 0; i < f->agent->config.restore.volumes; i++)
+		may = may && (!f->mask_volume[i] || volume_is_mapped(f->volume[i]));
+	return may;
+}
+
+static int end_range(struct fill *f)
+{
+	struct ram *ram = f->agent->ram;
+	int r = 0;
+
+	if (f->masked) {
+		ram_lock(ram);
+		r = may_still_mask(f) ? ram_mask(ram, f->block, f->first, f->end - f->first, f->entries) : -EACCES;
+		ram_unlock(ram);
+		if (r)
+			r = bring_range(f);
+	}
+	f->first = f->end;
+	f->masked = 0;
+	return r;
+}
+
+/* The page joins the range, unless that would be watched for too many zeros. */
+static int join_range(struct fill *f, uint64_t page, uint64_t entry)
+{
+	int r = page - f->end > WATCHED_GAP_PAGES ? end_range(f) : 0;
+
+	if (!f->masked && entry == ENTRY_WATCHED)
+		return r; /* nothing before it has to be watched */
+	if (!f->masked)
+		f->first = f->end = page;
+	for (; f->end < page; f->end++)
+		f->entries[f->end - f->first] = ENTRY_WATCHED;
+	f->entries[f->end++ - f->first] = entry;
+	f->masked += entry != ENTRY_WATCHED;
+	return r;
+}
+
+static int mask_word(struct fill *f, uint64_t page)
+{
+	uint64_t number;
+	int r;
+
+	ram_lock(f->agent->ram);
+	r = ram_add_word(f->agent->ram, f->table[page].value, &number);
+	ram_unlock(f->agent->ram);
+	return r ? r : join_range(f, page, entry_masked(ENTRY_WORDS, number));
+}
+
+static int mask_stretch(struct fill *f, const struct stretch *s)
+{
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i < s->pages; i++) {
+		bool zero = is_zero(&f->table[s->page + i]);
+
+		r = join_range(f, s->page + i, zero ? ENTRY_WATCHED : entry_masked(volume_index(s->volume), s->file_page + i));
+	}
+	return r;
+}
+
+static bool is_in_use(const struct fill *f, const struct stretch *s)
+{
+	for (uint64_t i = 0; i < s->pages; i++)
+		if (f->use[s->page + i])
+			return true;
+	return false;
+}
+
+static int place(struct fill *f, const struct stretch *s)
+{
+	int r;
+
+	if (s->may_mask && s->pages < MAP_PAGES && !is_in_use(f, s))
+		return mask_stretch(f, s);
+	r = end_range(f);
+	return r ? r : bring(f, s);
+}
+
+static int fill(struct fill *f)
+{
+	int r = 0;
+
+	for (uint64_t page = 0; !r && page < f->pages;) {
+		struct stretch s;
+
+		if (f->copied[page] || f->table[page].kind == SNAPSHOT_WORD) {
+			if (f->copied[page])
+				r = join_range(f, page, ENTRY_WATCHED);
+			else if (f->table[page].value)
+				r = mask_word(f, page);
+			page++;
+			continue;
+		}
+		s = stretch_at(f, page);
+		r = place(f, &s);
+		page += s.pages;
+	}
+	return r ? r : end_range(f);
+}
+
+/* ---- the active set ---------------------------------------------------------------------------- */
+
+static uint64_t whole_pages(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) ? 0 : (uint64_t)st.st_size >> OS_PAGE_SHIFT;
+}
+
+/* Is what the guest uses of this file out of memory? Sampled; a file that cannot be looked at is not cold. */
+static bool is_cold(const struct fill *f, const struct snapshot_image *image, int fd, uint32_t kind, uint32_t volume)
+{
+	const struct snapshot_page *table = image->memory;
+	uint64_t step = f->active.count / SAMPLES + 1, looked = 0, resident = 0, file_pages = whole_pages(fd);
+	void *view = file_pages ? os_view_file(fd, os_bytes(file_pages), false) : NULL;
+
+	for (uint64_t i = 0; view && i < f->active.count; i += step) {
+		uint64_t page = f->active.list[i].page, at = kind == SNAPSHOT_DATA ? page : table[page].value;
+
+		if (table[page].kind != kind || (kind == SNAPSHOT_VOLUME && table[page].volume != volume) || at >= file_pages)
+			continue;
+		looked++;
+		resident += os_resident_pages(view, os_bytes(at), 1);
+	}
+	os_unview_file(view, os_bytes(file_pages));
+	return looked && resident * 2 < looked;
+}
+
+static bool is_ours(const struct fill *f, const struct active_page *p)
+{
+	return p->page >= f->ram_page && p->page - f->ram_page < f->pages;
+}
+
+static int copy_page(struct fill *f, uint64_t page, const void *contents)
+{
+	int r = os_write_all(f->block->memfd, contents, OS_PAGE_BYTES, f->block->memfd_offset + os_bytes(page));
+
+	f->copied[page] = !r;
+	return r;
+}
+
+/* All that is in use and whose file is cold, from one piece of storage. */
+static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT_RESTORE_VOLUMES])
+{
+	uint8_t *chunk = malloc(os_bytes(CHUNK_PAGES));
+	int fd = f->agent->config.restore.active_fd, r = chunk ? 0 : -ENOMEM;
+
+	for (uint64_t at = 0; !r && at < f->active.count; at += CHUNK_PAGES) {
+		uint64_t n = f->active.count - at < CHUNK_PAGES ? f->active.count - at : CHUNK_PAGES;
+
+		r = os_read_all(fd, chunk, os_bytes(n), f->active.contents_offset + os_bytes(at));
+		for (uint64_t i = 0; !r && i < n; i++) {
+			const struct active_page *p = &f->active.list[at + i];
+			uint64_t page = p->page - f->ram_page;
+
+			if (!is_ours(f, p) || f->table[page].kind == SNAPSHOT_WORD)
+				continue;
+			if (f->table[page].kind == SNAPSHOT_VOLUME ? cold_volume[f->table[page].volume] : cold_ram)
+				r = copy_page(f, page, chunk + os_bytes(i));
+		}
+	}
+	free(chunk);
+	return r;
+}
+
+/* A page that will be written soon, in a run that is not worth a mapping: it would be copied anyway. */
+static int copy_written(struct fill *f, const struct stretch *s)
+{
+	uint8_t contents[OS_PAGE_BYTES];
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i < s->pages; i++) {
+		if (f->use[s->page + i] != IN_USE_WRITTEN || is_zero(&f->table[s->page + i]))
+			continue;
+		r = os_read_all(s->fd, contents, sizeof contents, os_bytes(s->file_page + i));
+		if (!r)
+			r = copy_page(f, s->page + i, contents);
+	}
+	return r;
+}
+
+static int copy_all_written(struct fill *f)
+{
+	int r = 0;
+
+	for (uint64_t page = 0; !r && page < f->pages;) {
+		struct stretch s;
+
+		if (f->copied[page] || f->table[page].kind == SNAPSHOT_WORD) {
+			page++;
+			continue;
+		}
+		s = stretch_at(f, page);
+		r = s.pages < MAP_PAGES ? copy_written(f, &s) : 0;
+		page += s.pages;
+	}
+	return r;
+}
+
+static int use_active(struct fill *f, const struct snapshot_image *image)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+	bool cold_volume[AGENT_RESTORE_VOLUMES] = { false }, cold_ram, any;
+	char why[SNAPSHOT_WHY_BYTES];
+	int r = restore->active_fd < 0 ? -ENOENT : active_read(restore->active_fd, image, &f->active, why);
+
+	if (r) {
+		if (restore->active_fd >= 0)
+			agent_say("the snapshot's active set is not used: %s", r == -EBADMSG ? why : strerror(-r));
+		return 0;
+	}
+	for (uint64_t i = 0; i < f->active.count; i++)
+		if (is_ours(f, &f->active.list[i]))
+			f->use[f->active.list[i].page - f->ram_page] =
+				f->active.list[i].flags & ACTIVE_WRITTEN ? IN_USE_WRITTEN : IN_USE;
+	if (!f->active.contents_offset)
+		return copy_all_written(f);
+	any = cold_ram = is_cold(f, image, restore->ram_fd, SNAPSHOT_DATA, 0);
+	for (uint32_t i = 0; i < image->volumes; i++) {
+		cold_volume[i] = is_cold(f, image, restore->volume_fd[i], SNAPSHOT_VOLUME, i);
+		any = any || cold_volume[i];
+	}
+	r = any ? copy_cold(f, cold_ram, cold_volume) : 0;
+	return r ? r : copy_all_written(f);
+}
+
+/* ---- all of it --------------------------------------------------------------------------------- */
+
 static void attach(struct fill *f)
 {
 	const struct agent_restore *restore = &f->agent->config.restore;
 
+	f->masks = f->agent->overlays_allowed && !faults_make_pages(f->agent);
 	f->ram = restore->pager.active ? volumes_attach_cache(f->agent->volumes, restore->ram_fd)
 				       : volumes_attach(f->agent->volumes, restore->ram_fd);
-	for (uint32_t i = 0; i < restore->volumes; i++)
+	/* A hole of the cache is no zero, so it is never read before the pager has brought it. */
+	f->mask_ram = f->masks && !restore->pager.active && f->ram && volume_is_mapped(f->ram);
+	for (uint32_t i = 0; i < restore->volumes; i++) {
 		f->volume[i] = volumes_attach(f->agent->volumes, restore->volume_fd[i]);
+		f->mask_volume[i] = f->masks && f->volume[i] && volume_is_mapped(f->volume[i]);
+	}
 }
 
 static void detach(struct fill *f)
@@ -163,6 +427,10 @@ static void detach(struct fill *f)
 	for (uint32_t i = 0; i < f->agent->config.restore.volumes; i++)
 		if (f->volume[i])
 			volume_put(f->volume[i]);
+	active_free(&f->active);
+	free(f->copied);
+	free(f->use);
+	free(f->entries);
 }
 
 static int find_block(struct fill *f, const struct snapshot_image *image)
@@ -185,6 +453,20 @@ static int find_block(struct fill *f, const struct snapshot_image *image)
 	return -EINVAL;
 }
 
+static int fill_block(struct fill *f, const struct snapshot_image *image)
+{
+	int r;
+
+	f->copied = calloc(f->pages, sizeof *f->copied);
+	f->use = calloc(f->pages, sizeof *f->use);
+	f->entries = malloc(f->pages * sizeof *f->entries);
+	if (!f->copied || !f->use || !f->entries)
+		return -ENOMEM;
+	attach(f);
+	r = use_active(f, image);
+	return r ? r : fill(f);
+}
+
 int restorer_fill(struct agent *a, struct ram_block *block)
 {
 	struct fill f = { .agent = a, .block = block };
@@ -202,8 +484,7 @@ int restorer_fill(struct agent *a, struct ram_block *block)
 	if (!r && a->config.restore.pager.active)
 		r = lazy_begin(a);
 	if (!r) {
-		attach(&f);
-		r = fill(&f);
+		r = fill_block(&f, &image);
 		if (!r && a->config.restore.pager.active)
 			r = lazy_watch(block, f.ram_page);
 		if (r)

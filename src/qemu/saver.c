@@ -5,10 +5,12 @@
  */
 #include "qemu/agent.h"
 
+#include "activity/seen.h"
 #include "os/os.h"
 #include "os/probe.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +20,7 @@
 #define UFFD_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
 #define FREEZE_MS 2000
 #define LOCK_MS 500
+#define ARM_PAGES 16384u /* under the range lock at once: 64 MiB */
 
 static struct {
 	int client; /* -1: nobody saves */
@@ -25,8 +28,13 @@ static struct {
 	uint64_t total_pages;
 	struct control_run *runs;
 	uint8_t *copies;
-	uint64_t base_runs, private_runs, copied_pages;
-} saver = { .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
+	uint64_t private_runs, copied_pages;
+	pthread_mutex_t arm_lock; /* protects the next; behind the range lock */
+	uint8_t *armed[RAM_BLOCKS]; /* of each page: it is write-protected */
+	bool taken;                 /* the point in time is over: the other side serves faults */
+	struct seen *seen;
+	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
+} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
 
 static size_t runs_bytes(void)
 {
@@ -53,6 +61,18 @@ static int make_tables(void)
 	return saver.runs && saver.copies ? 0 : -ENOMEM;
 }
 
+static int make_armed(struct agent *a)
+{
+	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
+		const struct ram_block *b = ram_block_at(a->ram, i);
+
+		saver.armed[i] = b ? calloc(b->pages, 1) : NULL;
+		if (b && !saver.armed[i])
+			return -ENOMEM;
+	}
+	return 0;
+}
+
 static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	(void)b;
@@ -61,17 +81,38 @@ static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t
 	return 0;
 }
 
-static int begin(struct agent *a)
+/* The kernel would kill the VM for a cgroup's limit. */
+static int check_memory(uint64_t private, struct control_reply *p)
+{
+	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes() + saver.total_pages * (1 + sizeof(uint16_t));
+	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+
+	if (bytes <= room)
+		return 0;
+	snprintf(p->text, sizeof p->text, "the VM's cgroup has %llu MiB of memory left, and a save may take %llu MiB there "
+		 "(copies of %llu pages over mapped images, and more): raise its memory limit",
+		 (unsigned long long)room >> 20, (unsigned long long)bytes >> 20, (unsigned long long)private);
+	return -ENOMEM;
+}
+
+static int begin(struct agent *a, struct control_reply *p)
 {
 	struct ram_counts c;
 	uint64_t private = 0;
 	int r;
 
+	r = ram_unmask(a->ram); /* two cannot watch one mapping */
+	if (r)
+		return r;
 	ram_get_counts(a->ram, &c);
 	saver.total_pages = c.pages;
 	r = saver.uffd = os_uffd_open(UFFD_FEATURES);
 	if (r >= 0)
 		r = make_tables();
+	if (!r)
+		r = make_armed(a);
+	if (!r)
+		r = seen_create(a->ram, &saver.seen);
 	if (r < 0)
 		return r;
 	ram_lock(a->ram);
@@ -80,6 +121,8 @@ static int begin(struct agent *a)
 	if (!r)
 		r = ram_for_private(a->ram, count_private, &private);
 	ram_unlock(a->ram);
+	if (!r)
+		r = check_memory(private, p);
 	/* What the copies will need is allocated before the guest waits for it. */
 	if (!r && private)
 		(void)os_populate_write(saver.copies, os_bytes(private));
@@ -98,11 +141,11 @@ static int block_index(struct agent *a, const struct ram_block *b)
 
 static void note_run(struct agent *a, struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	saver.runs[saver.base_runs + saver.private_runs] =
+	saver.runs[saver.private_runs] =
 		(struct control_run){ (uint64_t)block_index(a, b), page, pages };
 }
 
-static int protect_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+static int protect(struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	uint8_t *hva = b->hva + os_bytes(page);
 	int r = os_uffd_protect(saver.uffd, hva, os_bytes(pages), true);
@@ -112,11 +155,64 @@ static int protect_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t p
 		if (!r)
 			r = os_uffd_protect(saver.uffd, hva, os_bytes(pages), true);
 	}
-	if (!r) {
-		note_run(ctx, b, page, pages);
-		saver.base_runs++;
+	return r;
+}
+
+/* What of the run is not protected. */
+static int arm_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	uint8_t *armed = saver.armed[block_index(ctx, b)];
+	uint64_t end = page + pages;
+	int r = 0;
+
+	while (!r && page < end) {
+		const uint8_t *bare = memchr(armed + page, 0, end - page);
+		uint64_t n = 0;
+
+		page = bare ? (uint64_t)(bare - armed) : end;
+		while (page + n < end && !armed[page + n])
+			armed[page + n++] = 1;
+		r = n ? protect(b, page, n) : 0;
+		page += n;
 	}
 	return r;
+}
+
+/* Most of the work, before the guest waits for it. */
+static int arm(struct agent *a)
+{
+	int r = faults_serve_writes(a, saver.uffd);
+
+	for (unsigned i = 0; !r && i < RAM_BLOCKS; i++) {
+		for (uint64_t page = 0, pages = 1; !r && pages; page += pages) {
+			struct ram_block *b;
+
+			ram_lock(a->ram);
+			b = ram_block_at(a->ram, i);
+			pages = b && page < b->pages ? (b->pages - page < ARM_PAGES ? b->pages - page : ARM_PAGES) : 0;
+			pthread_mutex_lock(&saver.arm_lock);
+			r = pages ? ram_for_base_of(b, page, pages, arm_run, a) : 0;
+			pthread_mutex_unlock(&saver.arm_lock);
+			ram_unlock(a->ram);
+		}
+	}
+	return r;
+}
+
+/* From the thread that serves faults, before the point in time: the guest goes on, and the page is protected anew. */
+void saver_written(struct agent *a, uintptr_t hva)
+{
+	struct ram_block *b;
+
+	pthread_mutex_lock(&saver.arm_lock);
+	b = saver.uffd >= 0 ? ram_find(a->ram, (void *)hva, OS_PAGE_BYTES) : NULL;
+	if (b && saver.taken) {
+		os_uffd_wake(saver.uffd, (void *)hva, OS_PAGE_BYTES); /* it faults again, for the other side */
+	} else if (b) {
+		saver.armed[block_index(a, b)][(hva - (uintptr_t)b->hva) >> OS_PAGE_SHIFT] = 0;
+		(void)os_uffd_protect(saver.uffd, (void *)hva, OS_PAGE_BYTES, false);
+	}
+	pthread_mutex_unlock(&saver.arm_lock);
 }
 
 static int copy_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
@@ -134,19 +230,54 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 	uint64_t begin_us;
 	int r;
 
-	saver.base_runs = saver.private_runs = saver.copied_pages = 0;
+	saver.private_runs = saver.copied_pages = 0;
 	ram_lock(a->ram);
 	begin_us = os_now_us();
-	r = os_freeze(AGENT_FREEZE_SIGNAL, a->service_tid, FREEZE_MS);
+	r = agent_freeze(FREEZE_MS);
 	if (!r) {
 		r = ram_for_private(a->ram, copy_run, a);
+		pthread_mutex_lock(&saver.arm_lock);
 		if (!r)
-			r = ram_for_base_data(a->ram, protect_run, a);
+			r = ram_for_base(a->ram, arm_run, a);
+		saver.taken = true;
+		pthread_mutex_unlock(&saver.arm_lock);
+		if (!r && !a->kernel_io) /* which may be writing copies just now */
+			seen_restart(saver.seen);
 		os_thaw();
 	}
 	*ret_paused_us = os_now_us() - begin_us;
 	ram_unlock(a->ram);
+	(void)faults_serve_writes(a, -1);
+	saver.watch = WATCH_SOON;
 	return r;
+}
+
+/* ---- what the guest is using ------------------------------------------------------------------- */
+
+uint64_t saver_tick(void)
+{
+	if (saver.client < 0 || saver.watch == WATCH_OFF)
+		return UINT64_MAX;
+	if (saver.watch == WATCH_SOON) {
+		seen_begin(saver.seen);
+		saver.watch = WATCH_ON;
+	}
+	return seen_look(saver.seen);
+}
+
+void saver_arm(struct agent *a, int client, struct control_reply *p)
+{
+	p->error = client == saver.client ? arm(a) : -EPROTO;
+	if (p->error)
+		snprintf(p->text, sizeof p->text, "guest RAM cannot be write-protected: %s", strerror(-p->error));
+}
+
+void saver_watch(int client, struct control_reply *p)
+{
+	if (client == saver.client)
+		saver.watch = WATCH_SOON;
+	else
+		p->error = -EPROTO;
 }
 
 /* ---- the end ----------------------------------------------------------------------------------- */
@@ -172,6 +303,7 @@ static void close_fd(int *fd)
  */
 static void end(struct agent *a)
 {
+	(void)faults_serve_writes(a, -1);
 	if (!ram_lock_within(a->ram, LOCK_MS)) {
 		close_fd(&saver.uffd);
 		ram_lock(a->ram);
@@ -187,15 +319,24 @@ static void end(struct agent *a)
 	close_fd(&saver.uffd);
 	close_fd(&saver.runs_fd);
 	close_fd(&saver.copies_fd);
+	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
+		free(saver.armed[i]);
+		saver.armed[i] = NULL;
+	}
+	saver.taken = false;
+	seen_destroy(saver.seen);
+	saver.seen = NULL;
+	saver.watch = WATCH_OFF;
 	saver.client = -1;
 }
 
-void saver_client_gone(struct agent *a, int client)
+bool saver_client_gone(struct agent *a, int client)
 {
 	if (client != saver.client)
-		return;
+		return false;
 	agent_say("a save was broken off; the VM is as it was");
 	end(a);
+	return true;
 }
 
 /* ---- requests ---------------------------------------------------------------------------------- */
@@ -229,7 +370,7 @@ static void describe(struct agent *a, struct control_layout *layout)
 static int send_layout(struct agent *a, int client)
 {
 	static struct control_layout layout; /* only this thread */
-	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd };
+	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
 	char control[CMSG_SPACE(sizeof fds)] = { 0 };
 	struct iovec iov = { &layout, sizeof layout };
 	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control };
@@ -296,11 +437,12 @@ void saver_begin(struct agent *a, int client, struct control_reply *p)
 		return;
 	}
 	saver.client = client;
-	p->error = begin(a);
+	p->error = begin(a, p);
 	if (p->error > 0)
 		p->error = 0;
 	if (p->error) {
-		snprintf(p->text, sizeof p->text, "guest RAM cannot be held still: %s", why_not(p->error));
+		if (!p->text[0])
+			snprintf(p->text, sizeof p->text, "guest RAM cannot be held still: %s", why_not(p->error));
 		end(a);
 	}
 }
@@ -316,7 +458,6 @@ void saver_point(struct agent *a, int client, struct control_reply *p)
 	p->error = client == saver.client ? take_point(a, &p->paused_us) : -EPROTO;
 	if (p->error)
 		snprintf(p->text, sizeof p->text, "the point in time could not be taken: %s", why_not(p->error));
-	p->base_runs = saver.base_runs;
 	p->private_runs = saver.private_runs;
 	p->pages = saver.copied_pages;
 }

@@ -9,6 +9,7 @@
 #include "os/probe.h"
 #include "vmdir/control.h"
 #include "vmdir/vmdir.h"
+#include "volume/cost.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -330,12 +331,23 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_SAVE_BEGIN:
 		saver_begin(s->agent, client, p);
+		if (!p->error && s->pause)
+			pause_save_begins(s->pause);
+		break;
+	case CONTROL_SAVE_WATCH:
+		saver_watch(client, p);
+		break;
+	case CONTROL_SAVE_ARM:
+		saver_arm(s->agent, client, p);
 		break;
 	case CONTROL_SAVE_POINT:
 		saver_point(s->agent, client, p);
 		break;
 	case CONTROL_SAVE_END:
 		saver_end(s->agent, client, p);
+		break;
+	case CONTROL_TAKE:
+		resume_take(s->agent, s->pause, q->path, p);
 		break;
 	default:
 		p->error = -EOPNOTSUPP;
@@ -347,6 +359,14 @@ static bool is_valid(const struct control_request *q, ssize_t bytes)
 {
 	return bytes == (ssize_t)sizeof *q && q->magic == CONTROL_MAGIC && q->version == CONTROL_VERSION &&
 	       memchr(q->path, '\0', sizeof q->path);
+}
+
+static void undo_save(struct service *s)
+{
+	int r = s->pause ? pause_undo_save(s->pause) : 0;
+
+	if (r)
+		agent_say("what it has begun in QEMU could not be taken back (%s): see `query-status`", strerror(-r));
 }
 
 static void on_client(struct service *s, int *client)
@@ -368,7 +388,8 @@ static void on_client(struct service *s, int *client)
 			return;
 		}
 	}
-	saver_client_gone(s->agent, *client);
+	if (saver_client_gone(s->agent, *client))
+		undo_save(s);
 	close(*client);
 	*client = -1;
 }
@@ -440,7 +461,7 @@ static void tick(struct service *s, uint64_t ticks)
 	refresh(s);
 }
 
-enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_QMP, POLL_CLIENTS };
+enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_QMP, POLL_KEEPER, POLL_CLIENTS };
 
 static void serve(struct service *s)
 {
@@ -452,12 +473,15 @@ static void serve(struct service *s)
 			[POLL_SIGNAL] = { .fd = s->signal_fd, .events = POLLIN },
 			[POLL_WAKE] = { .fd = s->agent->wake_fd, .events = POLLIN },
 			[POLL_QMP] = { .fd = s->pause ? pause_poll_fd(s->pause) : -1, .events = POLLIN },
+			[POLL_KEEPER] = { .fd = resume_poll_fd(s->agent), .events = POLLIN },
 		};
-		uint64_t now = os_now_us();
+		uint64_t saver_us = saver_tick(), now = os_now_us(), wait_us = now < next_us ? next_us - now + 1000 : 0;
 
+		if (wait_us > saver_us)
+			wait_us = saver_us;
 		for (size_t i = 0; i < CLIENTS; i++)
 			p[POLL_CLIENTS + i] = (struct pollfd){ .fd = s->clients[i], .events = POLLIN };
-		(void)poll(p, POLL_CLIENTS + CLIENTS, now < next_us ? (int)((next_us - now) / 1000 + 1) : 0);
+		(void)poll(p, POLL_CLIENTS + CLIENTS, (int)(wait_us / 1000));
 		if (!agent_get())
 			continue; /* still starting: no volumes yet */
 		if (p[POLL_SIGNAL].revents)
@@ -466,8 +490,11 @@ static void serve(struct service *s)
 			on_wake(s);
 		if (p[POLL_QMP].revents & POLLIN)
 			pause_drain(s->pause); /* events: QEMU would keep them all */
+		resume_note(s->agent, s->pause);
 		if (p[POLL_LISTEN].revents)
 			on_connect(s);
+		if (p[POLL_KEEPER].revents)
+			resume_keeper_gone(s->agent, s->pause);
 		for (size_t i = 0; i < CLIENTS; i++)
 			if (s->clients[i] >= 0 && p[POLL_CLIENTS + i].revents)
 				on_client(s, &s->clients[i]);
@@ -503,12 +530,16 @@ static void *service_main(void *arg)
 	sigset_t lease;
 
 	s->tid = (pid_t)syscall(SYS_gettid);
+	os_never_freeze(s->tid); /* one of QEMU's may be inside a system call that waits for a page */
 	sigemptyset(&lease);
 	sigaddset(&lease, SERVICE_LEASE_SIGNAL);
 	s->signal_fd = signalfd(-1, &lease, SFD_CLOEXEC | SFD_NONBLOCK);
 	sem_post(&s->ready);
-	if (s->agent->config.restore.active)
+	(void)cost_model_get(); /* measured here, while QEMU makes its machine: nobody waits for it */
+	if (s->agent->config.restore.active) {
 		restorer_load_state(s->agent, s->pause);
+		resume_restored(s->agent, s->pause);
+	}
 	serve(s);
 	return NULL;
 }

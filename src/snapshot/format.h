@@ -5,8 +5,8 @@
  *   manifest.json   what it is: written last; the directory gets its name only when it is there
  *   state           QEMU's device state (its migration stream without shared RAM)
  *   pages           metadata of every page, this header's layout
- *   ram             contents of the pages that have any: block by block, each page at its own place, holes
- *                   where there is nothing to store; as it is, it can be mapped over guest RAM
+ *   ram             contents of the pages that have any of their own: block by block, each page at its own
+ *                   place, holes where there is nothing to store; as it is, it can be mapped over guest RAM
  *   disks/          the disks as they were at that instant
  *
  * `pages`, host byte order: struct snapshot_header, then for each block struct snapshot_block, then for each
@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define SNAPSHOT_MAGIC 0x544150414e53544cull /* "LTSNAPAT" */
-#define SNAPSHOT_VERSION 1u
+#define SNAPSHOT_VERSION 2u
 #define SNAPSHOT_BLOCKS 64u
 #define SNAPSHOT_VOLUMES 32u
 #define SNAPSHOT_NAME_BYTES 64
@@ -47,7 +47,8 @@ struct snapshot_block {
 enum snapshot_kind {
 	SNAPSHOT_WORD,   /* one 8-byte word, repeated: `value`. Zero: nothing is stored at all */
 	SNAPSHOT_DATA,   /* in `ram` at the page's own place; `value` is its XXH3-64 */
-	SNAPSHOT_VOLUME, /* an unmodified copy of page `value` of volume `volume` */
+	SNAPSHOT_VOLUME, /* the same as page `value` of volume `volume`: a disk image, or another snapshot's `ram` */
+	SNAPSHOT_EQUAL,  /* the same as page `value` of `ram`, which is of kind SNAPSHOT_DATA */
 	SNAPSHOT_KINDS
 };
 

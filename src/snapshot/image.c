@@ -128,7 +128,7 @@ int snapshot_image_write(const struct snapshot_image *image, int fd)
 	return r;
 }
 
-static int read_all(int fd, void *to, size_t bytes, uint64_t offset)
+int snapshot_read_all(int fd, void *to, size_t bytes, uint64_t offset)
 {
 	for (size_t done = 0; done < bytes;) {
 		ssize_t n = pread(fd, (uint8_t *)to + done, bytes - done, (off_t)(offset + done));
@@ -192,6 +192,13 @@ static int take_blocks(const struct snapshot_header *h, const struct snapshot_bl
 	return 0;
 }
 
+/* What others equal is stored itself: a reference leads to contents, and never to another reference. */
+static bool is_stored(const struct snapshot_image *image, const struct snapshot_page *page)
+{
+	return !page->volume && page->value < image->pages &&
+	       snapshot_page_at(image, page->value)->kind == SNAPSHOT_DATA;
+}
+
 static int check_pages(const struct snapshot_image *image, char *why)
 {
 	const struct snapshot_page *page = image->memory;
@@ -201,6 +208,8 @@ static int check_pages(const struct snapshot_image *image, char *why)
 			return refuse(why, "pages: page %ju is of kind %u, which there is not", (uintmax_t)i, page->kind);
 		if (page->kind == SNAPSHOT_VOLUME && (page->volume >= image->volumes || page->value >= MAX_PAGES))
 			return refuse(why, "pages: page %ju refers to a place that there is not", (uintmax_t)i);
+		if (page->kind == SNAPSHOT_EQUAL && !is_stored(image, page))
+			return refuse(why, "pages: page %ju is said to equal one that is not stored", (uintmax_t)i);
 	}
 	return 0;
 }
@@ -215,19 +224,19 @@ int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPS
 	int r;
 
 	snprintf(why, SNAPSHOT_WHY_BYTES, "pages: cannot be read, or ends too early");
-	r = fstat(fd, &st) ? -errno : read_all(fd, &h, sizeof h, 0);
+	r = fstat(fd, &st) ? -errno : snapshot_read_all(fd, &h, sizeof h, 0);
 	if (!r)
 		r = check_header(&h, (uint64_t)st.st_size, why);
 	if (r)
 		return r;
 	blocks_bytes = h.blocks * sizeof blocks[0];
-	r = read_all(fd, blocks, blocks_bytes, sizeof h);
+	r = snapshot_read_all(fd, blocks, blocks_bytes, sizeof h);
 	if (!r)
 		r = take_blocks(&h, blocks, &image, why);
 	if (!r)
 		r = place_tables(&image);
 	if (!r)
-		r = read_all(fd, image.memory, image.memory_bytes, sizeof h + blocks_bytes);
+		r = snapshot_read_all(fd, image.memory, image.memory_bytes, sizeof h + blocks_bytes);
 	if (!r && checksum(blocks, blocks_bytes, image.memory, image.memory_bytes) != h.checksum)
 		r = refuse(why, "pages: the checksum is wrong: the file is damaged");
 	if (!r)
@@ -250,7 +259,10 @@ void snapshot_image_count(const struct snapshot_image *image, struct snapshot_co
 		c->word += page->kind == SNAPSHOT_WORD;
 		c->zero += page->kind == SNAPSHOT_WORD && !page->value;
 		c->data += page->kind == SNAPSHOT_DATA;
+		c->equal += page->kind == SNAPSHOT_EQUAL;
 		c->volume += page->kind == SNAPSHOT_VOLUME;
+		if (page->kind == SNAPSHOT_VOLUME)
+			c->in_volume[page->volume]++;
 	}
 }
 
@@ -269,7 +281,7 @@ int snapshot_image_verify(const struct snapshot_image *image, int ram_fd, uint64
 			at++;
 		while (n < READ_PAGES && at + n < image->pages && table[at + n].kind == SNAPSHOT_DATA)
 			n++;
-		r = n ? read_all(ram_fd, chunk, os_bytes(n), os_bytes(at)) : 0;
+		r = n ? snapshot_read_all(ram_fd, chunk, os_bytes(n), os_bytes(at)) : 0;
 		for (uint64_t i = 0; !r && i < n; i++) {
 			if (XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == table[at + i].value)
 				continue;

@@ -34,15 +34,25 @@ void snapshot_image_free(struct snapshot_image *image);
 /* What the page holds: SNAPSHOT_WORD with the word, or SNAPSHOT_DATA with the digest. */
 struct snapshot_page snapshot_classify(const void *page);
 
+/* Whole runs of a file. -EBADMSG: it ends too early. */
+int snapshot_read_all(int fd, void *to, size_t bytes, uint64_t offset);
+
 int snapshot_image_write(const struct snapshot_image *image, int fd);
 /* Checks all of it before anything is believed. `fd`: the file `pages`. */
 int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
 
 /* Pages of each kind; zero: those of SNAPSHOT_WORD that are zero, which are counted there, too. */
 struct snapshot_counts {
-	uint64_t pages, zero, word, data, volume;
+	uint64_t pages, zero, word, data, equal, volume;
+	uint64_t in_volume[SNAPSHOT_VOLUMES]; /* `volume`, one by one */
 };
 void snapshot_image_count(const struct snapshot_image *image, struct snapshot_counts *ret_counts);
+
+/* The metadata of page number `page` of all blocks. */
+static inline struct snapshot_page *snapshot_page_at(const struct snapshot_image *image, uint64_t page)
+{
+	return (struct snapshot_page *)image->memory + page;
+}
 
 /* Compares the contents of `ram` with their digests. `*ret_bad`: pages that differ; the first is named in `why`. */
 int snapshot_image_verify(const struct snapshot_image *image, int ram_fd, uint64_t *ret_bad,

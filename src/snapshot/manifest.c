@@ -67,11 +67,13 @@ int manifest_identify(int fd, struct manifest_volume *v)
 int manifest_compare(int fd, const struct manifest_volume *v, struct manifest_volume *ret_now)
 {
 	int r = take_stat(fd, ret_now);
+	bool is_same = !r && ret_now->dev == v->dev && ret_now->ino == v->ino;
 
 	ret_now->fingerprint = v->fingerprint;
-	if (r || (ret_now->bytes == v->bytes && ret_now->dev == v->dev && ret_now->ino == v->ino &&
-		  ret_now->mtime_ns == v->mtime_ns))
+	if (r || (is_same && ret_now->bytes == v->bytes && ret_now->mtime_ns == v->mtime_ns))
 		return r;
+	if (is_same && v->role == MANIFEST_RAM)
+		return -ESTALE;
 	r = fingerprint(fd, ret_now->bytes, &ret_now->fingerprint);
 	return r ? r : ret_now->bytes == v->bytes && ret_now->fingerprint == v->fingerprint ? 0 : -ESTALE;
 }
@@ -100,6 +102,18 @@ static struct json_object *volume_to_json(const struct manifest_volume *v)
 	add_number(json, "dev", v->dev);
 	add_number(json, "ino", v->ino);
 	add_number(json, "mtime_ns", v->mtime_ns);
+	return json;
+}
+
+static const char *const role_names[] = { [MANIFEST_IMAGE] = "image", [MANIFEST_RAM] = "ram" };
+
+static struct json_object *parent_to_json(const struct manifest_parent *p)
+{
+	struct json_object *json = json_object_new_object();
+
+	add_text(json, "path", p->path);
+	add_text(json, "name", p->name);
+	add_number(json, "created_unix_s", p->created_unix_s);
 	return json;
 }
 
@@ -134,13 +148,29 @@ static struct json_object *to_json(const struct manifest *m)
 	add_number(json, "state_bytes", m->state_bytes);
 	if (m->packed_bytes)
 		add_number(json, "packed_bytes", m->packed_bytes);
-	for (uint32_t i = 0; i < m->volumes; i++)
-		json_object_array_add(volumes, volume_to_json(&m->volume[i]));
+	if (m->parent.path[0])
+		json_object_object_add(json, "parent", parent_to_json(&m->parent));
+	for (uint32_t i = 0; i < m->volumes; i++) {
+		struct json_object *volume = volume_to_json(&m->volume[i]);
+
+		add_text(volume, "role", manifest_role_name(m->volume[i].role));
+		json_object_array_add(volumes, volume);
+	}
 	for (uint32_t i = 0; i < m->disks; i++)
 		json_object_array_add(disks, disk_to_json(&m->disk[i]));
 	json_object_object_add(json, "volumes", volumes);
 	json_object_object_add(json, "disks", disks);
+	json_object_object_add(json, "stood", json_object_new_boolean(m->stood));
+	if (m->machine)
+		json_object_object_add(json, "machine", machine_to_json(m->machine));
+	else
+		add_text(json, "machine_missing", m->machine_missing);
 	return json;
+}
+
+const char *manifest_role_name(enum manifest_role role)
+{
+	return role_names[role];
 }
 
 int manifest_write(const struct manifest *m, int dir_fd)
@@ -244,6 +274,27 @@ static void take_volume(struct reading *d, struct json_object *json, struct mani
 	v->mtime_ns = take_number(d, json, "mtime_ns", INT64_MAX);
 }
 
+static enum manifest_role take_role(struct reading *d, struct json_object *json)
+{
+	char text[16] = "";
+
+	take_text(d, json, "role", text, sizeof text);
+	if (!d->r && strcmp(text, role_names[MANIFEST_IMAGE]) && strcmp(text, role_names[MANIFEST_RAM]))
+		wrong(d, SNAPSHOT_MANIFEST ": \"role\" is neither \"image\" nor \"ram\"");
+	return strcmp(text, role_names[MANIFEST_RAM]) ? MANIFEST_IMAGE : MANIFEST_RAM;
+}
+
+static void take_parent(struct reading *d, struct json_object *json, struct manifest_parent *p)
+{
+	struct json_object *parent;
+
+	if (!json_object_object_get_ex(json, "parent", &parent))
+		return;
+	take_text(d, parent, "path", p->path, sizeof p->path);
+	take_text(d, parent, "name", p->name, sizeof p->name);
+	p->created_unix_s = take_number(d, parent, "created_unix_s", INT64_MAX);
+}
+
 static struct json_object *take_array(struct reading *d, struct json_object *json, const char *key, size_t max,
 				      uint32_t *ret_count)
 {
@@ -271,10 +322,26 @@ static void take_disk(struct reading *d, struct json_object *json, struct manife
 
 		take_volume(d, one, &layer->volume);
 		take_name(d, one, "format", layer->format, sizeof layer->format);
+		if (!d->r && strcmp(layer->format, "qcow2") && strcmp(layer->format, "raw"))
+			wrong(d, SNAPSHOT_MANIFEST ": \"format\" is neither qcow2 nor raw");
 		take_text(d, one, "file", layer->file, sizeof layer->file);
 		if (!d->r && layer->file[0] && !is_name(layer->file))
 			wrong(d, SNAPSHOT_MANIFEST ": \"file\" is no plain name of a file");
 	}
+}
+
+/* All of this is younger than the format. */
+static void take_machine(struct reading *d, struct json_object *json, struct manifest *m)
+{
+	struct json_object *value;
+	char words[MACHINE_WHY_BYTES];
+
+	if (json_object_object_get_ex(json, "stood", &value))
+		m->stood = json_object_get_boolean(value);
+	if (json_object_object_get_ex(json, "machine_missing", &value))
+		take_text(d, json, "machine_missing", m->machine_missing, sizeof m->machine_missing);
+	if (!d->r && json_object_object_get_ex(json, "machine", &value) && machine_from_json(value, &m->machine, words))
+		wrong(d, SNAPSHOT_MANIFEST ": %s", words);
 }
 
 static void take_all(struct reading *d, struct json_object *json, struct manifest *m)
@@ -294,12 +361,16 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	m->state_bytes = take_number(d, json, "state_bytes", 1ull << 32);
 	if (json_object_object_get_ex(json, "packed_bytes", NULL))
 		m->packed_bytes = take_number(d, json, "packed_bytes", INT64_MAX);
+	take_parent(d, json, &m->parent);
 	array = take_array(d, json, "volumes", SNAPSHOT_VOLUMES, &m->volumes);
-	for (uint32_t i = 0; i < m->volumes; i++)
+	for (uint32_t i = 0; i < m->volumes; i++) {
 		take_volume(d, json_object_array_get_idx(array, i), &m->volume[i]);
+		m->volume[i].role = take_role(d, json_object_array_get_idx(array, i));
+	}
 	array = take_array(d, json, "disks", MANIFEST_DISKS, &m->disks);
 	for (uint32_t i = 0; i < m->disks; i++)
 		take_disk(d, json_object_array_get_idx(array, i), &m->disk[i]);
+	take_machine(d, json, m);
 }
 
 static char *read_text(int fd, char *why)
@@ -344,7 +415,9 @@ int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_
 		wrong(&d, SNAPSHOT_MANIFEST ": no JSON object");
 	json_object_put(json);
 	free(text);
-	if (!d.r)
+	if (d.r)
+		machine_free(m.machine);
+	else
 		*ret_manifest = m;
 	return d.r;
 }

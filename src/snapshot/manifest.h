@@ -8,11 +8,15 @@
 #define LATENT_SNAPSHOT_MANIFEST_H
 
 #include "snapshot/image.h"
+#include "snapshot/machine.h"
 
 #define MANIFEST_PATH_BYTES 256
 #define MANIFEST_DISKS 16
 #define MANIFEST_LAYERS 24
 #define MANIFEST_MAX_BYTES (1 << 20)
+
+/* What a file that RAM refers to is; a snapshot's `ram` is never written after it was made. */
+enum manifest_role { MANIFEST_IMAGE, MANIFEST_RAM };
 
 /* A file that RAM refers to, or a disk. */
 struct manifest_volume {
@@ -20,7 +24,11 @@ struct manifest_volume {
 	uint64_t bytes;
 	uint64_t fingerprint; /* of the contents, see manifest_identify */
 	uint64_t dev, ino, mtime_ns; /* the same file, untouched, if they are the same */
+	enum manifest_role role;     /* files that RAM refers to */
 };
+
+/* For a sentence that says what a file should be: its bytes and its fingerprint, both uintmax_t. */
+#define MANIFEST_EXPECTED "%ju bytes with the fingerprint %016jx, and not written since"
 
 /* A disk is a chain of files, the guest's own first; each lies over the next one. */
 struct manifest_layer {
@@ -36,14 +44,27 @@ struct manifest_disk {
 	struct manifest_layer layer[MANIFEST_LAYERS];
 };
 
+/* The snapshot that this one was compared with. Nothing is looked for there: what is needed is a volume. */
+struct manifest_parent {
+	char path[MANIFEST_PATH_BYTES]; /* empty: none */
+	char name[64];
+	uint64_t created_unix_s;
+};
+
 struct manifest {
 	char name[64], qemu_version[64];
 	uint64_t created_unix_s, ram_bytes, state_bytes;
 	uint64_t packed_bytes; /* of `ram.zst`; 0: there is a plain `ram` */
+	struct manifest_parent parent;
 	uint32_t volumes, disks;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES];
 	struct manifest_disk disk[MANIFEST_DISKS];
+	bool stood;              /* the guest did not run when it was saved */
+	struct machine *machine; /* freed by whoever has read it (machine_free); NULL: */
+	char machine_missing[MACHINE_WHY_BYTES]; /* why it could not be described; empty: by an older Latent */
 };
+
+const char *manifest_role_name(enum manifest_role role);
 
 /* Into `dir` (an open directory), with fsync. */
 int manifest_write(const struct manifest *manifest, int dir_fd);
@@ -60,7 +81,8 @@ int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_
 int manifest_identify(int fd, struct manifest_volume *volume);
 
 /* 0: it is that file, untouched since (which costs nothing to see), or one with that fingerprint. -ESTALE: it
- * is not, and `*ret_now` says what it is. */
+ * is not, and `*ret_now` says what it is; of MANIFEST_RAM the same file is refused, too, when it was written
+ * since: a fingerprint would not see every write. */
 int manifest_compare(int fd, const struct manifest_volume *volume, struct manifest_volume *ret_now);
 
 #endif

@@ -2,8 +2,12 @@
 #include "snapshot/save.h"
 
 #include "os/os.h"
+#include "snapshot/describe.h"
+#include "snapshot/maker.h"
 #include "snapshot/manifest.h"
 #include "snapshot/packed.h"
+#include "snapshot/parent.h"
+#include "snapshot/reader.h"
 #include "vmdir/qmp.h"
 #include "vmdir/vmdir.h"
 
@@ -35,8 +39,9 @@ struct save {
 	struct qmp *qmp;
 	struct source *source;
 	struct snapshot_image image;
-	char partial[PATH_MAX]; /* the directory until it is whole */
-	int dir_fd, state_fd;
+	struct active_page *active;
+	struct maker maker;
+	int state_fd;
 	char migration[32];     /* the last status that QEMU has told */
 	uint64_t stopped_us;    /* 0: not stopped yet */
 	bool ran, stopped;      /* ran: before the save */
@@ -44,7 +49,9 @@ struct save {
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
 	unsigned overlays;      /* made */
 	bool switched;          /* the guest uses them */
-	int place[SNAPSHOT_VOLUMES]; /* in the manifest, of the agent's volumes; -1: not needed */
+	struct parent *parent;
+	struct manifest_volume volume[SNAPSHOT_VOLUMES]; /* the agent's, then the parent's */
+	uint32_t volumes;
 	char device[MANIFEST_DISKS][64]; /* of the manifest's disks: how QMP calls them */
 	bool is_node[MANIFEST_DISKS];
 };
@@ -226,12 +233,22 @@ static int query(struct save *s)
 		const char *status = json_object_get_string(part);
 
 		s->ran = !strcmp(status, "running");
-		if (!s->ran && strcmp(status, "paused") && strcmp(status, "postmigrate"))
+		if (!strcmp(status, "postmigrate"))
+			r = fail(s, -EBUSY, "the VM has been saved, or migrated, while it was paused, and QEMU does not do that twice: "
+				 "let it run first (`cont`)");
+		else if (!s->ran && strcmp(status, "paused"))
 			r = fail(s, -EBUSY, "the VM cannot be saved in the state \"%.40s\"%s", status,
 				 !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
 	}
 	json_object_put(value);
-	return r ? r : list_disks(s);
+	s->manifest.stood = !s->ran;
+	if (!r)
+		r = list_disks(s);
+	if (!r)
+		describe_nodes(s->qmp, &s->manifest);
+	if (!r)
+		describe_machine(s->qmp, s->options->run_dir, &s->manifest);
+	return r;
 }
 
 /* ---- the pause ------------------------------------------------------------------------------- */
@@ -309,7 +326,7 @@ static int link_layers(struct save *s, struct manifest_disk *disk)
 		char path[128];
 
 		snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", layer->file);
-		if (!linkat(AT_FDCWD, layer->volume.path, s->dir_fd, path, 0))
+		if (!linkat(AT_FDCWD, layer->volume.path, s->maker.dir_fd, path, 0))
 			continue;
 		if (!i)
 			return fail(s, -errno, "%.150s cannot become part of the snapshot (%s): save onto the same file "
@@ -368,6 +385,11 @@ static int switch_disks(struct save *s)
 	return r;
 }
 
+static int step(struct save *s, const char *done)
+{
+	return maker_step(done, s->why);
+}
+
 static int finish_state(struct save *s)
 {
 	struct stat st;
@@ -402,20 +424,41 @@ static int go_on(struct save *s)
 	return r ? fail(s, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
 }
 
+static int watch(struct save *s, struct source_progress *progress)
+{
+	uint64_t until_us = os_now_us() + s->options->window_ms * 1000ull;
+	int r = source_watch(s->source, s->why);
+
+	while (!r && os_now_us() < until_us) {
+		if (progress->stop)
+			return fail(s, -EINTR, "a signal ended it");
+		usleep(5000);
+	}
+	return r;
+}
+
 static int pause_and_take(struct save *s)
 {
 	int r = start_state(s);
 
 	s->stopped = true;
 	if (!r)
+		r = step(s, "the migration of the device state is started");
+	if (!r)
 		r = wait_migration(s, "pre-switchover");
+	if (!r)
+		r = step(s, "the guest is stopped");
 	if (!r)
 		r = switch_disks(s);
 	if (!r)
+		r = step(s, "the disks are switched");
+	if (!r)
 		r = finish_state(s);
 	if (!r)
+		r = step(s, "the device state is there");
+	if (!r)
 		r = source_point(s->source, &s->result->point_us, s->why);
-	return r;
+	return r ? r : step(s, "the point in time is taken");
 }
 
 /* After a failure: the guest shall run, whatever state QEMU is in. */
@@ -437,137 +480,143 @@ static void undo_pause(struct save *s)
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
-static int make_dir(struct save *s)
-{
-	const char *dir = s->options->dir;
-
-	if (!access(dir, F_OK))
-		return fail(s, -EEXIST, "%.200s is there already", dir);
-	if (snprintf(s->partial, sizeof s->partial, "%s.partial-XXXXXX", dir) >= (int)sizeof s->partial)
-		return fail(s, -ENAMETOOLONG, "the name of the directory is too long");
-	if (!mkdtemp(s->partial)) {
-		int r = -errno;
-
-		s->partial[0] = '\0';
-		return fail(s, r, "%.200s cannot be made: %s", dir, strerror(-r));
-	}
-	s->dir_fd = open(s->partial, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (s->dir_fd < 0 || mkdirat(s->dir_fd, SNAPSHOT_DISKS, 0700))
-		return fail(s, -errno, "%.200s cannot be used", s->partial);
-	return 0;
-}
-
-static void remove_partial(struct save *s)
-{
-	static const char *const files[] = { SNAPSHOT_RAM, SNAPSHOT_PACKED, SNAPSHOT_PAGES, SNAPSHOT_STATE, SNAPSHOT_MANIFEST };
-	char path[128];
-
-	if (!s->partial[0])
-		return;
-	for (size_t i = 0; i < sizeof files / sizeof files[0]; i++)
-		(void)unlinkat(s->dir_fd, files[i], 0);
-	for (uint32_t i = 0; i < s->manifest.disks; i++) {
-		for (uint32_t j = 0; j < s->manifest.disk[i].layers; j++) {
-			snprintf(path, sizeof path, SNAPSHOT_DISKS "/%s", s->manifest.disk[i].layer[j].file);
-			(void)unlinkat(s->dir_fd, path, 0);
-		}
-	}
-	(void)unlinkat(s->dir_fd, SNAPSHOT_DISKS, AT_REMOVEDIR);
-	(void)rmdir(s->partial);
-}
-
-static int create(struct save *s, const char *name)
-{
-	int fd = openat(s->dir_fd, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-
-	return fd < 0 ? fail(s, -errno, "%s cannot be made: %s", name, strerror(errno)) : fd;
-}
-
-static int sync_and_close(struct save *s, int fd, const char *name, int r)
-{
-	if (!r && fsync(fd))
-		r = fail(s, -errno, "%s cannot be written: %s", name, strerror(errno));
-	close(fd);
-	return r;
-}
-
 /* Volumes that no page refers to are not needed to restore it. */
-static void drop_unused(struct save *s)
+static void take_volumes(struct save *s)
 {
-	struct snapshot_page *page = s->image.memory;
-	bool used[SNAPSHOT_VOLUMES] = { false };
+	uint32_t place[SNAPSHOT_VOLUMES] = { 0 };
 
-	for (uint64_t i = 0; i < s->image.pages; i++)
-		if (page[i].kind == SNAPSHOT_VOLUME)
-			used[page[i].volume] = true;
+	snapshot_image_count(&s->image, &s->result->pages);
 	s->image.volumes = 0;
-	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
-		s->place[i] = used[i] ? (int)s->image.volumes++ : -1;
-	for (uint64_t i = 0; i < s->image.pages; i++)
-		if (page[i].kind == SNAPSHOT_VOLUME)
-			page[i].volume = (uint32_t)s->place[page[i].volume];
-}
+	for (uint32_t i = 0; i < s->volumes; i++) {
+		if (!s->result->pages.in_volume[i])
+			continue;
+		place[i] = s->image.volumes++;
+		s->manifest.volume[place[i]] = s->volume[i];
+		if (s->volume[i].role == MANIFEST_RAM)
+			s->result->pages_in_ram += s->result->pages.in_volume[i];
+	}
+	s->manifest.volumes = s->image.volumes;
+	for (uint64_t i = 0; i < s->image.pages; i++) {
+		struct snapshot_page *page = snapshot_page_at(&s->image, i);
 
-/* The guest's pages come in the order in which they are about to change; they are packed in their own. So all of
- * them are in a file first, which nobody has to wait for. */
-static int pack_ram(struct save *s, const struct source_progress *progress)
-{
-	int from = openat(s->dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC), to = from < 0 ? -1 : create(s, SNAPSHOT_PACKED), r;
-
-	if (from < 0)
-		return fail(s, -errno, SNAPSHOT_RAM " cannot be read: %s", strerror(errno));
-	r = to < 0 ? to : packed_write(&s->image, from, to, &progress->stop, &s->manifest.packed_bytes, s->why);
-	s->result->packed_bytes = s->manifest.packed_bytes;
-	close(from);
-	(void)unlinkat(s->dir_fd, SNAPSHOT_RAM, 0);
-	return to < 0 ? r : sync_and_close(s, to, SNAPSHOT_PACKED, r);
+		if (page->kind == SNAPSHOT_VOLUME)
+			page->volume = place[page->volume];
+	}
 }
 
 static int write_ram(struct save *s, struct source_progress *progress)
 {
-	int fd = create(s, SNAPSHOT_RAM), r;
+	int fd = maker_create(&s->maker, SNAPSHOT_RAM, s->why), r;
 
 	if (fd < 0)
 		return fd;
-	r = source_write(s->source, fd, s->options->limit_bytes_s, progress, &s->image, s->why);
+	r = source_write(s->source, fd, s->parent, s->options->limit_bytes_s, progress, &s->image, s->why);
+	if (!r) {
+		r = source_list_active(s->source, &s->image, &s->active, &s->result->active_pages);
+		if (r)
+			fail(s, r, "no memory for the list of active pages");
+	}
+	if (!r)
+		r = step(s, "the contents of RAM are written");
+	/* While the agent still knows of this process: if it dies now, the agent lets the guest go on. */
+	if (s->options->stop && !r)
+		r = go_on(s);
+	else if (s->options->stop)
+		undo_pause(s);
 	/* Guest RAM is let go before the disk is waited for. */
 	source_get_counts(s->source, &s->result->source);
 	source_end(s->source);
 	s->source = NULL;
 	if (s->options->compress)
-		close(fd);
+		close(fd); /* it goes again when it is packed */
 	else
-		r = sync_and_close(s, fd, SNAPSHOT_RAM, r);
+		r = maker_close(fd, SNAPSHOT_RAM, r, s->why);
+	if (!r)
+		r = step(s, "guest RAM is let go");
 	if (r)
 		return r;
-	drop_unused(s);
-	snapshot_image_count(&s->image, &s->result->pages);
+	take_volumes(s);
 	s->manifest.ram_bytes = os_bytes(s->image.pages);
-	r = s->options->compress ? pack_ram(s, progress) : 0;
-	if (r)
-		return r;
-	fd = create(s, SNAPSHOT_PAGES);
-	if (fd < 0)
-		return fd;
-	r = snapshot_image_write(&s->image, fd);
-	if (r)
-		fail(s, r, SNAPSHOT_PAGES " cannot be written: %s", strerror(-r));
-	return sync_and_close(s, fd, SNAPSHOT_PAGES, r);
+	return maker_write_pages(&s->maker, &s->image, s->why);
 }
 
 static int write_state(struct save *s)
 {
 	uint64_t bytes = s->manifest.state_bytes;
 	void *state = mmap(NULL, bytes ? bytes : 1, PROT_READ, MAP_SHARED, s->state_fd, 0);
-	int fd = create(s, SNAPSHOT_STATE), r;
+	int fd, r;
 
-	if (fd < 0 || state == MAP_FAILED)
-		return fd < 0 ? fd : fail(s, -errno, "the device state cannot be read");
-	r = os_write_all(fd, state, bytes, 0);
+	if (state == MAP_FAILED)
+		return fail(s, -errno, "the device state cannot be read");
+	fd = r = maker_create(&s->maker, SNAPSHOT_STATE, s->why);
+	if (fd >= 0) {
+		r = os_write_all(fd, state, bytes, 0);
+		if (r)
+			fail(s, r, SNAPSHOT_STATE " cannot be written: %s", strerror(-r));
+		r = maker_close(fd, SNAPSHOT_STATE, r, s->why);
+	}
 	munmap(state, bytes ? bytes : 1);
-	if (r)
-		fail(s, r, SNAPSHOT_STATE " cannot be written: %s", strerror(-r));
-	return sync_and_close(s, fd, SNAPSHOT_STATE, r);
+	return r ? r : step(s, "the device state is written");
+}
+
+/* In the image's numbers, which are the manifest's. */
+static int open_volumes(struct save *s, int fds[SNAPSHOT_VOLUMES])
+{
+	int r = 0;
+
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		fds[i] = -1;
+	for (uint32_t i = 0; !r && i < s->manifest.volumes; i++) {
+		fds[i] = open(s->manifest.volume[i].path, O_RDONLY | O_CLOEXEC);
+		if (fds[i] < 0)
+			r = fail(s, -errno, "%.200s cannot be read: %s", s->manifest.volume[i].path, strerror(errno));
+	}
+	return r;
+}
+
+static int write_active(struct save *s)
+{
+	int volumes[SNAPSHOT_VOLUMES], ram = -1, fd = -1, r = open_volumes(s, volumes);
+
+	if (!r && !s->options->compress) { /* a packed one is restored in the order of the list, without the copies */
+		ram = openat(s->maker.dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC);
+		r = ram < 0 ? fail(s, -errno, SNAPSHOT_RAM " cannot be read") : 0;
+	}
+	if (!r)
+		r = fd = maker_create(&s->maker, SNAPSHOT_ACTIVE, s->why);
+	if (fd >= 0) {
+		r = active_write(fd, s->active, s->result->active_pages, &s->image, ram, volumes);
+		if (r)
+			fail(s, r, SNAPSHOT_ACTIVE " cannot be written: %s", strerror(-r));
+		r = maker_close(fd, SNAPSHOT_ACTIVE, r, s->why);
+	}
+	for (uint64_t i = 0; i < s->result->active_pages; i++)
+		s->result->active_written_pages += s->active[i].flags & ACTIVE_WRITTEN;
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		if (volumes[i] >= 0)
+			close(volumes[i]);
+	if (ram >= 0)
+		close(ram);
+	return r;
+}
+
+/* The guest's pages come in the order in which they are about to change; they are packed in their own. So all of
+ * them are in a file first, which nobody has to wait for. */
+static int pack_ram(struct save *s, const struct source_progress *progress)
+{
+	int from = openat(s->maker.dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC), to, r;
+
+	if (from < 0)
+		return fail(s, -errno, SNAPSHOT_RAM " cannot be read: %s", strerror(errno));
+	to = r = maker_create(&s->maker, SNAPSHOT_PACKED, s->why);
+	if (to >= 0) {
+		r = packed_write(&s->image, from, to, &progress->stop, &s->manifest.packed_bytes, s->why);
+		r = maker_close(to, SNAPSHOT_PACKED, r, s->why);
+	}
+	close(from);
+	(void)unlinkat(s->maker.dir_fd, SNAPSHOT_RAM, 0);
+	s->result->packed_bytes = s->manifest.packed_bytes;
+	return r ? r : step(s, "RAM is packed");
 }
 
 static int identify(struct save *s, struct manifest_volume *v)
@@ -578,6 +627,18 @@ static int identify(struct save *s, struct manifest_volume *v)
 	if (fd >= 0)
 		close(fd);
 	return r ? fail(s, r, "%.200s cannot be read: %s", v->path, strerror(-r)) : 0;
+}
+
+/* Pages refer to what was mapped or compared, and that must be what is found by its path. */
+static int identify_volume(struct save *s, struct manifest_volume *v)
+{
+	const uint64_t dev = v->dev, ino = v->ino;
+	int r = identify(s, v);
+
+	if (!r && (v->dev != dev || v->ino != ino))
+		r = fail(s, -ESTALE, "%.150s has been replaced, and RAM refers to the file that was there: put that back",
+			 v->path);
+	return r;
 }
 
 static int identify_layers(struct save *s, struct manifest_disk *disk)
@@ -602,48 +663,47 @@ static void freeze_disk(struct save *s, uint32_t i)
 	snprintf(s->result->disk[i].now, sizeof s->result->disk[i].now, "%.255s", s->overlay[i]);
 }
 
-static int write_manifest(struct save *s, const struct control_layout *layout)
+/* Files that pages may refer to, by their number: the agent's, then what the parent has beside them. */
+static void list_volumes(struct save *s, const struct control_layout *layout)
+{
+	for (uint32_t i = 0; i < layout->volumes; i++) {
+		struct manifest_volume *v = &s->volume[i];
+
+		memcpy(v->path, layout->volume[i].path, sizeof v->path);
+		v->dev = layout->volume[i].dev;
+		v->ino = layout->volume[i].ino;
+		v->role = reader_role_of(v->path);
+	}
+	s->volumes = layout->volumes;
+	if (s->parent)
+		parent_join_volumes(s->parent, s->volume, &s->volumes);
+}
+
+static int write_manifest(struct save *s, const struct source_progress *progress)
 {
 	int r = 0;
 
 	snprintf(s->manifest.name, sizeof s->manifest.name, "%s", s->options->name);
 	s->manifest.created_unix_s = (uint64_t)time(NULL);
-	s->manifest.volumes = s->image.volumes;
-	for (uint32_t i = 0; !r && i < layout->volumes; i++) {
-		struct manifest_volume *v = s->place[i] < 0 ? NULL : &s->manifest.volume[s->place[i]];
-
-		if (!v)
-			continue;
-		memcpy(v->path, layout->volume[i].path, sizeof v->path);
-		r = identify(s, v);
-	}
+	if (s->parent)
+		parent_describe(s->parent, &s->manifest.parent);
+	for (uint32_t i = 0; !r && i < s->manifest.volumes; i++)
+		r = identify_volume(s, &s->manifest.volume[i]);
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
 		freeze_disk(s, i);
 		r = identify_layers(s, &s->manifest.disk[i]);
 	}
 	s->result->disks = s->manifest.disks;
+	if (!r)
+		r = write_active(s);
+	if (!r && s->options->compress)
+		r = pack_ram(s, progress);
 	if (!r) {
-		r = manifest_write(&s->manifest, s->dir_fd);
+		r = manifest_write(&s->manifest, s->maker.dir_fd);
 		if (r)
 			fail(s, r, SNAPSHOT_MANIFEST " cannot be written: %s", strerror(-r));
 	}
-	return r;
-}
-
-/* It gets its name when all of it is on the disk. */
-static int complete(struct save *s)
-{
-	int parent;
-
-	if (fsync(s->dir_fd) || rename(s->partial, s->options->dir))
-		return fail(s, -errno, "%.200s cannot get its name: %s", s->options->dir, strerror(errno));
-	s->partial[0] = '\0';
-	parent = openat(s->dir_fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (parent >= 0) {
-		(void)fsync(parent);
-		close(parent);
-	}
-	return 0;
+	return r ? r : step(s, "the manifest is written");
 }
 
 /* ---- all of it ------------------------------------------------------------------------------- */
@@ -662,45 +722,49 @@ static int connect_vm(struct save *s, struct source_progress *progress)
 	r = query(s);
 	if (!r)
 		r = make_overlays(s);
+	if (!r)
+		r = step(s, "new overlays are made");
 	if (r)
 		return r;
 	snprintf(path, sizeof path, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
-	return source_begin(path, &s->source, s->why);
+	r = source_begin(path, &s->source, s->why);
+	return r ? r : step(s, "guest RAM is held");
 }
 
 static int save(struct save *s, struct source_progress *progress)
 {
-	static struct control_layout layout;
 	uint64_t begin_us;
-	int r = make_dir(s);
+	int r = s->options->parent ? parent_open(s->options->parent, &s->parent, s->why) : 0;
 
 	if (!r)
+		r = maker_begin(s->options->dir, &s->maker, s->why);
+	if (!r)
 		r = connect_vm(s, progress);
+	if (!r)
+		r = watch(s, progress);
+	if (!r)
+		r = source_arm(s->source, s->why);
 	if (r)
 		return r;
 	qmp_stop_when(s->qmp, NULL); /* what has begun to pause goes to its end, which is near */
 	r = pause_and_take(s);
 	if (!r && !s->options->stop)
 		r = go_on(s);
+	if (!r)
+		r = step(s, s->options->stop ? "all is known" : "the guest goes on");
 	if (r) {
 		undo_pause(s);
 		return r;
 	}
-	layout = *source_layout(s->source);
+	list_volumes(s, source_layout(s->source));
 	begin_us = os_now_us();
 	r = write_ram(s, progress);
-	if (s->options->stop) {
-		if (r)
-			undo_pause(s);
-		else
-			r = go_on(s);
-	}
 	if (!r)
 		r = write_state(s);
 	if (!r)
-		r = write_manifest(s, &layout);
+		r = write_manifest(s, progress);
 	if (!r)
-		r = complete(s);
+		r = maker_complete(&s->maker, s->why);
 	s->result->write_us = os_now_us() - begin_us;
 	s->result->ram_bytes_written = progress->bytes_written;
 	return r;
@@ -718,7 +782,7 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	s->options = options;
 	s->result = ret_result;
 	s->why = why;
-	s->dir_fd = s->state_fd = -1;
+	s->maker.dir_fd = s->state_fd = -1;
 	r = save(s, progress);
 	source_end(s->source);
 	if (s->qmp && s->state_fd >= 0) {
@@ -728,15 +792,15 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 		(void)set_capabilities(s, false);
 	}
 	qmp_close(s->qmp);
-	if (r)
-		remove_partial(s);
+	maker_end(&s->maker);
 	for (unsigned i = 0; !s->switched && i < s->overlays; i++)
 		(void)unlink(s->overlay[i]);
 	snapshot_image_free(&s->image);
+	free(s->active);
+	machine_free(s->manifest.machine);
 	if (s->state_fd >= 0)
 		close(s->state_fd);
-	if (s->dir_fd >= 0)
-		close(s->dir_fd);
+	parent_close(s->parent);
 	free(s);
 	return r;
 }

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "snapshot/source.h"
 
+#include "activity/seen.h"
 #include "core/entry.h"
 #include "os/os.h"
+#include "snapshot/parent.h"
 #include "vmdir/vmdir.h"
 
 #include <errno.h>
@@ -19,7 +21,7 @@
 
 #define ANSWER_MS 20000
 #define CHUNK_PAGES 128u
-#define EARLY_MAX 16384u /* copies of pages that the guest was about to write: 64 MiB */
+#define ENTRIES_CHUNK 512u
 #define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
 
 /* What has become of a page that was write-protected. */
@@ -42,11 +44,14 @@ struct source {
 		const uint64_t *entries;  /* the agent's table */
 		uint64_t *point;          /* the entries as they were at the instant */
 		_Atomic uint8_t *state;   /* enum page_state */
+		uint8_t *written;         /* since the instant, as far as it is known */
 		uint64_t first;           /* the block's first page in the image */
 	} block[SNAPSHOT_BLOCKS];
-	struct control_run *runs; /* private, then base */
+	struct control_run *runs; /* private copies */
+	struct control_run *base; /* what base holds; found while the guest runs again */
 	uint8_t *copies;
-	uint64_t total_pages, base_runs, private_runs, private_pages, base_pages;
+	const uint16_t *seen; /* the agent's table */
+	uint64_t total_pages, base_runs, base_room, private_runs, private_pages, base_pages;
 
 	pthread_t server;
 	bool serving;
@@ -141,6 +146,15 @@ static const void *view(int fd, uint64_t offset, size_t bytes)
 	return at == MAP_FAILED ? NULL : at;
 }
 
+static void take_entries_of(struct source *s, uint32_t block, uint64_t page, uint64_t pages)
+{
+	uint64_t *point = s->block[block].point + page;
+
+	memcpy(point, s->block[block].entries + page, (size_t)pages * sizeof *point);
+	for (uint64_t i = 0; i < pages; i++)
+		s->block[block].state[page + i] = entry_source(point[i]) == ENTRY_BASE ? PAGE_PENDING : PAGE_FREE;
+}
+
 static int map_blocks(struct source *s)
 {
 	for (uint32_t i = 0; i < s->layout.blocks; i++) {
@@ -151,12 +165,47 @@ static int map_blocks(struct source *s)
 		s->block[i].entries = view(entries, 0, (size_t)b->pages * sizeof(uint64_t));
 		s->block[i].point = malloc((size_t)b->pages * sizeof(uint64_t));
 		s->block[i].state = calloc((size_t)b->pages, 1);
-		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state)
+		s->block[i].written = calloc((size_t)b->pages, 1);
+		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state || !s->block[i].written)
 			return -ENOMEM;
 		/* Touched now, not while the guest waits. */
-		memset(s->block[i].point, 0, (size_t)b->pages * sizeof(uint64_t));
+		for (uint64_t page = 0; page < b->pages; page += ENTRIES_CHUNK)
+			take_entries_of(s, i, page, b->pages - page < ENTRIES_CHUNK ? b->pages - page : ENTRIES_CHUNK);
 	}
-	return 0;
+	s->seen = view(s->fds[CONTROL_FD_SEEN], 0, s->total_pages * sizeof *s->seen);
+	return s->seen ? 0 : -ENOMEM;
+}
+
+/* What this process takes of memory for each page of guest RAM, and beside. */
+#define BYTES_PER_PAGE \
+	(sizeof(uint64_t) + 2 + sizeof(struct control_run) + sizeof(struct snapshot_page) + sizeof(struct active_page) + \
+	 EQUAL_BYTES_PER_PAGE)
+#define BYTES_BESIDE (CONTROL_SAVE_EARLY_PAGES * sizeof(struct early))
+
+/* The kernel would kill it for a cgroup's limit, in the midst of its work. */
+static int check_memory(const struct source *s, char *why)
+{
+	uint64_t bytes = BYTES_BESIDE + s->total_pages * BYTES_PER_PAGE;
+	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+
+	if (bytes <= room)
+		return 0;
+	snprintf(why, SNAPSHOT_WHY_BYTES, "this command's cgroup has %ju MiB of memory left, and it may need %ju MiB: raise "
+		 "its memory limit, or save from elsewhere", (uintmax_t)room >> 20, (uintmax_t)bytes >> 20);
+	return -ENOMEM;
+}
+
+static int take_layout(struct source *s, char *why)
+{
+	int r = receive_layout(s);
+
+	if (!r) {
+		r = check_memory(s, why);
+		if (r)
+			return r;
+		r = map_blocks(s);
+	}
+	return r ? say(why, r, "what the VM's agent says of guest RAM cannot be used") : 0;
 }
 
 int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES])
@@ -175,13 +224,8 @@ int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT
 		say(why, r, "the VM's agent cannot be reached");
 	} else {
 		r = ask(s, CONTROL_SAVE_BEGIN, &reply, why);
-		if (!r) {
-			r = receive_layout(s);
-			if (!r)
-				r = map_blocks(s);
-			if (r)
-				say(why, r, "what the VM's agent says of guest RAM cannot be used");
-		}
+		if (!r)
+			r = take_layout(s, why);
 	}
 	if (r)
 		source_end(s);
@@ -222,7 +266,7 @@ static void unprotect(struct source *s, uint32_t block, uint64_t page, uint64_t 
 static void keep_early(struct source *s, struct early *e)
 {
 	pthread_mutex_lock(&s->lock);
-	while (s->early_count >= EARLY_MAX && !s->written)
+	while (s->early_count >= CONTROL_SAVE_EARLY_PAGES && !s->written)
 		pthread_cond_wait(&s->room, &s->lock);
 	if (s->written) {
 		free(e);
@@ -241,6 +285,7 @@ static void serve_page(struct source *s, uint32_t block, uint64_t page)
 	struct early *e = NULL;
 
 	s->faults++;
+	s->block[block].written[page] = 1;
 	while (*state == PAGE_PENDING && !(e = malloc(sizeof *e)))
 		usleep(1000); /* the writer frees some, or takes the page itself */
 	if (e && atomic_compare_exchange_strong(state, &pending, PAGE_BUSY)) {
@@ -295,16 +340,13 @@ static int check_runs(struct source *s)
 {
 	uint64_t private_pages = 0;
 
-	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++) {
+	for (uint64_t i = 0; i < s->private_runs; i++) {
 		const struct control_run *run = &s->runs[i];
 
 		if (run->block >= s->layout.blocks || run->page >= s->layout.block[run->block].pages ||
 		    run->pages > s->layout.block[run->block].pages - run->page)
 			return -EPROTO;
-		if (i < s->private_runs)
-			private_pages += run->pages;
-		else
-			s->base_pages += run->pages;
+		private_pages += run->pages;
 	}
 	return private_pages == s->private_pages ? 0 : -EPROTO;
 }
@@ -313,13 +355,12 @@ static int take_runs(struct source *s, const struct control_reply *reply)
 {
 	size_t bytes;
 
-	s->base_runs = reply->base_runs;
 	s->private_runs = reply->private_runs;
 	s->private_pages = reply->pages;
-	if (s->base_runs + s->private_runs > s->total_pages || s->private_pages > s->total_pages)
+	if (s->private_runs > s->total_pages || s->private_pages > s->total_pages)
 		return -EPROTO;
 	/* Copied: the agent must not change it after it was checked. */
-	bytes = (size_t)(s->base_runs + s->private_runs) * sizeof *s->runs;
+	bytes = (size_t)s->private_runs * sizeof *s->runs;
 	s->runs = malloc(bytes ? bytes : 1);
 	if (!s->runs)
 		return -ENOMEM;
@@ -333,6 +374,47 @@ static int take_runs(struct source *s, const struct control_reply *reply)
 	return check_runs(s);
 }
 
+/* The entries as they are now; all of base is pending. Cheap the second time, for little has changed. */
+static void take_entries(struct source *s)
+{
+	for (uint32_t i = 0; i < s->layout.blocks; i++) {
+		uint64_t all = s->layout.block[i].pages;
+
+		for (uint64_t page = 0; page < all; page += ENTRIES_CHUNK) {
+			uint64_t n = all - page < ENTRIES_CHUNK ? all - page : ENTRIES_CHUNK;
+
+			if (memcmp(s->block[i].point + page, s->block[i].entries + page, (size_t)n * sizeof(uint64_t)))
+				take_entries_of(s, i, page, n);
+		}
+	}
+	for (uint64_t i = 0; i < s->private_runs; i++)
+		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page], PAGE_SAVED, s->runs[i].pages);
+}
+
+/* Copies that the guest has made in overlays are pages that it writes. */
+static void note_private(struct source *s)
+{
+	for (uint64_t i = 0; i < s->private_runs; i++)
+		memset(&s->block[s->runs[i].block].written[s->runs[i].page], 1, s->runs[i].pages);
+}
+
+int source_watch(struct source *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+
+	return ask(s, CONTROL_SAVE_WATCH, &reply, why);
+}
+
+int source_arm(struct source *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+	int r = ask(s, CONTROL_SAVE_ARM, &reply, why);
+
+	if (!r)
+		take_entries(s);
+	return r;
+}
+
 int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct control_reply reply = { 0 };
@@ -343,11 +425,8 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 	r = take_runs(s, &reply);
 	if (r)
 		return say(why, r, "what the VM's agent says of guest RAM cannot be used");
-	for (uint32_t i = 0; i < s->layout.blocks; i++)
-		memcpy(s->block[i].point, s->block[i].entries, (size_t)s->layout.block[i].pages * sizeof(uint64_t));
-	for (uint64_t i = 0; i < s->base_runs + s->private_runs; i++)
-		memset((void *)&s->block[s->runs[i].block].state[s->runs[i].page],
-		       i < s->private_runs ? PAGE_SAVED : PAGE_PENDING, s->runs[i].pages);
+	take_entries(s);
+	note_private(s);
 	*ret_paused_us = reply.paused_us;
 	r = start_server(s);
 	return r ? say(why, r, "no thread to serve write faults") : 0;
@@ -358,39 +437,10 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 struct writer {
 	struct source *source;
 	struct snapshot_image *image;
+	struct store store;
 	struct source_progress *progress;
-	int ram_fd;
 	uint64_t limit_bytes_s, begin_us;
 };
-
-static struct snapshot_page *record(struct writer *w, uint64_t page)
-{
-	return (struct snapshot_page *)w->image->memory + page;
-}
-
-/* Pages of the image that follow each other: those with contents go to the file, in as few calls as there are
- * runs of them. */
-static int write_pages(struct writer *w, uint64_t page, const uint8_t *bytes, uint64_t pages)
-{
-	uint64_t run = 0;
-	int r = 0;
-
-	for (uint64_t i = 0; !r && i <= pages; i++) {
-		if (i < pages) {
-			*record(w, page + i) = snapshot_classify(bytes + os_bytes(i));
-			if (record(w, page + i)->kind == SNAPSHOT_DATA) {
-				run++;
-				continue;
-			}
-		}
-		if (run)
-			r = os_write_all(w->ram_fd, bytes + os_bytes(i - run), os_bytes(run), os_bytes(page + i - run));
-		w->progress->bytes_written += os_bytes(run);
-		run = 0;
-	}
-	w->progress->pages_done += pages;
-	return r;
-}
 
 static int drain_early(struct writer *w)
 {
@@ -407,7 +457,7 @@ static int drain_early(struct writer *w)
 	while (e) {
 		struct early *next = e->next;
 
-		r = r ? r : write_pages(w, e->page, e->bytes, 1);
+		r = r ? r : store_pages(&w->store, e->page, e->bytes, 1);
 		free(e);
 		e = next;
 	}
@@ -446,7 +496,7 @@ static int write_chunk(struct writer *w, uint32_t block, uint64_t page, uint64_t
 		memcpy(copy, s->block[block].view + os_bytes(page + i), os_bytes(n));
 		memset((void *)&s->block[block].state[page + i], PAGE_SAVED, n);
 		unprotect(s, block, page + i, n);
-		r = write_pages(w, s->block[block].first + page + i, copy, n);
+		r = store_pages(&w->store, s->block[block].first + page + i, copy, n);
 		i += n;
 	}
 	return r;
@@ -455,10 +505,68 @@ static int write_chunk(struct writer *w, uint32_t block, uint64_t page, uint64_t
 /* Until every page that the server has taken is among those to be written. */
 static void wait_for_server(struct source *s)
 {
-	for (uint64_t i = s->private_runs; i < s->private_runs + s->base_runs; i++)
-		for (uint64_t n = 0; n < s->runs[i].pages; n++)
-			while (s->block[s->runs[i].block].state[s->runs[i].page + n] == PAGE_BUSY)
+	for (uint32_t i = 0; i < s->layout.blocks; i++)
+		for (uint64_t page = 0; page < s->layout.block[i].pages; page++)
+			while (s->block[i].state[page] == PAGE_BUSY)
 				sched_yield();
+}
+
+static int note_base(struct source *s, uint32_t block, uint64_t page, uint64_t pages)
+{
+	if (s->base_runs == s->base_room) {
+		uint64_t room = s->base_room ? s->base_room * 2 : 1024;
+		struct control_run *base = realloc(s->base, room * sizeof *base);
+
+		if (!base)
+			return -ENOMEM;
+		s->base = base;
+		s->base_room = room;
+	}
+	s->base[s->base_runs++] = (struct control_run){ block, page, pages };
+	s->base_pages += pages;
+	return 0;
+}
+
+/*
+ * What base holds now, and so all that it held at the instant: since then every write has had to wait for us. Where
+ * it holds nothing it was zero, whatever is written there from now on.
+ */
+static int find_base(struct source *s, uint32_t block, uint64_t page, uint64_t end)
+{
+	const struct control_block *b = &s->layout.block[block];
+	int memfd = s->fds[CONTROL_FD_BLOCKS + 2 * block], r = 0;
+
+	while (!r && page < end) {
+		uint64_t from, to, first = end, last = end;
+
+		if (os_next_data(memfd, b->memfd_offset + os_bytes(page), b->memfd_offset + os_bytes(end), &from, &to)) {
+			first = (from - b->memfd_offset) >> OS_PAGE_SHIFT;
+			last = (to - b->memfd_offset) >> OS_PAGE_SHIFT;
+		}
+		if (first > page)
+			unprotect(s, block, page, first - page);
+		r = last > first ? note_base(s, block, first, last - first) : 0;
+		page = last;
+	}
+	return r;
+}
+
+static int find_all_base(struct source *s)
+{
+	int r = 0;
+
+	for (uint32_t i = 0; !r && i < s->layout.blocks; i++) {
+		const uint64_t *point = s->block[i].point;
+		uint64_t pages = s->layout.block[i].pages;
+
+		for (uint64_t page = 0, end; !r && page < pages; page = end) {
+			for (end = page + 1; end < pages && entry_joins(point[end - 1], point[end]); end++)
+				;
+			if (entry_source(point[page]) == ENTRY_BASE)
+				r = find_base(s, i, page, end);
+		}
+	}
+	return r;
 }
 
 static int write_base(struct writer *w)
@@ -466,8 +574,8 @@ static int write_base(struct writer *w)
 	struct source *s = w->source;
 	int r = 0;
 
-	for (uint64_t i = s->private_runs; !r && i < s->private_runs + s->base_runs; i++) {
-		const struct control_run *run = &s->runs[i];
+	for (uint64_t i = 0; !r && i < s->base_runs; i++) {
+		const struct control_run *run = &s->base[i];
 
 		for (uint64_t done = 0; !r && done < run->pages; done += CHUNK_PAGES) {
 			uint64_t n = run->pages - done < CHUNK_PAGES ? run->pages - done : CHUNK_PAGES;
@@ -493,7 +601,7 @@ static int write_private(struct writer *w)
 	for (uint64_t i = 0; !r && i < s->private_runs; i++) {
 		const struct control_run *run = &s->runs[i];
 
-		r = write_pages(w, s->block[run->block].first + run->page, bytes, run->pages);
+		r = store_pages(&w->store, s->block[run->block].first + run->page, bytes, run->pages);
 		bytes += os_bytes(run->pages);
 		if (!r)
 			r = drain_early(w);
@@ -529,7 +637,7 @@ static int refer_to_volumes(struct writer *w)
 			volume = volume_of(s, entry_file(entry));
 			if (volume < 0)
 				return -EPROTO;
-			*record(w, s->block[i].first + page) = (struct snapshot_page){
+			*snapshot_page_at(w->image, s->block[i].first + page) = (struct snapshot_page){
 				SNAPSHOT_VOLUME, (uint32_t)volume, entry_file_page(entry) };
 		}
 	}
@@ -547,21 +655,35 @@ static int make_image(struct source *s, struct snapshot_image *image)
 	return snapshot_image_create(&layout, image);
 }
 
-int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
-		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES])
+static int write_all(struct writer *w)
+{
+	int r = refer_to_volumes(w);
+
+	if (!r)
+		r = write_base(w);
+	return r ? r : write_private(w);
+}
+
+int source_write(struct source *s, int ram_fd, struct parent *parent, uint64_t limit_bytes_s,
+		 struct source_progress *progress, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct snapshot_image image;
-	struct writer w = { s, &image, progress, ram_fd, limit_bytes_s, os_now_us() };
+	struct writer w = { .source = s, .image = &image, .progress = progress, .limit_bytes_s = limit_bytes_s };
 	int r = make_image(s, &image);
 
 	if (r)
 		return say(why, r, "no memory for the metadata");
+	r = find_all_base(s);
+	if (parent)
+		parent_join_blocks(parent, &image);
+	w.begin_us = os_now_us();
 	progress->pages_all = s->base_pages + s->private_pages;
-	r = refer_to_volumes(&w);
 	if (!r)
-		r = write_base(&w);
-	if (!r)
-		r = write_private(&w);
+		r = store_begin(&image, ram_fd, parent, progress, &w.store);
+	if (!r) {
+		r = write_all(&w);
+		store_end(&w.store);
+	}
 	if (!r && ftruncate(ram_fd, (off_t)os_bytes(image.pages)))
 		r = -errno;
 	if (r) {
@@ -571,6 +693,41 @@ int source_write(struct source *s, int ram_fd, uint64_t limit_bytes_s, struct so
 		return r;
 	}
 	*ret_image = image;
+	return 0;
+}
+
+/* ---- what the guest uses ---------------------------------------------------------------------- */
+
+static int by_first_touch(const void *a, const void *b)
+{
+	const struct active_page *x = a, *y = b;
+
+	if (x->order != y->order)
+		return x->order < y->order ? -1 : 1;
+	return x->page < y->page ? -1 : x->page > y->page;
+}
+
+int source_list_active(const struct source *s, const struct snapshot_image *image, struct active_page **ret_list,
+		       uint64_t *ret_count)
+{
+	const struct snapshot_page *table = image->memory;
+	struct active_page *list = malloc(s->total_pages * sizeof *list);
+	uint64_t count = 0;
+
+	if (!list)
+		return -ENOMEM;
+	for (uint32_t b = 0; b < s->layout.blocks; b++) {
+		for (uint64_t i = 0; i < s->layout.block[b].pages; i++) {
+			uint64_t page = s->block[b].first + i;
+			uint16_t order = s->seen[page];
+
+			if (order && table[page].kind != SNAPSHOT_WORD)
+				list[count++] = (struct active_page){ page, s->block[b].written[i] ? ACTIVE_WRITTEN : 0, order };
+		}
+	}
+	qsort(list, count, sizeof *list, by_first_touch);
+	*ret_list = list;
+	*ret_count = count < ACTIVE_MAX_PAGES ? count : ACTIVE_MAX_PAGES;
 	return 0;
 }
 
@@ -630,8 +787,11 @@ void source_end(struct source *s)
 		if (s->block[i].entries)
 			munmap((void *)(uintptr_t)s->block[i].entries, (size_t)pages * sizeof(uint64_t));
 		free(s->block[i].point);
+		free(s->block[i].written);
 		free((void *)s->block[i].state);
 	}
+	if (s->seen)
+		munmap((void *)(uintptr_t)s->seen, s->total_pages * sizeof *s->seen);
 	if (s->copies)
 		munmap(s->copies, os_bytes(s->private_pages));
 	for (unsigned i = CONTROL_FD_UFFD + 1; i < s->fd_count; i++)
@@ -641,5 +801,6 @@ void source_end(struct source *s)
 	pthread_cond_destroy(&s->room);
 	pthread_mutex_destroy(&s->lock);
 	free(s->runs);
+	free(s->base);
 	free(s);
 }

@@ -10,30 +10,35 @@
 #ifndef LATENT_SNAPSHOT_SOURCE_H
 #define LATENT_SNAPSHOT_SOURCE_H
 
-#include "snapshot/image.h"
+#include "snapshot/active.h"
+#include "snapshot/store.h"
 #include "vmdir/control.h"
 
-#include <stdatomic.h>
 #include <stdbool.h>
 
 struct source;
 
 /* Asks the agent on the control socket at `path` to hold guest RAM. */
 int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES]);
+/* From now on it is seen which pages the guest uses. */
+int source_watch(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
+/* Most of the next step's work, while the guest runs. */
+int source_arm(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
 int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);
 
 /* The volumes that page entries name, as the agent knows them. */
 const struct control_layout *source_layout(const struct source *source);
 
-struct source_progress {
-	_Atomic uint64_t pages_done, pages_all, bytes_written;
-	_Atomic bool stop; /* set it to end the writing with -EINTR */
-};
+/* Writes contents to `ram_fd` and makes the metadata, in which volumes are numbered as in the layout, and then as
+ * the parent has joined its own. `parent`: NULL for none. `limit_bytes_s`: 0 for as fast as it goes. */
+int source_write(struct source *source, int ram_fd, struct parent *parent, uint64_t limit_bytes_s,
+		 struct source_progress *progress, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
 
-/* Writes contents to `ram_fd` and makes the metadata. `limit_bytes_s`: 0 for as fast as it goes. */
-int source_write(struct source *source, int ram_fd, uint64_t limit_bytes_s, struct source_progress *progress,
-		 struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
+/* The pages that the guest has used and that have contents, in the order of their first touch: those since the
+ * point in time before those that were seen only before it. The caller frees the list. -ENOMEM. */
+int source_list_active(const struct source *source, const struct snapshot_image *image, struct active_page **ret_list,
+		       uint64_t *ret_count);
 
 struct source_counts {
 	uint64_t base_pages, private_pages, faults;

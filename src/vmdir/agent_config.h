@@ -10,6 +10,8 @@
 #ifndef LATENT_VMDIR_AGENT_CONFIG_H
 #define LATENT_VMDIR_AGENT_CONFIG_H
 
+#include "vmdir/stats.h"
+
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
@@ -20,12 +22,22 @@
 #define AGENT_HELLO_TEXT "latent agent " LATENT_VERSION_TEXT "\n"
 
 #define AGENT_RESTORE_VOLUMES 32
+#define AGENT_RESTORE_OVERLAYS 16
+#define AGENT_OVERLAY_BYTES 160
+
+/* When the device state is there, */
+enum agent_restore_then {
+	RESTORE_THEN_RUN,
+	RESTORE_THEN_STAND, /* the guest stands until QEMU's `cont`, */
+	RESTORE_THEN_WAIT,  /* or it is a spare: until CONTROL_TAKE, or whoever keeps it is gone, and QEMU quits */
+};
 
 /* What guest RAM begins with, and the state that its devices get; see snapshot/format.h. All descriptors are
  * read-only and inherited. */
 struct agent_restore {
 	uint32_t active;
 	int32_t pages_fd, ram_fd, state_fd;
+	int32_t active_fd; /* -1: the snapshot has none */
 	uint32_t volumes;
 	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
 	struct agent_pager {
@@ -33,6 +45,24 @@ struct agent_restore {
 		int32_t fd, index_fd;
 		char program[256], dir[256], source[1024]; /* to find and start another one */
 	} pager;
+	uint32_t then; /* enum agent_restore_then */
+	int32_t report_fd; /* a SOCK_SEQPACKET: struct agent_report goes there; -1: nobody waits */
+	/* New disks, which go again if the guest never runs. */
+	int32_t overlays_fd; /* the directory that they are in, or -1 */
+	uint32_t overlays;
+	char overlay[AGENT_RESTORE_OVERLAYS][AGENT_OVERLAY_BYTES];
+	uint64_t step_us[RESTORE_STEPS]; /* as of struct vm_stats; those that come before the agent */
+};
+
+enum agent_report_kind {
+	REPORT_READY, /* the guest runs, or stands as it was asked to */
+	REPORT_TAKEN, /* a spare is no longer its keeper's */
+};
+
+struct agent_report {
+	uint32_t kind, pid;
+	char name[64];
+	uint64_t step_us[RESTORE_STEPS];
 };
 
 struct agent_config {

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 2u
+#define CONTROL_VERSION 4u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -18,13 +18,18 @@ enum control_op {
 	 * A save, in this order, over one connection; its end, by whatever cause, ends the save too.
 	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
 	 *          a struct control_layout with descriptors.
-	 *   POINT  with the guest stopped: private copies are copied out, base that holds data is
-	 *          write-protected. From then on the other side has to serve write faults.
+	 *   WATCH  from now on it is noted which pages are touched, and when
+	 *   ARM    base is write-protected; who writes a page of it goes on, and it is noted
+	 *   POINT  with the guest stopped: private copies are copied out, and base that is not
+	 *          protected, or not any more, is. From then on the other side has to serve write faults.
 	 *   END    protection is taken away.
 	 */
 	CONTROL_SAVE_BEGIN,
+	CONTROL_SAVE_WATCH,
+	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
+	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_OPS
 };
 
@@ -39,9 +44,13 @@ struct control_reply {
 	uint32_t reserved;
 	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied */
 	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped; SAVE_POINT: its threads */
-	uint64_t private_runs, base_runs; /* CONTROL_SAVE_POINT: in the table of runs, in this order */
+	uint64_t private_runs; /* CONTROL_SAVE_POINT: in the table of runs */
 	char text[512];        /* with error: one sentence with the remedy */
 };
+
+/* Pages that the guest may write to while a save goes on, and that are copied for it, at most: between BEGIN and
+ * POINT those that become private, in the VM's memory; after that the writer keeps as many in its own. */
+#define CONTROL_SAVE_EARLY_PAGES 16384u /* 64 MiB */
 
 /* Follows the reply to SAVE_BEGIN. */
 struct control_layout {
@@ -62,6 +71,7 @@ enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */
 	CONTROL_FD_COPIES, /* contents of the private runs, one after the other; written by SAVE_POINT */
+	CONTROL_FD_SEEN,   /* uint16_t for each page of each block: when it was touched first (activity/seen.h) */
 	CONTROL_FD_BLOCKS
 };
 

@@ -48,6 +48,18 @@ enum volume_state {
 	VOLUME_STATES
 };
 
+/* What a restore does, in this order. */
+enum restore_step {
+	RESTORE_BEGUN,    /* by the command */
+	RESTORE_CHECKED,  /* the snapshot, its disks and images are what they should be */
+	RESTORE_OVERLAYS, /* each disk has a new one */
+	RESTORE_EXEC,     /* the command becomes QEMU */
+	RESTORE_RAM,      /* guest RAM is mapped */
+	RESTORE_STATE,    /* devices have their state */
+	RESTORE_RESUMED,  /* the guest runs */
+	RESTORE_STEPS
+};
+
 struct volume_stats {
 	char path[256]; /* as the VMM opened it, NUL-terminated, cut at 255 bytes */
 	_Atomic uint64_t dev, ino, pages;
@@ -74,14 +86,18 @@ struct vm_stats {
 	_Atomic uint32_t other_io; /* drives use io_uring or Linux AIO: their reads are not seen */
 	_Atomic uint64_t ram_bytes, started_unix_s;
 	stat_counter maps_ram_now, maps_other_now, maps_budget_now, maps_limit_now;
-	/* All of RAM is base or overlay; private pages are copies inside overlays, and counted there too. */
+	/* All of RAM is base (masked or not) or overlay; private pages are copies inside overlays, and counted there too. */
 	stat_counter pages_base_now, pages_overlay_now, pages_private_now;
+	/* Pages to be made when they are touched (core/mask.c); all but the first only grow. */
+	stat_counter pages_masked_now, pages_masked, masked_made, masked_copied, masked_mapped, masked_dropped;
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
 	/* What a source that cannot be mapped is loading; source is empty: there is none. */
 	char source[256], source_trouble[256];
 	stat_counter source_pages_all, source_pages_now, source_bytes, source_faults, source_wrong, source_pagers_lost;
 	stat_counter source_waiting_now, source_silent_ms_now;
+	stat_counter restore_us[RESTORE_STEPS]; /* CLOCK_MONOTONIC when it was done; 0: not yet, or no restore */
+	_Atomic uint32_t is_spare; /* restored, and waits to be taken */
 	char message[256]; /* the last that the agent has said, or empty */
 	_Atomic uint64_t message_unix_s;
 	_Atomic uint32_t volume_count;

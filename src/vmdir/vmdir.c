@@ -125,6 +125,28 @@ int vmdir_remove(const char *path)
 	return rmdir(path) ? -errno : 0;
 }
 
+int vmdir_rename(const char *root, const char *from, const char *to, char why[VMDIR_WHY_BYTES])
+{
+	char old[VMDIR_PATH_BYTES], new[VMDIR_PATH_BYTES];
+	int root_lock, r;
+
+	if (!vmdir_name_ok(to))
+		return dead_end(-EINVAL, why, "'%.80s' is no name for a VM", to);
+	if (vmdir_path(root, from, "", old) || vmdir_path(root, to, VMDIR_CONTROL, new) ||
+	    strlen(new) >= sizeof((struct sockaddr_un *)0)->sun_path)
+		return dead_end(-ENAMETOOLONG, why, "%s/%s is too long a path for a socket: use a shorter name", root, to);
+	(void)vmdir_path(root, to, "", new);
+	root_lock = lock_root(root, true, why);
+	if (root_lock < 0)
+		return root_lock;
+	(void)remove_if_dead(root, to);
+	r = rename(old, new) ? -errno : 0; /* onto an empty directory at most */
+	close(root_lock);
+	if (r == -ENOTEMPTY || r == -EEXIST)
+		return dead_end(-EEXIST, why, "a VM named %s is running already: give another --name", to);
+	return r ? dead_end(r, why, "%s cannot be renamed: %s", from, strerror(-r)) : 0;
+}
+
 int vmdir_path(const char *root, const char *name, const char *file, char ret_path[VMDIR_PATH_BYTES])
 {
 	char path[VMDIR_PATH_BYTES];

@@ -66,6 +66,9 @@ int vmdir_remove(const char *path);
 /* The same for a directory whose lock nobody holds. -EEXIST: somebody does. */
 int vmdir_remove_if_dead(const char *path);
 
+/* Gives a live VM's directory another name; for the VM itself. -EEXIST: another live VM has it. */
+int vmdir_rename(const char *root, const char *from, const char *to, char why[VMDIR_WHY_BYTES]);
+
 /* PATH of a file in a VM's directory. -ENAMETOOLONG. */
 int vmdir_path(const char *root, const char *name, const char *file, char ret_path[VMDIR_PATH_BYTES]);
 

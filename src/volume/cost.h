@@ -14,7 +14,7 @@ struct cost_model {
 	double page_us;               /* to get one page of memory: what sharing a page saves at least */
 };
 
-/* The model of this machine; measures at the first call, which takes about 2 ms. Thread-safe. */
+/* The model of this machine; measures at the first call, which takes some milliseconds. Thread-safe. */
 const struct cost_model *cost_model_get(void);
 
 /*

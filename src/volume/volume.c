@@ -195,6 +195,11 @@ bool volume_describe(const struct volume *v, uint64_t *ret_dev, uint64_t *ret_in
 	return v->has_file;
 }
 
+unsigned volume_index(const struct volume *v)
+{
+	return v->file;
+}
+
 struct ram *volume_ram(const struct volume *v)
 {
 	return v->all->ram;
@@ -320,7 +325,6 @@ static void prepare_mapping(struct volume *v)
 	r = track_open(v->all->options.tracks_dir, v->dev, v->ino, v->pages, &v->track);
 	if (r)
 		os_log("%s is not tracked, and so not shared: %s", volume_path(v), strerror(-r));
-	(void)cost_model_get();
 }
 
 /* `v` is closed; afterwards it is open, mapped or not. */
@@ -642,6 +646,7 @@ int volumes_refresh(struct volumes *all, bool deep)
 {
 	struct vm_stats *s = all->stats;
 	struct ram_counts c;
+	struct ram_mask_counts m;
 	struct timespec now;
 	int r = deep ? ram_reconcile(all->ram) : 0;
 
@@ -656,6 +661,13 @@ int volumes_refresh(struct volumes *all, bool deep)
 	stat_set(&s->pages_overlay_now, c.overlay_pages);
 	stat_set(&s->pages_private_now, c.private_pages);
 	stat_set(&s->map_failures, c.failures);
+	ram_get_mask_counts(all->ram, &m);
+	stat_set(&s->pages_masked_now, m.masked_now);
+	stat_set(&s->pages_masked, m.masked);
+	stat_set(&s->masked_made, m.made);
+	stat_set(&s->masked_copied, m.copied);
+	stat_set(&s->masked_mapped, m.mapped);
+	stat_set(&s->masked_dropped, m.dropped);
 	if (deep && !r) {
 		clock_gettime(CLOCK_REALTIME, &now);
 		stat_set(&s->reconciled_unix_ms, (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000);

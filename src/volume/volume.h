@@ -87,6 +87,7 @@ const char *volume_path(const struct volume *v);
 /* False: it has no file in core, and no page entry names it. */
 bool volume_describe(const struct volume *v, uint64_t *ret_dev, uint64_t *ret_ino, uint64_t *ret_pages,
 		     uint32_t *ret_file);
+unsigned volume_index(const struct volume *v); /* in core; of one that is mapped */
 struct ram *volume_ram(const struct volume *v);
 /* Leases that are gone or break without a signal seen (it may have been lost): the first, or NULL. */
 struct volume *volumes_broken_lease(struct volumes *all);

@@ -24,8 +24,10 @@
 static const struct fuzz_token tokens[] = {
 	FUZZ_TEXT("\xff\xff\xff\xff\xff\xff\xff\xff"),
 	FUZZ_TEXT("\x00\x00\x00\x80"),
-	FUZZ_TEXT("\"format\": \"latent-snapshot\", \"version\": 1,"),
+	FUZZ_TEXT("\"format\": \"latent-snapshot\", \"version\": 2,"),
 	FUZZ_TEXT("\"volumes\": ["),
+	FUZZ_TEXT("\"role\": \"ram\","),
+	FUZZ_TEXT("\"parent\": {\"path\": \"/a\", \"name\": \"a\", \"created_unix_s\": 1},"),
 	FUZZ_TEXT("\"disks\": [{\"drive\": \"d\", \"bytes\": 1, \"layers\": [{"),
 	FUZZ_TEXT("\"file\": \"../x\""),
 	FUZZ_TEXT("\"fingerprint\": \"0123456789abcdef\""),
@@ -60,8 +62,12 @@ static void check_manifest(const uint8_t *text, size_t bytes)
 	}
 	fuzz_require(m.volumes <= SNAPSHOT_VOLUMES && m.disks <= MANIFEST_DISKS);
 	fuzz_require(ends(m.name, sizeof m.name) && ends(m.qemu_version, sizeof m.qemu_version));
-	for (uint32_t i = 0; i < m.volumes; i++)
+	fuzz_require(ends(m.parent.path, sizeof m.parent.path) && ends(m.parent.name, sizeof m.parent.name));
+	for (uint32_t i = 0; i < m.volumes; i++) {
 		fuzz_require(ends(m.volume[i].path, sizeof m.volume[i].path));
+		fuzz_require(m.volume[i].role == MANIFEST_IMAGE || m.volume[i].role == MANIFEST_RAM);
+	}
+	machine_free(m.machine); /* fuzz_machine.c looks into it */
 	fuzz_require(!strchr(m.name, '/')); /* names of new overlays are made of both */
 	for (uint32_t i = 0; i < m.disks; i++) {
 		fuzz_require(!strchr(m.disk[i].drive, '/'));
@@ -83,8 +89,9 @@ static void make_pages(uint8_t file[FILE_BYTES])
 	int fd = os_memfd_create("pages", 0, false);
 
 	fuzz_require(!snapshot_image_create(&layout, &image));
+	/* By fours: a word, one that is stored, one on a volume, one that equals the second. */
 	for (uint32_t i = 0; i < 40; i++)
-		image.block[0].table[i] = (struct snapshot_page){ i % 3, i % 3 == 2 ? i % 2 : 0, i };
+		image.block[0].table[i] = (struct snapshot_page){ i % 4, i % 4 == 2 ? i % 3 : 0, i % 4 == 3 ? i - 2 : i };
 	fuzz_require(!snapshot_image_write(&image, fd));
 	fuzz_require(pread(fd, file, FILE_BYTES, 0) == FILE_BYTES);
 	snapshot_image_free(&image);
@@ -135,9 +142,11 @@ static void check_pages(struct fuzz_reader *in, bool repair)
 
 		fuzz_require(page->kind < SNAPSHOT_KINDS);
 		fuzz_require(page->kind != SNAPSHOT_VOLUME || page->volume < image.volumes);
+		fuzz_require(page->kind != SNAPSHOT_EQUAL ||
+			     (page->value < image.pages && snapshot_page_at(&image, page->value)->kind == SNAPSHOT_DATA));
 	}
 	snapshot_image_count(&image, &counts);
-	fuzz_require(counts.word + counts.data + counts.volume == counts.pages && counts.zero <= counts.word);
+	fuzz_require(counts.word + counts.data + counts.equal + counts.volume == counts.pages && counts.zero <= counts.word);
 	(void)snapshot_image_verify(&image, fd, &bad, why);
 	snapshot_image_free(&image);
 	close(fd);

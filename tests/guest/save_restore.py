@@ -94,6 +94,8 @@ def saves_under_load(test, directory):
                      f"{figures['private_pages']} copies, {figures['faults']} write faults, "
                      f"{figures['pages_stored']} pages stored")
             test.check(figures["faults"] > 0 and figures["pages_stored"] > 1000, "it wrote while it was saved")
+            test.check(figures["active_pages"] > figures["active_written_pages"] > 0,
+                       f"{figures['active_pages']} pages in use, of that {figures['active_written_pages']} written")
         test.check(load.status is None, "the load ran all the time")
         load.kill()
         writes.kill()
@@ -103,9 +105,12 @@ def saves_under_load(test, directory):
         for number in (2, 0):
             snapshot = directory / f"load{number}"
             test.check(latent.run("verify", snapshot).endswith("is whole\n"), f"snapshot {number} is whole")
+            if number == 0:
+                forget(snapshot)
             guest.restore(snapshot)
             test.check_equal(guest.sh("cat /run/nonce"), nonce, f"restored from save {number}: the nonce is there")
             check_memory(test, guest, "and what it was writing")
+            check_masks(test, guest)
             guest.drop_guest_caches()
             latent.check_hashes(test, guest, FILES, what="read anew by the restored guest")
             test.check(guest.sh("dmesg | grep -ci 'ext4.*error' || true").strip() == "0", "its file system has no error")
@@ -117,6 +122,25 @@ def saves_under_load(test, directory):
         test.check_equal(guest.sh("cat /run/nonce"), nonce, "restored from a snapshot of a restored VM")
         check_memory(test, guest, "there, too")
         guest.shutdown()
+
+
+def forget(snapshot):
+    """None of its files is in memory any more: the restore has to read the packed copy of pages in use."""
+    for path in [*snapshot.glob("*"), *snapshot.glob("disks/*")]:
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def check_masks(test, guest):
+    """Each page that was to be made when it is touched is accounted for."""
+    time.sleep(1.2)  # the statistics follow once a second
+    stat = json.loads(latent.run("stat", "--json", guest.name))
+    gone = sum(stat[f"masked_{how}"] for how in ("made", "mapped", "copied", "dropped"))
+    test.check(0 < stat["pages_masked"] == gone + stat["pages_masked_now"],
+               f"of {stat['pages_masked']} masked pages {stat['masked_made']} were made, {stat['masked_mapped']} mapped, "
+               f"{stat['masked_copied']} copied, {stat['masked_dropped']} replaced")
 
 
 def broken_off(test, directory):
@@ -199,7 +223,26 @@ def damaged(test, directory):
             file.write(bytes([byte ^ 1]))
         answer = latent.command("verify", bad)
         test.check(answer.returncode == NO_IMAGE and "page" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
+        active_damaged(test, guest, bad, copy)
         pages_damaged(test, guest, bad, copy)
+
+
+def active_damaged(test, guest, bad, copy):
+    """It is a help: one that is not what it should be is found by verify, and a restore does without."""
+    copy()
+    with open(bad / "active", "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    answer = latent.command("verify", bad)
+    test.check(answer.returncode == NO_IMAGE and "the copy of page" in answer.stderr, f"a wrong copy: {answer.stderr.strip()}")
+    copy()
+    os.truncate(bad / "active", 8192)
+    guest.restore(bad)
+    test.check(guest.sh("echo runs").strip() == "runs", "a damaged active set: the guest runs")
+    test.check("active set is not used" in guest.qemu_log.read_text(), "and it is said")
+    guest.kill9()
 
 
 def pages_damaged(test, guest, bad, copy):

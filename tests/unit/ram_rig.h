@@ -422,8 +422,8 @@ static inline const char *rig_check_page_map(struct rig *rig, unsigned block, ui
 
 	if (!vma->readable || !vma->writable)
 		return rig_wrong(rig, "block %u page %" PRIu64 ": not readable and writable", block, page);
-	if (entry_source(entry) == ENTRY_BASE) {
-		if (entry)
+	if (entry_source(entry) != ENTRY_OVERLAY) {
+		if (entry_source(entry) == ENTRY_BASE && entry)
 			return rig_wrong(rig, "block %u page %" PRIu64 ": base with entry %" PRIx64, block, page,
 					 entry);
 		if (!vma->shared || !rig_same_file(vma, &b->id) || offset != b->memfd_offset + os_bytes(page))

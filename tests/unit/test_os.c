@@ -19,6 +19,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
@@ -595,6 +596,23 @@ static void test_fault_parse(void **state)
 	assert_int_equal(os_fault_parse(""), 0);
 }
 
+/* A process that is to be killed at its second step, and at no other. */
+static void test_fault_kills(void **state)
+{
+	pid_t child = fork();
+	int status;
+
+	(void)state;
+	if (!child) {
+		if (os_fault_parse("save_step:2:KILL") || os_fault(OS_FAULT_SAVE_STEP) || os_fault(OS_FAULT_WRITE))
+			_exit(1);
+		(void)os_fault(OS_FAULT_SAVE_STEP);
+		_exit(2);
+	}
+	assert_int_equal(waitpid(child, &status, 0), child);
+	assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+}
+
 static void test_fault_parse_refuses(void **state)
 {
 	static const char *const wrong[] = {
@@ -607,6 +625,69 @@ static void test_fault_parse_refuses(void **state)
 	for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++)
 		if (os_fault_parse(wrong[i]) != -EINVAL)
 			fail_msg("\"%s\" is taken for a fault", wrong[i]);
+}
+
+/* ---- cgroups ---------------------------------------------------------------------------------- */
+
+static char cgroups[64];
+
+static void put_cgroup(const char *name, const char *text)
+{
+	char path[160];
+	FILE *file;
+
+	snprintf(path, sizeof path, "%s/%s", cgroups, name);
+	for (char *slash = path + strlen(cgroups) + 1; (slash = strchr(slash, '/')); *slash++ = '/') {
+		*slash = '\0';
+		(void)mkdir(path, 0700);
+	}
+	file = fopen(path, "w");
+	assert_non_null(file);
+	fputs(text, file);
+	fclose(file);
+}
+
+static uint64_t room_for(const char *text)
+{
+	char path[96];
+
+	put_cgroup("of-process", text);
+	snprintf(path, sizeof path, "%s/of-process", cgroups);
+	return os_memory_room(path, cgroups);
+}
+
+/* Trees as the kernel shows them, of both versions: the least room on the way to the root counts. */
+static void test_memory_room(void **state)
+{
+	char command[96];
+
+	(void)state;
+	snprintf(cgroups, sizeof cgroups, "/tmp/test_os.XXXXXX");
+	assert_non_null(mkdtemp(cgroups));
+	assert_true(room_for("") == UINT64_MAX);
+	assert_true(room_for("0::/\n") == UINT64_MAX);
+	assert_true(room_for("0::/vms/none\n") == UINT64_MAX);
+	put_cgroup("vms/a/memory.max", "max\n");
+	put_cgroup("vms/a/memory.current", "12345\n");
+	assert_true(room_for("0::/vms/a\n") == UINT64_MAX);
+	put_cgroup("vms/a/memory.max", "1000000\n");
+	assert_int_equal(room_for("0::/vms/a\n"), 1000000 - 12345);
+	put_cgroup("vms/memory.max", "600000\n");
+	put_cgroup("vms/memory.current", "500000\n");
+	assert_int_equal(room_for("0::/vms/a\n"), 100000);
+	put_cgroup("vms/memory.stat", "anon 7\nfile 9\nworkingset_inactive_file 5\ninactive_file 30000\nactive_file 20000\n");
+	assert_int_equal(room_for("0::/vms/a\n"), 150000);
+	put_cgroup("vms/a/memory.max", "12000\n"); /* set below what it has */
+	assert_int_equal(room_for("0::/vms/a\n"), 0);
+	put_cgroup("memory/one/memory.limit_in_bytes", "9223372036854771712\n");
+	put_cgroup("memory/one/memory.usage_in_bytes", "5\n");
+	assert_true(room_for("5:cpu:/one\n4:memory:/one\n0::/\n") == UINT64_MAX);
+	put_cgroup("memory/one/memory.limit_in_bytes", "7777\n");
+	assert_int_equal(room_for("5:cpu:/one\n4:memory:/one\n0::/\n"), 7772);
+	assert_true(room_for("0::/../elsewhere\n") == UINT64_MAX);
+	assert_true(room_for("nonsense\n::\n0:\n") == UINT64_MAX);
+	snprintf(command, sizeof command, "rm -r %s", cgroups);
+	assert_int_equal(system(command), 0);
 }
 
 /* ---- probe and self-test -------------------------------------------------------------------- */
@@ -749,7 +830,7 @@ enum { RUNNERS = 6, FREEZES = 200 };
 static struct {
 	_Atomic uint64_t steps[RUNNERS];
 	_Atomic bool end;
-	_Atomic int spare;
+	_Atomic bool spare;
 	int pipe[2];
 	pthread_mutex_t lock;
 } frozen;
@@ -781,7 +862,8 @@ static void *run_calls(void *arg)
 
 static void *run_spare(void *arg)
 {
-	frozen.spare = (int)syscall(SYS_gettid);
+	os_never_freeze((pid_t)syscall(SYS_gettid));
+	frozen.spare = true;
 	return run_steps(arg);
 }
 
@@ -818,7 +900,7 @@ static void check_freeze(void)
 	uint64_t before[RUNNERS], spare_before;
 	struct timespec pause = { 0, 200000 };
 
-	assert_int_equal(os_freeze(SIGRTMAX - 4, frozen.spare, 5000), 0);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 5000), 0);
 	for (int i = 0; i < RUNNERS; i++)
 		before[i] = frozen.steps[i];
 	spare_before = frozen.steps[0];
@@ -882,7 +964,7 @@ static void test_freeze_in_vain(void **state)
 	assert_int_equal(pthread_create(&runner, NULL, run_steps, &frozen.steps[1]), 0);
 	while (!frozen.steps[0] || !frozen.steps[1])
 		usleep(1000);
-	assert_int_equal(os_freeze(SIGRTMAX - 4, 0, 100), -ETIMEDOUT);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 100), -ETIMEDOUT);
 	before = frozen.steps[1];
 	while (frozen.steps[1] == before)
 		usleep(1000);
@@ -910,7 +992,7 @@ static void test_never_frozen(void **state)
 	assert_int_equal(pthread_create(&exempt, NULL, run_exempt, &frozen.steps[0]), 0);
 	while (!frozen.steps[0])
 		usleep(1000);
-	assert_int_equal(os_freeze(SIGRTMAX - 4, 0, 5000), 0);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 5000), 0);
 	before = frozen.steps[0];
 	while (frozen.steps[0] == before)
 		syscall(SYS_nanosleep, &pause, NULL);
@@ -963,7 +1045,7 @@ static void test_missing_pages(void **state)
 	memset(page, 0x77, sizeof page);
 	assert_int_equal(os_write_all(fd, page, sizeof page, 2 * OS_PAGE_BYTES), 0);
 	assert_int_equal(reader.found, -1);
-	assert_int_equal(os_uffd_wake(uffd, addr, OS_PAGE_BYTES), 0);
+	os_uffd_wake(uffd, (void *)addr, OS_PAGE_BYTES);
 	pthread_join(thread, NULL);
 	assert_int_equal(reader.found, 0x77);
 	views[0][2 * OS_PAGE_BYTES] = 1;
@@ -1002,7 +1084,9 @@ int main(void)
 		cmocka_unit_test(test_read_only_bind_mount),
 		cmocka_unit_test(test_fault_counts),
 		cmocka_unit_test(test_fault_parse),
+		cmocka_unit_test(test_fault_kills),
 		cmocka_unit_test(test_fault_parse_refuses),
+		cmocka_unit_test(test_memory_room),
 		cmocka_unit_test(test_probe),
 		cmocka_unit_test(test_selftest),
 		cmocka_unit_test(test_selftest_leaves_nothing),

@@ -368,11 +368,33 @@ static void compatibility(void **state)
 	assert_null(compat_find(COMPAT_FILE, "/dev/kvm", NULL, NULL));
 }
 
+/* A VM that lives keeps its lock and its files under its new name. */
+static void rename_live(void **state)
+{
+	struct vmdir a = claimed("a"), b = claimed("b");
+
+	(void)state;
+	assert_int_equal(mkdir(in_root("dead"), 0700), 0);
+	make_file("dead/left"); /* by a VM that was killed */
+	assert_int_equal(vmdir_rename(root, "a", "b", why), -EEXIST);
+	assert_non_null(strstr(why, "b is running"));
+	assert_int_equal(vmdir_rename(root, "a", "../c", why), -EINVAL);
+	assert_int_equal(vmdir_rename(root, "none", "c", why), -ENOENT);
+	assert_int_equal(vmdir_rename(root, "a", "dead", why), 0);
+	assert_true(vmdir_is_live(root, "dead") && !vmdir_is_live(root, "a") && vmdir_is_live(root, "b"));
+	assert_true(exists("dead/stats") && !exists("dead/left") && !exists("a"));
+	vmdir_abandon(&b);
+	close(a.lock_fd);
+	close(a.stats_fd);
+	assert_int_equal(vmdir_remove_if_dead(in_root("dead")), 0);
+}
+
 int main(void)
 {
 #define TEST(function) cmocka_unit_test_setup_teardown(function, set_up, tear_down)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(names),
+		TEST(rename_live),
 		cmocka_unit_test(compatibility),
 		TEST(root_is_private),
 		TEST(bad_roots_are_refused),

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* QEMU: docs/devel/qapi-code-gen, util/keyval.c, util/qemu-option.c for what is accepted. */
-#include "cli/props.h"
+#include "vmdir/props.h"
 
 #include <errno.h>
 #include <json-c/json.h>
@@ -81,6 +81,24 @@ char *props_escape(const char *value)
 	}
 	*to = 0;
 	return escaped;
+}
+
+/* Of QEMU's options those without a value are few and settled; new ones have had values. */
+bool props_option_has_value(const char *option)
+{
+	static const char *const without[] = {
+		"S", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "curses", "daemonize",
+		"enable-fips", "enable-hax", "enable-hvf", "enable-kvm", "enable-sync-profile", "full-screen",
+		"h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-frame", "no-hpet", "no-kvm",
+		"no-kvm-irqchip", "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults",
+		"nographic", "only-migratable", "portrait", "preconfig", "s", "sdl", "semihosting",
+		"singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
+	};
+
+	for (size_t i = 0; i < sizeof without / sizeof without[0]; i++)
+		if (!strcmp(option, without[i]))
+			return false;
+	return true;
 }
 
 static int parse_json(struct props *props, const char *text)

@@ -5,9 +5,10 @@
  *
  * Functions return 0 or a negative errno: -ENOMEM, -EINVAL for text that QEMU will refuse too.
  */
-#ifndef LATENT_CLI_PROPS_H
-#define LATENT_CLI_PROPS_H
+#ifndef LATENT_VMDIR_PROPS_H
+#define LATENT_VMDIR_PROPS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 struct prop {
@@ -28,5 +29,8 @@ void props_clear(struct props *props);
 
 /* A value as it has to be written: its commas twice. To be freed; NULL: no memory. */
 char *props_escape(const char *value);
+
+/* Does a word with this option (without its dashes) have a value in the next one? */
+bool props_option_has_value(const char *option);
 
 #endif

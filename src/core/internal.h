@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* What ram.c (blocks, ranges, overlays) and mask.c (pages that are made when they are touched) share. */
+#ifndef LATENT_CORE_INTERNAL_H
+#define LATENT_CORE_INTERNAL_H
+
+#include "core/ram.h"
+#include "os/os.h"
+
+#include <assert.h>
+
+struct ram_file {
+	bool used;
+	bool copy_only;         /* masked pages of it are copied from now on, and not mapped */
+	int fd;
+	uint64_t pages;
+	uint64_t overlay_pages; /* entries that map it, */
+	uint64_t mapped_pages;  /* and of those the ones without a copy of their own */
+	uint64_t masked_pages;  /* entries that will get their contents from it; under the mask lock */
+	struct ram_observer observer;
+};
+
+/* Of masked pages of one repeated word; see mask.c. */
+struct ram_words {
+	uint64_t *list;
+	size_t count, room;
+};
+
+struct ram {
+	pthread_mutex_t lock; /* the range lock: protects everything below but what is said */
+#ifndef NDEBUG
+	pthread_t holder;
+	bool held;
+#endif
+	struct ram_block *blocks[RAM_BLOCKS]; /* slots are read without the lock by ram_find */
+	struct ram_file files[ENTRY_FILES];
+	struct ram_counts counts;
+	bool base_held; /* see ram_hold */
+	struct os_pagemap *pagemap; /* used under the lock */
+
+	/*
+	 * The mask lock: whoever changes the entry of a page in a watched mapping, or that mapping, has it; behind
+	 * the range lock, if he has that one. Nobody touches guest RAM by its address with it, and so the thread
+	 * that makes masked pages, which needs it, always goes on.
+	 */
+	pthread_mutex_t mask_lock;
+	int uffd; /* borrowed; -1: pages cannot be masked */
+	struct ram_words words;
+	struct ram_mask_counts mask_counts;
+};
+
+static inline void assert_locked(struct ram *ram)
+{
+#ifndef NDEBUG
+	assert(ram->held && pthread_equal(ram->holder, pthread_self()));
+#else
+	(void)ram;
+#endif
+}
+
+static inline uint64_t entry_get(const struct ram_block *b, uint64_t page)
+{
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed);
+}
+
+static inline void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
+{
+	atomic_store_explicit(&b->entries[page], entry, memory_order_relaxed);
+}
+
+static inline void *page_hva(const struct ram_block *b, uint64_t page)
+{
+	return b->hva + os_bytes(page);
+}
+
+static inline uint64_t memfd_at(const struct ram_block *b, uint64_t page)
+{
+	return b->memfd_offset + os_bytes(page);
+}
+
+/* ram.c */
+
+/* Mappings that begin at pages first..last; a mapping that begins with the block is not counted. */
+uint64_t count_starts(const struct ram_block *b, uint64_t first, uint64_t last);
+bool within_budget(struct ram *ram, uint64_t more_maps);
+/* [locked, and with the mask lock] ram_map_overlay. */
+int map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, unsigned file, uint64_t file_page);
+
+/* mask.c; with the mask lock */
+
+/* The page's entry is about to become another one: it needs no contents any more. */
+void mask_forget(struct ram *ram, uint64_t entry);
+/* Masked pages among these read as zeros from now on. */
+void mask_drop(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
+/* Writes the contents of masked pages into the memfd; for a range that is mapped no more. */
+void mask_rescue(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
+
+#endif

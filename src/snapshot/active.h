@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The file `active` of a snapshot: the pages that the guest was using when it was saved, in the order in which it
+ * touched them (US20100070678), with a packed copy of their contents, which a cold restore reads in one piece.
+ * Beside a packed `ram` it is the list alone. It is a help and never needed: everything in it is also elsewhere. docs/snapshot.md has the layout.
+ */
+#ifndef LATENT_SNAPSHOT_ACTIVE_H
+#define LATENT_SNAPSHOT_ACTIVE_H
+
+#include "snapshot/image.h"
+
+#define SNAPSHOT_ACTIVE "active"
+#define ACTIVE_MAGIC 0x455649544341544cull /* "LTACTIVE" */
+#define ACTIVE_VERSION 1u
+#define ACTIVE_WRITTEN 1u
+#define ACTIVE_MAX_PAGES 65536u /* 256 MiB: more is no working set that somebody waits for */
+
+struct active_header {
+	uint64_t magic;
+	uint32_t version, page_bytes;
+	uint64_t pages;
+	uint64_t checksum; /* XXH3-64 of the records */
+};
+
+/* Behind the header; behind them, from the next multiple of the page size, the contents in the same order. */
+struct active_page {
+	uint64_t page;  /* its number in `pages` */
+	uint32_t flags; /* ACTIVE_WRITTEN */
+	uint32_t order; /* the slice of time in which it was touched first; grows */
+};
+
+struct active_set {
+	struct active_page *list;
+	uint64_t count;
+	uint64_t contents_offset; /* bytes; 0: there are no copies of the contents */
+};
+
+/* Where contents begin behind so many records. */
+uint64_t active_contents_offset(uint64_t count);
+
+/* All of it, into an empty file. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1: the list alone; `volume_fd`: of the image's volumes.
+ * 0 or a negative errno. */
+int active_write(int fd, const struct active_page *list, uint64_t count, const struct snapshot_image *image, int ram_fd,
+		 const int volume_fd[SNAPSHOT_VOLUMES]);
+/* Checked against the image. -EBADMSG, with a sentence in `why`; -ENOMEM. */
+int active_read(int fd, const struct snapshot_image *image, struct active_set *ret_set, char why[SNAPSHOT_WHY_BYTES]);
+void active_free(struct active_set *set);
+
+#endif

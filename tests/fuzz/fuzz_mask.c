@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * Bytes as a sequence of transitions on guest RAM with masked pages, while a thread makes what is touched. What a page
+ * has to hold is known at any time; each operation is followed by reads of some pages, the last one by reads of all,
+ * and by a comparison of the entries with the mappings that the kernel has. A page whose contents are free (an
+ * overlay or a mask that failed over it) is written before it is read.
+ *
+ * Input: operations of one to five bytes (see `operations`). With FUZZ_TRACE=1 it says what each input does.
+ */
+#include "../unit/ram_rig.h"
+
+#include "fuzz.h"
+#include "os/probe.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+
+#define PAGES 64
+#define FILE_PAGES 96
+#define MAX_OPERATIONS 48
+
+const struct fuzz_target fuzz_target = { "mask", 256, NULL, false };
+
+static struct {
+	struct rig rig;
+	struct fuzz_reader bytes;
+	uint64_t tag[PAGES];
+	uint64_t next_tag;
+	int uffd, end_fd;
+	pthread_t thread;
+	bool trace;
+} f;
+
+/* ---- the thread ------------------------------------------------------------------------------------ */
+
+static void *serve(void *arg)
+{
+	struct pollfd p[] = { { .fd = f.uffd, .events = POLLIN }, { .fd = f.end_fd, .events = POLLIN } };
+	uintptr_t page;
+
+	(void)arg;
+	for (;;) {
+		(void)poll(p, 2, -1);
+		if (p[1].revents)
+			return NULL;
+		while (os_uffd_next_fault(f.uffd, &page) == 1)
+			if (ram_make(f.rig.ram, (void *)page))
+				os_uffd_wake(f.uffd, (void *)page, OS_PAGE_BYTES); /* it will be asked for again */
+	}
+}
+
+static void open_all(void)
+{
+	static const uint64_t block_pages[RIG_BLOCKS] = { PAGES, 1 };
+
+	f.uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);
+	f.end_fd = eventfd(0, EFD_CLOEXEC);
+	if (f.uffd < 0) {
+		printf("skipped: no userfaultfd for the kernel's faults (%s)\n", strerror(-f.uffd));
+		exit(77);
+	}
+	if (f.end_fd < 0)
+		abort();
+	rig_open(&f.rig, block_pages, FILE_PAGES, UINT64_C(1) << 40);
+	ram_lock(f.rig.ram);
+	ram_watch(f.rig.ram, f.uffd);
+	ram_unlock(f.rig.ram);
+	memset(f.tag, 0, sizeof f.tag);
+	f.next_tag = UINT64_C(0x6e57) << 48;
+	if (pthread_create(&f.thread, NULL, serve, NULL))
+		abort();
+}
+
+static void close_all(void)
+{
+	uint64_t one = 1;
+
+	for (unsigned p = 0; p < OS_FAULT_POINTS; p++)
+		os_fault_arm((enum os_fault_point)p, 0, 0);
+	if (write(f.end_fd, &one, sizeof one) != sizeof one)
+		abort();
+	pthread_join(f.thread, NULL);
+	rig_close(&f.rig);
+	close(f.uffd);
+	close(f.end_fd);
+}
+
+/* ---- operations ------------------------------------------------------------------------------------ */
+
+static uint8_t next(void) { return fuzz_byte(&f.bytes); }
+
+static struct ram_block *block(void) { return f.rig.blocks[0].ram; }
+
+struct part {
+	uint64_t page, pages;
+};
+
+static struct part next_part(const char *what)
+{
+	struct part p = { .page = next() % PAGES };
+
+	p.pages = 1 + next() % (PAGES - p.page);
+	if (f.trace)
+		fprintf(stderr, "%s page %" PRIu64 " +%" PRIu64 "\n", what, p.page, p.pages);
+	return p;
+}
+
+static uint64_t file_tag(unsigned file, uint64_t file_page)
+{
+	return rig_file_tag(file, f.rig.files[file].version, file_page);
+}
+
+static void guest_writes(uint64_t page)
+{
+	f.tag[page] = ++f.next_tag;
+	rig_write(rig_hva(&f.rig, 0, page), f.tag[page]);
+}
+
+static void do_write(void)
+{
+	guest_writes(next_part("write").page);
+}
+
+static void do_discard(void)
+{
+	struct part p = next_part("discard");
+
+	ram_lock(f.rig.ram);
+	(void)ram_discard(f.rig.ram, block(), p.page, p.pages);
+	ram_unlock(f.rig.ram);
+	for (uint64_t i = 0; i < p.pages; i++)
+		f.tag[p.page + i] = 0;
+}
+
+static void do_overlay(void)
+{
+	struct part p = next_part("overlay");
+	unsigned file = next() % RIG_FILES;
+	uint64_t file_page = next() % (FILE_PAGES - PAGES);
+	int r;
+
+	ram_lock(f.rig.ram);
+	r = ram_map_overlay(f.rig.ram, block(), p.page, p.pages, f.rig.files[file].index, file_page);
+	ram_unlock(f.rig.ram);
+	for (uint64_t i = 0; i < p.pages; i++) {
+		if (r)
+			guest_writes(p.page + i);
+		else
+			f.tag[p.page + i] = file_tag(file, file_page + i);
+	}
+}
+
+/* Back to base by a settle: contents stay. */
+static void do_settle(void)
+{
+	struct part p = next_part("settle");
+
+	ram_lock(f.rig.ram);
+	(void)ram_settle(f.rig.ram, block(), p.page, p.pages, NULL);
+	ram_unlock(f.rig.ram);
+}
+
+/* One page in four stays as it is, if base holds it. */
+static uint64_t mask_entry(unsigned how, uint64_t page, uint64_t at, uint64_t *ret_tag)
+{
+	uint64_t number;
+
+	*ret_tag = 0;
+	switch (how % 4) {
+	case 0:
+		return ENTRY_WATCHED;
+	case 1:
+		*ret_tag = UINT64_C(0x1717) << 48 | (at & 3);
+		if (ram_add_word(f.rig.ram, *ret_tag, &number))
+			abort();
+		return entry_masked(ENTRY_WORDS, number);
+	default:
+		*ret_tag = file_tag(how & 1, (at + page) % FILE_PAGES);
+		return entry_masked(f.rig.files[how & 1].index, (at + page) % FILE_PAGES);
+	}
+}
+
+/* Masks want base with nothing in it: a discard makes it. */
+static void do_mask(void)
+{
+	struct part p = next_part("mask");
+	uint64_t entries[PAGES], tags[PAGES];
+	uint8_t how = next(), at = next();
+	int r;
+
+	ram_lock(f.rig.ram);
+	(void)ram_discard(f.rig.ram, block(), p.page, p.pages);
+	r = ram_has_overlay(block(), p.page, p.pages) ? -EBUSY : 0; /* a discard that could not map */
+	for (uint64_t i = 0; i < p.pages; i++)
+		entries[i] = mask_entry(how >> (i & 3), p.page + i, at, &tags[i]);
+	if (!r)
+		r = ram_mask(f.rig.ram, block(), p.page, p.pages, entries);
+	ram_unlock(f.rig.ram);
+	for (uint64_t i = 0; i < p.pages; i++)
+		f.tag[p.page + i] = r ? 0 : tags[i];
+}
+
+static void do_unmask(void)
+{
+	if (f.trace)
+		fprintf(stderr, "unmask\n");
+	(void)ram_unmask(f.rig.ram);
+}
+
+/* Given up and rewritten, unless something of it could not be copied. */
+static void do_rewrite(void)
+{
+	struct rig_file *file = &f.rig.files[next() % RIG_FILES];
+
+	if (f.trace)
+		fprintf(stderr, "rewrite\n");
+	if (!ram_privatize(f.rig.ram, file->index))
+		rig_write_file(file, (file->version + 1) & 0xffff);
+}
+
+/* The range lock is held: what is touched must be copied. */
+static void do_read_locked(void)
+{
+	uint64_t page = next_part("read, locked").page;
+
+	ram_lock(f.rig.ram);
+	if (!rig_holds(rig_hva(&f.rig, 0, page), f.tag[page]))
+		abort();
+	ram_unlock(f.rig.ram);
+}
+
+static void do_zap(void)
+{
+	struct part p = next_part("zap");
+
+	ram_lock(f.rig.ram);
+	ram_zap_base(block(), p.page, p.pages);
+	ram_unlock(f.rig.ram);
+}
+
+static void do_arm(void)
+{
+	static const enum os_fault_point points[] = { OS_FAULT_MAP_FILE, OS_FAULT_MAP_BASE, OS_FAULT_REGISTER,
+						      OS_FAULT_STORAGE_READ, OS_FAULT_MARK };
+	enum os_fault_point point = points[next() % 5];
+
+	os_fault_arm(point, 1 + next() % 4, ENOMEM);
+	if (f.trace)
+		fprintf(stderr, "arm %u\n", point);
+}
+
+static void (*const operations[])(void) = {
+	do_mask, do_write, do_discard, do_overlay, do_settle, do_unmask, do_rewrite, do_read_locked, do_zap, do_arm, do_mask,
+};
+#define OPERATIONS (sizeof operations / sizeof operations[0])
+
+/* ---- one input ------------------------------------------------------------------------------------- */
+
+static void report(const uint8_t *data, const char *why)
+{
+	fprintf(stderr, "fuzz_mask: after %zu bytes: %s\ninput:", (size_t)(f.bytes.at - data), why);
+	for (const uint8_t *at = data; at < f.bytes.end; at++)
+		fprintf(stderr, " %02x", *at);
+	fprintf(stderr, "\n");
+	abort();
+}
+
+static const char *check_page(uint64_t page)
+{
+	uint64_t got = 0;
+
+	if (!rig_tag_of_words((const uint64_t *)(const void *)rig_hva(&f.rig, 0, page), &got) || got != f.tag[page])
+		return rig_wrong(&f.rig, "page %" PRIu64 " holds %" PRIx64 " instead of %" PRIx64, page, got, f.tag[page]);
+	return NULL;
+}
+
+static const char *check_maps(void)
+{
+	uint64_t maps, splits;
+
+	rig_read_maps(&f.rig);
+	return rig_check_block_maps(&f.rig, 0, &maps, &splits);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+	const char *why = NULL;
+
+	f.bytes = (struct fuzz_reader){ data, data + bytes };
+	f.trace = getenv("FUZZ_TRACE");
+	open_all();
+	for (unsigned n = 0; !why && f.bytes.at < f.bytes.end && n < MAX_OPERATIONS; n++) {
+		uint8_t operation = next();
+
+		operations[operation % OPERATIONS]();
+		why = check_page((operation / OPERATIONS * 7 + n) % PAGES);
+	}
+	for (uint64_t i = 0; !why && i < PAGES; i++)
+		why = check_page(i);
+	if (!why)
+		why = check_maps();
+	if (why)
+		report(data, why);
+	close_all();
+	return 0;
+}

@@ -8,7 +8,8 @@
 #include <string.h>
 #include <time.h>
 
-#define DEATH 0x10000 /* no errno: the process is to be killed */
+/* No errno values: the process is to be killed; from now on nothing can be written. */
+enum { DEATH = 0x10000, FULL };
 
 static struct {
 	_Atomic uint32_t calls, nth;
@@ -17,6 +18,7 @@ static struct {
 } points[OS_FAULT_POINTS];
 
 static _Atomic bool any_armed; /* the only thing looked at when no test runs */
+static _Atomic bool full;      /* every OS_FAULT_WRITE fails */
 
 static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_MAP_FILE] = "map_file",
@@ -58,11 +60,16 @@ int os_fault(enum os_fault_point point)
 		nanosleep(&t, NULL);
 	}
 	call = atomic_fetch_add(&points[point].calls, 1) + 1;
+	if (point == OS_FAULT_WRITE && full)
+		return -ENOSPC;
 	if (call != points[point].nth)
 		return 0;
 	if (points[point].error == DEATH)
 		raise(SIGKILL);
-	return -points[point].error;
+	if (points[point].error != FULL)
+		return -points[point].error;
+	full = true;
+	return 0;
 }
 
 static int error_by_name(const char *name)
@@ -71,7 +78,7 @@ static int error_by_name(const char *name)
 		const char *name;
 		int error;
 	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC }, { "EPERM", EPERM },
-		      { "KILL", DEATH } };
+		      { "KILL", DEATH }, { "FULL", FULL } };
 
 	for (size_t i = 0; i < sizeof errors / sizeof errors[0]; i++)
 		if (!strcmp(errors[i].name, name))

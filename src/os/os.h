@@ -264,9 +264,10 @@ enum os_fault_point {
 
 /*
  * The call number `nth` (from 1) of a point fails with `error` (positive errno), once; 0 disarms.
- * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), or
- * "storage_read:delay:MS" (every call is delayed), comma-separated, as in the environment variable
- * LATENT_FAULT of the VMM, of `latent save` and of `latent flatten`.
+ * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), "point:nth:FULL" (from
+ * then on every OS_FAULT_WRITE fails with ENOSPC), or "storage_read:delay:MS" (every call is delayed),
+ * comma-separated, as in the environment variable LATENT_FAULT of the VMM, of `latent save` and of
+ * `latent flatten`.
  */
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error);
 int os_fault_parse(const char *text);

@@ -125,6 +125,7 @@ void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
 void saver_arm(struct agent *agent, int client, struct control_reply *reply);
 void saver_written(struct agent *agent, uintptr_t hva); /* from faults.c */
+void saver_peer_gone(void);
 void saver_watch(int client, struct control_reply *reply);
 uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
@@ -135,6 +136,8 @@ bool saver_client_gone(struct agent *agent, int client); /* true: it was saving 
 int faults_make_pages(struct agent *agent);
 /* Writes to what `uffd` protects go to saver_written; -1: no more (none is under way when it returns). */
 int faults_serve_writes(struct agent *agent, int uffd);
+/* When the other end of this socket is gone, saver_peer_gone is called; -1: no more, as above. */
+void faults_watch_peer(int socket);
 
 /* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */
 int restorer_fill(struct agent *agent, struct ram_block *block);

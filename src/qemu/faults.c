@@ -30,11 +30,11 @@ static struct {
 	bool runs; /* the thread */
 	sem_t ready;
 	pthread_mutex_t lock; /* protects the next; held while one of its faults is served */
-	int write_uffd;
+	int write_uffd, peer;
 	uintptr_t failed[FAILED_MAX]; /* pages whose contents storage did not give */
 	size_t failures;
 	int last_error; /* said once */
-} faults = { .uffd = -1, .wake_fd = -1, .lock = PTHREAD_MUTEX_INITIALIZER, .write_uffd = -1 };
+} faults = { .uffd = -1, .wake_fd = -1, .lock = PTHREAD_MUTEX_INITIALIZER, .write_uffd = -1, .peer = -1 };
 
 static void note_failure(uintptr_t page, int error)
 {
@@ -82,6 +82,19 @@ static bool serve_write(void)
 	return more;
 }
 
+static void serve_peer(void)
+{
+	struct pollfd p = { .events = POLLRDHUP };
+
+	pthread_mutex_lock(&faults.lock);
+	p.fd = faults.peer; /* which may be another one by now */
+	if (poll(&p, 1, 0) == 1) {
+		saver_peer_gone();
+		faults.peer = -1;
+	}
+	pthread_mutex_unlock(&faults.lock);
+}
+
 static void forget_wake(void)
 {
 	uint64_t count;
@@ -89,7 +102,7 @@ static void forget_wake(void)
 	(void)!read(faults.wake_fd, &count, sizeof count);
 }
 
-enum { POLL_PAGES, POLL_WRITES, POLL_WAKE, POLLS };
+enum { POLL_PAGES, POLL_WRITES, POLL_PEER, POLL_WAKE, POLLS };
 
 static void *serve(void *arg)
 {
@@ -103,12 +116,15 @@ static void *serve(void *arg)
 		struct pollfd p[POLLS] = {
 			[POLL_PAGES] = { .fd = faults.uffd, .events = POLLIN },
 			[POLL_WRITES] = { .fd = faults.write_uffd, .events = POLLIN },
+			[POLL_PEER] = { .fd = faults.peer, .events = POLLRDHUP },
 			[POLL_WAKE] = { .fd = faults.wake_fd, .events = POLLIN },
 		};
 
 		(void)poll(p, POLLS, faults.failures ? AGAIN_MS : -1);
 		if (p[POLL_WAKE].revents)
 			forget_wake();
+		if (p[POLL_PEER].revents & (POLLRDHUP | POLLHUP | POLLERR))
+			serve_peer();
 		while (faults.uffd >= 0 && os_uffd_next_fault(faults.uffd, &page) == 1)
 			make(page);
 		while (serve_write())
@@ -188,4 +204,13 @@ int faults_serve_writes(struct agent *a, int uffd)
 	if (faults.runs)
 		wake();
 	return 0;
+}
+
+void faults_watch_peer(int socket)
+{
+	pthread_mutex_lock(&faults.lock);
+	faults.peer = socket;
+	pthread_mutex_unlock(&faults.lock);
+	if (faults.runs)
+		wake();
 }

@@ -149,20 +149,22 @@ void resume_take(struct agent *a, struct pause *p, const char *name, struct cont
 
 /* ---- a restore that came to nothing --------------------------------------------------------------- */
 
-/* The statistics are asked through their file: they may not be mapped, or by another process (-daemonize). */
-static bool has_run(const struct agent *a)
+/* One that stands may have been let run by a `cont` that the agent has not heard of yet. The statistics are asked
+ * through their file: they may not be mapped, or by another process (-daemonize). */
+static bool may_have_run(const struct agent *a)
 {
+	enum restore_step step = a->config.restore.then == RESTORE_THEN_STAND ? RESTORE_STATE : RESTORE_RESUMED;
 	struct vm_stats stats;
 
 	return pread(a->config.stats_fd, &stats, sizeof stats, 0) == (ssize_t)sizeof stats &&
-	       stat_get(&stats.restore_us[RESTORE_RESUMED]);
+	       stat_get(&stats.restore_us[step]);
 }
 
 void resume_drop_disks(const struct agent *a)
 {
 	const struct agent_restore *restore = &a->config.restore;
 
-	if (restore->overlays_fd < 0 || has_run(a))
+	if (restore->overlays_fd < 0 || may_have_run(a))
 		return;
 	for (uint32_t i = 0; i < restore->overlays && i < AGENT_RESTORE_OVERLAYS; i++)
 		(void)unlinkat(restore->overlays_fd, restore->overlay[i], 0);

@@ -183,6 +183,9 @@ static int arm(struct agent *a)
 {
 	int r = faults_serve_writes(a, saver.uffd);
 
+	if (!r)
+		faults_watch_peer(saver.client);
+
 	for (unsigned i = 0; !r && i < RAM_BLOCKS; i++) {
 		for (uint64_t page = 0, pages = 1; !r && pages; page += pages) {
 			struct ram_block *b;
@@ -297,12 +300,24 @@ static void close_fd(int *fd)
 }
 
 /*
+ * From the thread that serves faults: the other side is gone. Who waits for it must go on before the service thread
+ * comes to it, which may itself be waiting for one of them. All protection ends with the descriptor.
+ */
+void saver_peer_gone(void)
+{
+	pthread_mutex_lock(&saver.arm_lock);
+	close_fd(&saver.uffd);
+	pthread_mutex_unlock(&saver.arm_lock);
+}
+
+/*
  * Who holds the range lock may be waiting for a page that the other side serves no more (a discard that writes
  * zeros). Closing the last descriptor takes all protection away and wakes him; the other side has closed its own
  * one, or is gone.
  */
 static void end(struct agent *a)
 {
+	faults_watch_peer(-1);
 	(void)faults_serve_writes(a, -1);
 	if (!ram_lock_within(a->ram, LOCK_MS)) {
 		close_fd(&saver.uffd);

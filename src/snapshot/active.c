@@ -118,7 +118,7 @@ static int check_list(const struct active_set *set, const struct snapshot_image 
 int active_read(int fd, const struct snapshot_image *image, struct active_set *ret_set, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct active_set set = { 0 };
-	struct active_header h;
+	struct active_header h = { 0 };
 	struct stat st;
 	int r = fstat(fd, &st) ? -errno : os_read_all(fd, &h, sizeof h, 0);
 

@@ -86,7 +86,7 @@ static uint64_t run_at(struct flatten *f, uint64_t page, int *ret_file, uint64_t
 static int copy_run(struct flatten *f, uint64_t page, uint64_t pages, int file, uint64_t file_page)
 {
 	const char *name = file < 0 ? SNAPSHOT_RAM : f->from.manifest.volume[file].path;
-	int r = snapshot_read_all(reader_fd(&f->from, file), f->chunk, os_bytes(pages), os_bytes(file_page));
+	int r = os_read_all(reader_fd(&f->from, file), f->chunk, os_bytes(pages), os_bytes(file_page));
 
 	if (r)
 		return fail(f, r, "%.200s cannot be read: %s", name, strerror(-r));
@@ -149,7 +149,7 @@ static int copy_range(struct flatten *f, int from, int to, uint64_t begin, uint6
 {
 	for (uint64_t at = begin; at < end;) {
 		size_t bytes = end - at < os_bytes(CHUNK_PAGES) ? (size_t)(end - at) : os_bytes(CHUNK_PAGES);
-		int r = snapshot_read_all(from, f->chunk, bytes, at);
+		int r = os_read_all(from, f->chunk, bytes, at);
 
 		if (!r)
 			r = f->progress->stop ? -EINTR : os_write_all(to, f->chunk, bytes, at);
@@ -189,6 +189,14 @@ static int copy_file(struct flatten *f, const char *name)
 	}
 	close(from);
 	return r;
+}
+
+/* A restore does without, too. Page numbers and contents are those of the old one. */
+static int copy_active(struct flatten *f)
+{
+	if (faccessat(f->from.dir_fd, SNAPSHOT_ACTIVE, F_OK, AT_SYMLINK_NOFOLLOW) && errno == ENOENT)
+		return 0;
+	return copy_file(f, SNAPSHOT_ACTIVE);
 }
 
 static int check_layer(struct flatten *f, const struct manifest_layer *layer, const char *name)
@@ -295,10 +303,10 @@ static int flatten(struct flatten *f, const char *new_dir)
 		r = write_ram(f);
 	if (!r)
 		r = copy_file(f, SNAPSHOT_STATE);
-	if (!r && !faccessat(f->from.dir_fd, SNAPSHOT_ACTIVE, F_OK, AT_SYMLINK_NOFOLLOW))
-		r = copy_file(f, SNAPSHOT_ACTIVE); /* pages keep their numbers */
 	if (!r)
 		r = step(f, "the device state is copied");
+	if (!r)
+		r = copy_active(f);
 	if (!r)
 		r = for_layers(f, take_layer);
 	if (!r)

@@ -128,18 +128,6 @@ int snapshot_image_write(const struct snapshot_image *image, int fd)
 	return r;
 }
 
-int snapshot_read_all(int fd, void *to, size_t bytes, uint64_t offset)
-{
-	for (size_t done = 0; done < bytes;) {
-		ssize_t n = pread(fd, (uint8_t *)to + done, bytes - done, (off_t)(offset + done));
-
-		if (n <= 0)
-			return n ? -errno : -EBADMSG;
-		done += (size_t)n;
-	}
-	return 0;
-}
-
 static int refuse(char *why, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 static int refuse(char *why, const char *format, ...)
@@ -224,19 +212,19 @@ int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPS
 	int r;
 
 	snprintf(why, SNAPSHOT_WHY_BYTES, "pages: cannot be read, or ends too early");
-	r = fstat(fd, &st) ? -errno : snapshot_read_all(fd, &h, sizeof h, 0);
+	r = fstat(fd, &st) ? -errno : os_read_all(fd, &h, sizeof h, 0);
 	if (!r)
 		r = check_header(&h, (uint64_t)st.st_size, why);
 	if (r)
-		return r;
+		return r == -ENODATA ? -EBADMSG : r;
 	blocks_bytes = h.blocks * sizeof blocks[0];
-	r = snapshot_read_all(fd, blocks, blocks_bytes, sizeof h);
+	r = os_read_all(fd, blocks, blocks_bytes, sizeof h);
 	if (!r)
 		r = take_blocks(&h, blocks, &image, why);
 	if (!r)
 		r = place_tables(&image);
 	if (!r)
-		r = snapshot_read_all(fd, image.memory, image.memory_bytes, sizeof h + blocks_bytes);
+		r = os_read_all(fd, image.memory, image.memory_bytes, sizeof h + blocks_bytes);
 	if (!r && checksum(blocks, blocks_bytes, image.memory, image.memory_bytes) != h.checksum)
 		r = refuse(why, "pages: the checksum is wrong: the file is damaged");
 	if (!r)
@@ -245,7 +233,7 @@ int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPS
 		snapshot_image_free(&image);
 	else
 		*ret_image = image;
-	return r;
+	return r == -ENODATA ? -EBADMSG : r;
 }
 
 /* ---- looking through it ---------------------------------------------------------------------- */
@@ -281,7 +269,7 @@ int snapshot_image_verify(const struct snapshot_image *image, int ram_fd, uint64
 			at++;
 		while (n < READ_PAGES && at + n < image->pages && table[at + n].kind == SNAPSHOT_DATA)
 			n++;
-		r = n ? snapshot_read_all(ram_fd, chunk, os_bytes(n), os_bytes(at)) : 0;
+		r = n ? os_read_all(ram_fd, chunk, os_bytes(n), os_bytes(at)) : 0;
 		for (uint64_t i = 0; !r && i < n; i++) {
 			if (XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == table[at + i].value)
 				continue;

@@ -34,9 +34,6 @@ void snapshot_image_free(struct snapshot_image *image);
 /* What the page holds: SNAPSHOT_WORD with the word, or SNAPSHOT_DATA with the digest. */
 struct snapshot_page snapshot_classify(const void *page);
 
-/* Whole runs of a file. -EBADMSG: it ends too early. */
-int snapshot_read_all(int fd, void *to, size_t bytes, uint64_t offset);
-
 int snapshot_image_write(const struct snapshot_image *image, int fd);
 /* Checks all of it before anything is believed. `fd`: the file `pages`. */
 int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);

@@ -57,14 +57,9 @@ static uint64_t count_stored(const struct snapshot_image *image)
 
 static int read_all(int fd, void *to, size_t bytes, uint64_t offset)
 {
-	for (size_t done = 0; done < bytes;) {
-		ssize_t n = pread(fd, (uint8_t *)to + done, bytes - done, (off_t)(offset + done));
+	int r = os_read_all(fd, to, bytes, offset);
 
-		if (n <= 0)
-			return n ? -errno : -EBADMSG;
-		done += (size_t)n;
-	}
-	return 0;
+	return r == -ENODATA ? -EBADMSG : r;
 }
 
 /* ---- writing -------------------------------------------------------------------------------- */

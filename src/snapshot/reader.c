@@ -264,8 +264,8 @@ int reader_verify_origins(const struct reader *r, uint64_t *ret_bad, char why[SN
 
 		if (!is_in_origin(r, page))
 			continue;
-		e = snapshot_read_all(r->file[p->volume].fd, bytes, sizeof bytes, os_bytes(p->value));
-		if (e && e != -EBADMSG)
+		e = os_read_all(r->file[p->volume].fd, bytes, sizeof bytes, os_bytes(p->value));
+		if (e && e != -ENODATA)
 			return fail(why, e, "%.200s cannot be read: %s", path, strerror(-e));
 		if ((e || !reader_checks(r, page, bytes)) && !bad++)
 			fail(why, 0, "%.150s: page %ju is not what was stored there", path, (uintmax_t)p->value);

@@ -597,7 +597,7 @@ static int write_active(struct save *s)
 			close(volumes[i]);
 	if (ram >= 0)
 		close(ram);
-	return r;
+	return r ? r : step(s, "the active pages are written");
 }
 
 /* The guest's pages come in the order in which they are about to change; they are packed in their own. So all of

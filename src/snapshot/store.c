@@ -26,7 +26,7 @@ bool store_proves(int fd, uint64_t page, const uint8_t *bytes)
 {
 	uint8_t stored[OS_PAGE_BYTES];
 
-	return !snapshot_read_all(fd, stored, sizeof stored, os_bytes(page)) && !memcmp(stored, bytes, sizeof stored);
+	return !os_read_all(fd, stored, sizeof stored, os_bytes(page)) && !memcmp(stored, bytes, sizeof stored);
 }
 
 static bool is_stored_as(const struct store *s, uint64_t page, const uint8_t *bytes)

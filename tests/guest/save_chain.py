@@ -119,7 +119,7 @@ def chain(test, directory):
         missing_and_changed(test, guest, a, b)
         killed_flattening(test, directory, c)
         latent.run("flatten", c, flat)
-        check_flat(test, flat)
+        check_flat(test, c, flat)
         for path in (a, b):
             shutil.rmtree(path)
         check_restored(test, guest, flat, nonce, "the flat one, with the others gone")
@@ -156,11 +156,12 @@ def killed_flattening(test, directory, snapshot):
     shutil.rmtree(directory / "killed")
 
 
-def check_flat(test, flat):
+def check_flat(test, old, flat):
     about = info(flat)
     test.check(about["parent"] is None and {volume["role"] for volume in about["volumes"]} <= {"image"},
                "the flat one needs no other snapshot")
     test.check(latent.run("verify", flat).endswith("is whole\n"), "and is whole")
+    test.check_equal(latent.sha256(flat / "active"), latent.sha256(old / "active"), "its active pages are those of the old one")
 
 
 def page_in_parent(directory, ram):
@@ -332,19 +333,21 @@ def write_fails(test, guest, directory, number):
     return answer.stderr
 
 
-def last_writes(test, guest, directory, fails, good):
-    """Those of the other files. How many there are before depends on what the guest does meanwhile."""
-    while good - fails > 1:
-        middle = (fails + good) // 2
-        fails, good = (middle, good) if write_fails(test, guest, directory, middle) else (fails, middle)
-    missing, number = {"pages", "state", "manifest.json"}, good - 5
-    for _ in range(80):
-        words = write_fails(test, guest, directory, number)
-        missing -= set(words.replace(":", " ").split())
-        number += 1 if words else -4
-        if not missing:
+def full_from_every_step(test, guest, directory):
+    """The first write after each step, so of each file, finds no space."""
+    words, number = "", 1
+    while True:
+        target = directory / "full"
+        answer = latent.command("save", "--no-disk", guest.name, target, env={"LATENT_FAULT": f"save_step:{number}:FULL"})
+        if not answer.returncode:
             break
-    test.check_equal(missing, set(), "a write of each file has failed")
+        test.check("No space left" in answer.stderr and not list(directory.glob("full*")),
+                   f"full from step {number} on: {answer.stderr.strip()}")
+        words += answer.stderr
+        number += 1
+    for name in ("RAM", "pages", "state", "active", "manifest.json"):
+        test.check(f"{name} cannot be written" in words, f"a write of {name} has failed")
+    shutil.rmtree(target)
 
 
 def no_space(test, guest, directory, small):
@@ -354,7 +357,7 @@ def no_space(test, guest, directory, small):
     number = 1
     while write_fails(test, guest, directory, number):
         number *= 2
-    last_writes(test, guest, directory, number // 2, number)
+    full_from_every_step(test, guest, directory)
     check_memory(test, guest, "after all")
     target = directory / "enough"
     save(guest, target, "--no-disk")

@@ -179,6 +179,11 @@ def refused(test, guest, snapshot, what, *words):
     test.check("refused" not in latent.vm_dirs(), f"{what}: nothing is left behind")
 
 
+def copy_snapshot(good, bad):
+    shutil.rmtree(bad, ignore_errors=True)
+    shutil.copytree(good, bad, copy_function=lambda a, b: subprocess.run(["cp", "--sparse=always", a, b], check=True))
+
+
 def damaged(test, directory):
     """A snapshot that is not what it was is refused before anything is mapped or run."""
     good = directory / "after"
@@ -186,9 +191,7 @@ def damaged(test, directory):
         bad = directory / "bad"
 
         def copy():
-            shutil.rmtree(bad, ignore_errors=True)
-            shutil.copytree(good, bad, copy_function=lambda a, b: subprocess.run(
-                ["cp", "--sparse=always", a, b], check=True))
+            copy_snapshot(good, bad)
 
         copy()
         manifest = json.loads((bad / "manifest.json").read_text())
@@ -223,13 +226,13 @@ def damaged(test, directory):
             file.write(bytes([byte ^ 1]))
         answer = latent.command("verify", bad)
         test.check(answer.returncode == NO_IMAGE and "page" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
-        active_damaged(test, guest, bad, copy)
+        active_damaged(test, guest, directory / "load0", bad)
         pages_damaged(test, guest, bad, copy)
 
 
-def active_damaged(test, guest, bad, copy):
+def active_damaged(test, guest, good, bad):
     """It is a help: one that is not what it should be is found by verify, and a restore does without."""
-    copy()
+    copy_snapshot(good, bad)
     with open(bad / "active", "r+b") as file:
         file.seek(-100, os.SEEK_END)
         byte = file.read(1)[0]
@@ -237,7 +240,7 @@ def active_damaged(test, guest, bad, copy):
         file.write(bytes([byte ^ 1]))
     answer = latent.command("verify", bad)
     test.check(answer.returncode == NO_IMAGE and "the copy of page" in answer.stderr, f"a wrong copy: {answer.stderr.strip()}")
-    copy()
+    copy_snapshot(good, bad)
     os.truncate(bad / "active", 8192)
     guest.restore(bad)
     test.check(guest.sh("echo runs").strip() == "runs", "a damaged active set: the guest runs")

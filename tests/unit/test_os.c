@@ -613,6 +613,24 @@ static void test_fault_kills(void **state)
 	assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
 }
 
+/* A disk that is full from the second step on. */
+static void test_fault_full(void **state)
+{
+	pid_t child = fork();
+	int status;
+
+	(void)state;
+	if (!child) {
+		bool right = !os_fault_parse("save_step:2:FULL") && !os_fault(OS_FAULT_SAVE_STEP) && !os_fault(OS_FAULT_WRITE) &&
+			     !os_fault(OS_FAULT_SAVE_STEP) && os_fault(OS_FAULT_WRITE) == -ENOSPC &&
+			     os_fault(OS_FAULT_WRITE) == -ENOSPC && !os_fault(OS_FAULT_SAVE_STEP);
+
+		_exit(!right);
+	}
+	assert_int_equal(waitpid(child, &status, 0), child);
+	assert_true(WIFEXITED(status) && !WEXITSTATUS(status));
+}
+
 static void test_fault_parse_refuses(void **state)
 {
 	static const char *const wrong[] = {
@@ -1085,6 +1103,7 @@ int main(void)
 		cmocka_unit_test(test_fault_counts),
 		cmocka_unit_test(test_fault_parse),
 		cmocka_unit_test(test_fault_kills),
+		cmocka_unit_test(test_fault_full),
 		cmocka_unit_test(test_fault_parse_refuses),
 		cmocka_unit_test(test_memory_room),
 		cmocka_unit_test(test_probe),

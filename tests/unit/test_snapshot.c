@@ -205,7 +205,7 @@ static const uint8_t *read_page(const struct reader *r, uint64_t page)
 	int file;
 
 	if (reader_locate(r, page, &file, &at))
-		assert_int_equal(snapshot_read_all(reader_fd(r, file), bytes, sizeof bytes, os_bytes(at)), 0);
+		assert_int_equal(os_read_all(reader_fd(r, file), bytes, sizeof bytes, os_bytes(at)), 0);
 	else
 		for (size_t i = 0; i < sizeof bytes; i += 8)
 			memcpy(bytes + i, &p->value, 8);

@@ -109,21 +109,20 @@ class VM:
         self._remove_sockets()
         command = self.command()
         (self.dir / "command").write_text(shlex.join(command) + "\n")
-        with open(self.qemu_log, "ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            env=dict(os.environ, **self.env),
-                                            preexec_fn=_choose_preexec())
-        self._note_started()
+        self.adopt(self.spawn(command))
 
     def restore(self, snapshot, *options):
         """`latent restore` in the place of a QEMU that has ended; does not wait for the guest."""
         self._remove_sockets()
         command = [BUILD_DIR / "latent", "restore", "--name", self.name, "--disks", self.dir, *options, snapshot, "--",
                    self.qemu, *self.qemu_arguments()]
+        self.adopt(self.spawn(command))
+
+    def spawn(self, command, pass_fds=()):
+        """The Popen object of a command that is, or becomes, this VM's QEMU."""
         with open(self.qemu_log, "ab") as log:
-            process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                       env=dict(os.environ, **self.env), preexec_fn=_choose_preexec())
-        self.adopt(process)
+            return subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                    env=dict(os.environ, **self.env), pass_fds=pass_fds, preexec_fn=_choose_preexec())
 
     def adopt(self, process):
         """Takes over a QEMU that something else started with this VM's sockets (a restore).

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""From the command to a guest that answers: latent restore, QEMU's -incoming, and the ways of papers, warm and cold."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from common import guests as common
+from common import restores
+from common.result import spread
+
+MEM, BIG_MEM = "1G", "4G"
+ROUNDS = {"full": 9, "quick": 2}
+
+LATENT, INCOMING, PRIVATE, DEMAND, REAP, BIG = "latent", "qemu_incoming", "private_map", "uffd_demand", "reap", "latent 4 GiB"
+WAYS = {LATENT: restores.latent, INCOMING: restores.qemu_incoming, PRIVATE: restores.private_map,
+        DEMAND: restores.uffd_demand, REAP: restores.reap, BIG: restores.latent}
+WARM, COLD = "warm", "cold"
+STARTS = {WARM: (LATENT, INCOMING, PRIVATE, BIG), COLD: (LATENT, INCOMING, PRIVATE, DEMAND, REAP)}
+# Ratios of the contract: other way, page cache.
+RATIOS = ((INCOMING, WARM), (INCOMING, COLD), (PRIVATE, WARM), (PRIVATE, COLD), (DEMAND, COLD), (REAP, COLD))
+
+
+def run(result):
+    rounds = ROUNDS["quick" if result.quick else "full"]
+    with common.scratch_dir() as directory, restores.directories_in(directory):
+        image = common.copy_image("golden.qcow2", directory)
+        small, big = (restores.Saved(directory, image, name, mem) for name, mem in (("1g", MEM), ("4g", BIG_MEM)))
+        bench = Bench(result, small, big)
+        result.say(f"guests of {MEM} and {BIG_MEM} boot, are filled and saved")
+        with common.running(small.guest, big.guest):
+            both_at_once(lambda: small.save(whole=True), lambda: big.save(whole=False))
+            bench.record()
+            for number in range(rounds):
+                result.say(f"round {number + 1} of {rounds}")
+                bench.run_round(number)
+        bench.report()
+        bench.report_recall()
+
+
+class Bench:
+    def __init__(self, result, small, big):
+        self.result, self.small, self.big = result, small, big
+        self.samples = {(way, cache): [] for cache, ways in STARTS.items() for way in ways}
+        self.demanded = None
+
+    def record(self):
+        """What the ways of papers need."""
+        self.result.say("a guest on demand is watched for a second")
+        restores.write_complete_ram(self.small)
+        self.demanded, right = self.small.record()
+        self.result.check(right, "memory of the guest that was watched is right")
+
+    def run_round(self, number):
+        for cache in (WARM, COLD):
+            if cache == WARM:
+                self.small.warm()
+                self.big.warm()
+            for way in in_turn(STARTS[cache], number):
+                if cache == COLD:
+                    self.small.cool()
+                self.start(way, cache)
+
+    def start(self, way, cache):
+        saved = self.big if way == BIG else self.small
+        with restores.started(WAYS[way], saved, f"restore-{way.split()[0]}") as guest:
+            if cache == COLD:
+                saved.warm()  # the check alone would read for seconds
+            right = restores.memory_is_right(guest)
+            checked_ms = (time.monotonic_ns() - guest.begin_ns) / 1e6
+        self.result.check(right, f"{way}, {cache}: the guest's memory is right")
+        self.samples[way, cache].append((guest.answer_ms(), checked_ms))
+        self.result.tick(f"{way}, {cache}: {guest.answer_ms():.0f} ms")
+
+    def answers(self, way, cache):
+        return [answer_ms for answer_ms, _ in self.samples[way, cache]]
+
+    def report(self):
+        result = self.result
+        for way, cache in RATIOS:
+            result.ratio(f"{way}_over_latent_{cache}", self.answers(way, cache), self.answers(LATENT, cache))
+        for cache in STARTS:
+            result.metric(f"latent_{cache}_ms", common.median(self.answers(LATENT, cache)))
+        result.metric("time_4g_over_1g", common.median(
+            [big / small for big, small in zip(self.answers(BIG, WARM), self.answers(LATENT, WARM))]))
+        result.missing.add("latent spare")
+        result.table(f"A saved guest of {MEM} starts again, ms: median (lowest-highest)",
+                     ["page cache, way", "first answer", "all it holds checked", "starts"],
+                     [[f"{cache}, {way}", spread(self.answers(way, cache)),
+                       spread([checked_ms for _, checked_ms in samples]) if cache == WARM else "", len(samples)]
+                      for (way, cache), samples in self.samples.items()])
+        result.note(f"""\
+First answer: from the start of the command to the second line that the guest prints by itself; it prints one each
+millisecond, and the host sleeps in the kernel until they come. Checked: from the same start until the guest has read
+and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer. Latent's time has its checks and the making
+of an overlay disk in it; the others' disks are made beforehand. All have one command line, without -kernel.
+qemu_incoming: migrate-incoming fd: of a whole migration. The others have the device state without RAM from a file and RAM of one complete file: private_map maps it MAP_PRIVATE;
+uffd_demand reads a page for each userfault; reap does, too, but first installs the pages that such a guest had asked
+for until a second after its first answer, from one packed file. QEMU finds its orders in the monitor's socket. Cold: nothing of what was saved, nor of the disk's image,
+is in the page cache (mincore); QEMU itself stays there.""")
+
+
+    def report_recall(self):
+        """How much of what a guest asks for in its first second the snapshot had predicted."""
+        rows = [["asked for until a second after the first answer", len(self.demanded)]]
+        active = self.small.active_set()
+        if active is None:
+            self.result.missing.add("the active set of a snapshot")
+        else:
+            self.result.metric("active_set_recall", len(self.demanded & active) / len(self.demanded))
+            rows += [["in the snapshot's active set", len(active)], ["in both", len(self.demanded & active)]]
+        self.result.table("The first second of a guest", ["", "pages"], rows)
+
+
+def both_at_once(one, other):
+    with ThreadPoolExecutor() as pool:
+        for job in [pool.submit(one), pool.submit(other)]:
+            job.result()
+
+
+def in_turn(ways, number):
+    return ways if number % 2 == 0 else ways[::-1]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from lib import case, host, latent, store, vm
+from lib.agent import Agent
 from lib.vm import VM
 
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
@@ -87,6 +88,15 @@ def make(test, guest, directory):
                not plain["packed_bytes"], f"{stored >> 20} MiB of RAM are packed into {size >> 20} MiB")
     for name in ("plain", "packed"):
         test.check(latent.run("verify", directory / name).endswith("is whole\n"), f"{name} is whole")
+    for words in (("flatten", directory / "packed", directory / "flat"),
+                  ("save", "--parent", directory / "packed", guest.name, directory / "child")):
+        answer = latent.command(*words)
+        test.check(answer.returncode and "without --compress" in answer.stderr and not words[-1].exists(),
+                   f"{words[0]} says: {answer.stderr.strip()}")
+    child = save(guest, directory / "child", "--compress", "--parent", directory / "plain")
+    test.check(child["packed_bytes"] < packed["packed_bytes"] and child["pages_in_snapshots"] > HELD_PAGES // 2,
+               f"with a parent it is {child['packed_bytes'] >> 20} MiB")
+    test.check(latent.run("verify", directory / "child").endswith("is whole\n"), "and is whole")
     guest.kill9()
     return nonce
 
@@ -107,6 +117,13 @@ def packed_here(test, guest, directory, nonce):
     wait("a pager that nobody needs ends", lambda: not latent.pagers(), 20)
     guest.restore(directory / "again")
     check(test, guest, nonce, "packed a second time")
+    guest.kill9()
+
+
+def packed_child(test, guest, directory, nonce):
+    """Its pages are in its own packed RAM, and in the plain one of its parent."""
+    guest.restore(directory / "child")
+    check(test, guest, nonce, "packed, with a parent")
     guest.kill9()
 
 
@@ -185,6 +202,46 @@ def clones(test, guest, directory, nonce):
             check(test, clone, nonce, f"{clone.name}, when one has written")
         second.kill9()
     guest.kill9()
+
+
+class Described:
+    """A VM without a line of QEMU's: known by its run directory."""
+
+    def __init__(self, name):
+        self.name = name
+        self.pid = latent.stat(name)["pid"]
+        self.agent = Agent(latent.run_dir() / name / "agent.sock")
+        self.agent.wait_ready(60)
+
+    def sh(self, command, timeout=60):
+        return self.agent.start(command).wait(timeout)
+
+    def end(self):
+        self.agent.close()
+        os.kill(self.pid, signal.SIGTERM)
+        wait(f"{self.name} has ended", lambda: self.name not in [one["name"] for one in json.loads(latent.run("ps", "--json"))])
+
+
+def described(test, directory, nonce):
+    """The manifest says what to run, wherever it is: clones from a store, and a spare of a packed snapshot."""
+    disks = directory / "new-disks"
+    disks.mkdir()
+    with store.Store(directory) as there:
+        latent.run("restore", "--clones", "2", "--name", "far", "--disks", disks, "--disks-from", directory / "packed/disks",
+                   f"{there.url}/packed")
+        for clone in [Described(f"far-{number}") for number in (1, 2)]:
+            check(test, clone, nonce, f"{clone.name}, as described")
+            clone.end()
+    keeper = subprocess.Popen([vm.BUILD_DIR / "latent", "spare", "--name", "near", "--disks", disks, directory / "packed"],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait("a spare", lambda: latent.command("spare", "take", "--name", "taken", "near").returncode == 0, 60)
+        spare = Described("taken")
+        check(test, spare, nonce, "a spare of a packed snapshot")
+        spare.end()
+    finally:
+        keeper.send_signal(signal.SIGINT)
+        keeper.wait(20)
 
 
 def killed_pagers(test, guest, directory, nonce):
@@ -303,9 +360,11 @@ def body(test):
         with VM("lazy", latent=EVERYTHING, mem=MEM) as guest:
             nonce = make(test, guest, directory)
             packed_here(test, guest, directory, nonce)
+            packed_child(test, guest, directory, nonce)
             without_userfaultfd(test, guest, directory, nonce)
             damaged_here(test, guest, directory)
             clones(test, guest, directory, nonce)
+            described(test, directory, nonce)
             killed_pagers(test, guest, directory, nonce)
             bad_answers(test, guest, directory, nonce)
             another_snapshot(test, guest, directory, nonce)

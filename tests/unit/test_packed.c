@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* Packed RAM: what goes in comes out, chunk by chunk, and nothing else does. */
 #include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/packed.h"
 
 #include <setjmp.h>
@@ -209,6 +210,38 @@ static void it_can_be_stopped(void **state)
 	unmake(&s);
 }
 
+/* The list of pages in use: with copies of their contents, and, beside packed RAM, alone. */
+static void pages_in_use(void **state)
+{
+	static const struct active_page list[] = { { 99, ACTIVE_WRITTEN, 1 }, { 3, 0, 2 } };
+	const int volumes[SNAPSHOT_VOLUMES] = { 0 };
+	char why[SNAPSHOT_WHY_BYTES];
+	struct active_set set;
+	struct sample s;
+
+	(void)state;
+	make(&s, true);
+	for (int alone = 0; alone < 2; alone++) {
+		int fd = os_memfd_create("active", 0, false);
+		struct stat st;
+
+		assert_int_equal(active_write(fd, list, 2, &s.image, alone ? -1 : s.ram_fd, volumes), 0);
+		assert_int_equal(active_read(fd, &s.image, &set, why), 0);
+		assert_int_equal(set.count, 2);
+		assert_memory_equal(set.list, list, sizeof list);
+		assert_int_equal(set.contents_offset, alone ? 0 : active_contents_offset(2));
+		active_free(&set);
+		assert_int_equal(fstat(fd, &st), 0);
+		assert_int_equal(st.st_size, alone ? sizeof(struct active_header) + sizeof list : os_bytes(3));
+		assert_int_equal(ftruncate(fd, st.st_size - 1), 0);
+		assert_int_equal(active_read(fd, &s.image, &set, why), -EBADMSG);
+		assert_int_equal(ftruncate(fd, (off_t)os_bytes(1)), 0); /* between the two */
+		assert_int_equal(active_read(fd, &s.image, &set, why), -EBADMSG);
+		close(fd);
+	}
+	unmake(&s);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -218,6 +251,7 @@ int main(void)
 		cmocka_unit_test(a_damaged_index_is_refused),
 		cmocka_unit_test(verify_finds_a_flipped_bit),
 		cmocka_unit_test(it_can_be_stopped),
+		cmocka_unit_test(pages_in_use),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

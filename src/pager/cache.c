@@ -27,6 +27,8 @@ struct active_record {
 };
 
 #define ACTIVE_OBJECT "active"
+#define ACTIVE_MAGIC 0x455649544341544cull /* "LTACTIVE" */
+#define ACTIVE_VERSION 1u
 #define ACTIVE_READ_RECORDS 4096u
 
 static int fail(char *why, int r, const char *what)
@@ -228,7 +230,9 @@ static void take_active(struct cache *c, struct store *store)
 	int r = get_part(store, ACTIVE_OBJECT, 0, &header, sizeof header);
 
 	c->first_wanted = calloc(c->packed.chunks ? (size_t)c->packed.chunks : 1, sizeof *c->first_wanted);
-	if (!seen || !c->first_wanted || header.page_bytes != OS_PAGE_BYTES || header.pages > c->image.pages)
+	if (!r && (header.magic != ACTIVE_MAGIC || header.version != ACTIVE_VERSION))
+		r = -EBADMSG;
+	if (!seen || !c->first_wanted || r || header.page_bytes != OS_PAGE_BYTES || header.pages > c->image.pages)
 		r = -EBADMSG;
 	for (uint64_t at = 0, n; !r && at < header.pages; at += n) {
 		n = header.pages - at < ACTIVE_READ_RECORDS ? header.pages - at : ACTIVE_READ_RECORDS;

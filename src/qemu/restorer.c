@@ -9,7 +9,8 @@
  *   map      it is part of a long run of one file, which is mapped there; nothing is read
  *   mask     a word that is repeated, or a short run: made when it is touched (core/mask.c)
  *
- * Where pages cannot be masked, words are written and short runs are mapped, or read.
+ * Where pages cannot be masked, words are written and short runs are mapped, or read. With a pager the snapshot's RAM
+ * is its cache, of which every run is mapped, or read when it is whole (qemu/lazy.c).
  */
 #include "qemu/agent.h"
 

@@ -246,6 +246,10 @@ def described(test, directory, nonce):
 
 def killed_pagers(test, guest, directory, nonce):
     """Under load, with nothing loaded that was not waited for."""
+    def replaced():
+        return guest.qemu_log.read_text(errors="replace").count("another one goes on")
+
+    before = replaced()
     with store.Store(directory, latency_ms=15) as there, environment(LATENT_PREFETCH="none"):
         fetch(guest, there, directory)
         guest.wait_ready()
@@ -254,6 +258,7 @@ def killed_pagers(test, guest, directory, nonce):
             time.sleep(0.6)
             test.check(work.status is None, f"the guest is at work when pager {number + 1} is killed")
             kill_pager(there)
+            wait("another one goes on", lambda: replaced() == before + number + 1)
         test.check(work.wait(120).startswith("ok"), "every page is right")
         check(test, guest, nonce, "after all")
         figures = latent.stat(guest)

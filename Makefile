@@ -38,4 +38,7 @@ help:
 	@echo "make check  runs all tests; sets everything up by itself"
 	@echo "make bench  measures; the report is build/bench/report.md"
 
+# deps before all, whatever -j says.
+.NOTPARALLEL:
+
 .PHONY: all deps check check-long demo bench install clean help

@@ -3,6 +3,7 @@
 #include "cli/cli.h"
 #include "cli/doctor.h"
 #include "cli/preflight.h"
+#include "cli/vm_view.h"
 #include "os/probe.h"
 #include "os/selftest.h"
 #include "vmdir/vmdir.h"
@@ -29,6 +30,7 @@ static void check_overcommit(struct check_list *list);
 static void check_memlock(struct check_list *list);
 static void check_kvm(struct check_list *list, const struct os_features *features);
 static void check_run_dir(struct check_list *list);
+static void check_aio(struct check_list *list);
 static void check_qemu(struct check_list *list);
 static bool find_program(const char *name, char *path, size_t bytes);
 
@@ -48,6 +50,7 @@ void doctor_check_machine(struct check_list *list)
 	check_memlock(list);
 	check_kvm(list, features);
 	check_run_dir(list);
+	check_aio(list);
 	check_qemu(list);
 }
 
@@ -245,6 +248,35 @@ static void check_run_dir(struct check_list *list)
 		check_found(check, CHECK_MISSING, "%.250s", why);
 	if (check->status == CHECK_MISSING)
 		check_remedy(check, "mend it, or choose another one with LATENT_RUNTIME_DIR");
+}
+
+/* The first VM whose drives do not use threads. */
+static int find_other_io(void *ctx, const char *name)
+{
+	struct vm_view *found = ctx, view;
+
+	if (vm_view_open(found->root, name, &view))
+		return 0;
+	if (view.stats.other_io)
+		snprintf(found->name, sizeof found->name, "%s", name);
+	vm_view_close(&view);
+	return found->name[0];
+}
+
+static void check_aio(struct check_list *list)
+{
+	struct check *check = check_add(list, "aio=", "mapping what drives read: aio=threads, QEMU's default");
+	struct vm_view found = { .stats_fd = -1 };
+	char why[VMDIR_WHY_BYTES];
+
+	if (!vmdir_root(false, found.root, why))
+		(void)vmdir_for_each(found.root, find_other_io, &found);
+	if (!found.name[0]) {
+		check_found(check, CHECK_OK, "no running VM uses io_uring or Linux AIO, whose reads are copied");
+		return;
+	}
+	check_found(check, CHECK_LIMITED, "%s reads by io_uring or Linux AIO: what these drives read is copied", found.name);
+	check_remedy(check, "start it without aio=native and aio=io_uring, or with aio=threads");
 }
 
 static void check_qemu(struct check_list *list)

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <unistd.h>
 
 #define DEFAULT_RAM_BYTES (128ull << 20)
 #define RAM_ALIGN_BYTES 8192ull
@@ -45,6 +46,7 @@ static int take_fsdev(struct scan *scan, const struct props *props);
 static int take_numa(struct scan *scan, const struct props *props);
 static int take_overcommit(struct scan *scan, const struct props *props);
 static int take_block(struct scan *scan, const struct props *props);
+static int take_drive(struct scan *scan, const struct props *props);
 static int take_name(struct scan *scan, const struct props *props);
 static int take_global(struct scan *scan, const struct props *props);
 
@@ -54,7 +56,7 @@ static const struct group groups[] = {
 	{ "netdev", "type", take_netdev },       { "nic", "type", take_netdev },
 	{ "net", "type", take_netdev },          { "numa", "type", take_numa },
 	{ "fsdev", "fsdriver", take_fsdev },     { "virtfs", "fsdriver", take_fsdev },
-	{ "overcommit", NULL, take_overcommit }, { "drive", NULL, take_block },
+	{ "overcommit", NULL, take_overcommit }, { "drive", NULL, take_drive },
 	{ "blockdev", "driver", take_block },    { "name", "guest", take_name },
 	{ "global", NULL, take_global },
 };
@@ -65,6 +67,7 @@ static int take_option(struct scan *scan, const char *option, const char *value)
 static int take_config(struct scan *scan, const char *path);
 static int take_config_text(struct scan *scan, const char *text, const char *path);
 static int take_file(struct scan *scan, const char *path);
+static int take_image(struct scan *scan, const char *path);
 static int take_incoming(struct scan *scan, const char *uri);
 static const struct group *find_group(const char *name);
 static int parse_size(struct scan *scan, const char *text, bool legacy, uint64_t *ret_bytes);
@@ -101,7 +104,7 @@ static int scan_words(struct scan *scan, int argc, const char *const *argv)
 		const char *option = argv[i], *value = "";
 
 		if (option[0] != '-') {
-			r = take_file(scan, option);
+			r = take_image(scan, option);
 			continue;
 		}
 		option += option[1] == '-' ? 2 : 1;
@@ -135,7 +138,7 @@ static int take_option(struct scan *scan, const char *option, const char *value)
 		return take_incoming(scan, value);
 	for (size_t i = 0; i < sizeof disks / sizeof disks[0]; i++)
 		if (!strcmp(option, disks[i]))
-			return take_file(scan, value);
+			return take_image(scan, value);
 
 	group = find_group(!strcmp(option, "m") ? "memory" : !strcmp(option, "M") ? "machine" : option);
 	if (!group)
@@ -250,6 +253,15 @@ static int take_block(struct scan *scan, const struct props *props)
 	return 0;
 }
 
+static int take_drive(struct scan *scan, const struct props *props)
+{
+	const char *path = props_get(props, "file");
+
+	if (path)
+		(void)take_image(scan, path);
+	return take_block(scan, props);
+}
+
 static int take_name(struct scan *scan, const struct props *props)
 {
 	const char *guest = props_get(props, "guest");
@@ -342,6 +354,17 @@ static int take_file(struct scan *scan, const char *path)
 	if (sscanf(path, "%63[a-z0-9+_-]:", protocol) == 1 && path[strlen(protocol)] == ':')
 		look_up(scan, COMPAT_BLOCKDEV, protocol, NULL);
 	return 0;
+}
+
+/* A file by its path, not by a protocol or a descriptor's number: it should be there. */
+static int take_image(struct scan *scan, const char *path)
+{
+	static const char fdset[] = "/dev/fdset/";
+
+	if (*path && !path[strcspn(path, ":")] && strncmp(path, fdset, sizeof fdset - 1) && !scan->plan.missing[0] &&
+	    access(path, F_OK) && errno == ENOENT)
+		snprintf(scan->plan.missing, sizeof scan->plan.missing, "%s", path);
+	return take_file(scan, path);
 }
 
 static int take_incoming(struct scan *scan, const char *uri)

@@ -233,7 +233,12 @@ static int plan(struct launch *launch)
 
 	if (r == -EINVAL)
 		return cli_fail(CLI_REFUSED, "%s", why);
-	return r ? cli_fail(CLI_SYSTEM, "QEMU's command line cannot be read: %s", strerror(-r)) : CLI_OK;
+	if (r)
+		return cli_fail(CLI_SYSTEM, "QEMU's command line cannot be read: %s", strerror(-r));
+	if (launch->plan.missing[0])
+		return cli_fail(CLI_NO_IMAGE, "there is no image %s: make it (qemu-img create), or correct the path",
+				launch->plan.missing);
+	return CLI_OK;
 }
 
 /* As execvp would find it, and with the shell's exit statuses. */

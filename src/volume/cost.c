@@ -12,7 +12,7 @@
 
 enum { SHORT_PAGES = 2, LONG_PAGES = 32, ROUNDS = 9, STRIDE_PAGES = 64, AREA_PAGES = ROUNDS * STRIDE_PAGES };
 
-/* A guess for a machine where nothing can be measured: the measurements of a 2024 server. */
+/* A guess for a machine where nothing can be measured. */
 static struct cost_model model = { 6, 0.2, 0.8, 0.25, 1.0 };
 static pthread_once_t model_once = PTHREAD_ONCE_INIT;
 

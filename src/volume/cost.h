@@ -18,8 +18,9 @@ struct cost_model {
 const struct cost_model *cost_model_get(void);
 
 /*
- * The processor time that a page of memory is worth beyond what it costs to get: two fifths of what
- * KSM spends on each page that it merges (5 s of scanning for 190,000 pages).
+ * The processor time that a page of memory is worth beyond what it costs to get. A policy, not a measurement: less
+ * than KSM spends on a page that it merges (`bench/run density`: ksmd's seconds and the pages merged). With it a
+ * known-shared page is mapped alone, until mappings become scarce.
  */
 #define COST_PAGE_WORTH_US 10.0
 
@@ -28,8 +29,8 @@ const struct cost_model *cost_model_get(void);
  *
  *     map_us + n * map_page_us  <=  copy_us + n * (copy_page_us + likelihood * (page_us + worth))
  *
- * becomes true, at most COST_RUN_SHARED / likelihood (4 pages keep 95 % of what a guest reads; a
- * measurement on a busy machine must not lose them), between 1 and COST_RUN_MAX. The more of the budget of mappings is used, the longer a
+ * becomes true, at most COST_RUN_SHARED / likelihood (a measurement on a busy machine must not lose what is
+ * certainly shared), between 1 and COST_RUN_MAX. The more of the budget of mappings is used, the longer a
  * run has to be: twice from half of it on, four times from three quarters, eight times from seven
  * eighths.
  */

@@ -131,6 +131,11 @@ static struct flight begin_flight(struct reader *r)
 		return f;
 	end = (end + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
 	f.pages = f.page >= v->pages ? 0 : (end < v->pages ? end : v->pages) - f.page;
+	/* O_DIRECT (cache=none) asks storage in any case, and nobody can wait for it in the page cache. */
+	if (f.pages && fcntl(r->fd, F_GETFL) & O_DIRECT) {
+		note_storage(v, f.pages, 0);
+		return f;
+	}
 	missing = f.pages ? missing_pages(v, f.page, f.pages) : 0;
 	if (!missing)
 		return f;

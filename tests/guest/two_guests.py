@@ -29,8 +29,7 @@ def body(test):
             latent.check_hashes(test, guest, under=PART, what="as the image has them")
         percent = latent.shortcut_percent(latent.stat(second), image)
         test.check(percent >= 95, f"{percent:.1f} % of what the second guest read was mapped")
-        first.sh(REWRITE, timeout=300)
-        test.check(True, "copies that the first guest made of its files are right")
+        first.sh(REWRITE, timeout=300)  # fails unless the copies that it makes are right
         latent.run("detach", "first")
         test.check_equal(latent.stat(first)["pages_overlay_now"], 0, "pages that are mapped after detach")
         for guest in (first, second):

@@ -22,7 +22,7 @@ MIB, SECTOR = 1 << 20, 512
 STATUSES = {"ok", "limited", "missing"}
 KEYS = {"name", "status", "found", "enables", "remedy"}
 MACHINE = ["kernel", "kernel's rules", "pagemap", "populate", "leases", "vm.max_map_count", "userfaultfd",
-           "huge pages", "overcommit", "locked memory", "KVM", "run directory", "QEMU"]
+           "huge pages", "overcommit", "locked memory", "KVM", "run directory", "aio=", "QEMU"]
 
 failures = []
 

@@ -22,7 +22,7 @@ from . import host, vm
 from .agent import GuestError
 
 # src/cli/cli.h, enum cli_status
-USAGE, REFUSED, NO_VM, NO_AGENT, SYSTEM, RUN_DIR, NAME_IN_USE, NO_ANSWER = 64, 65, 67, 69, 71, 73, 74, 75
+USAGE, REFUSED, NO_IMAGE, NO_VM, NO_AGENT, SYSTEM, RUN_DIR, NAME_IN_USE, NO_ANSWER = 64, 65, 66, 67, 69, 71, 73, 74, 75
 
 # src/volume/track.h
 TRACK_SLOTS = 60

@@ -31,6 +31,9 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
+#include <linux/udmabuf.h>
+#include <linux/vfio.h>
+#include <linux/vhost.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -38,8 +41,6 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#define VHOST_SET_OWNER _IO(0xaf, 0x01) /* linux/vhost.h */
 
 #define HOOK __attribute__((visibility("default")))
 
@@ -463,19 +464,18 @@ HOOK int io_uring_submit(void *ring)
 	return real(ring);
 }
 
-/* Devices whose descriptors may have come from elsewhere. The numbers are those of linux/vfio.h,
- * linux/iommufd.h, linux/udmabuf.h and linux/vhost.h. */
+/* Devices whose descriptors may have come from elsewhere. */
 static int check_ioctl(unsigned long request)
 {
 	static const struct {
 		unsigned long request;
 		const char *what;
 	} table[] = {
-		{ _IO(';', 100 + 13), "VFIO: a device reads and writes guest RAM by itself" },
-		{ _IO(';', 0x85), "VFIO: a device reads and writes guest RAM by itself" },
-		{ _IOW('u', 0x42, uint64_t[3]), "udmabuf: guest RAM is lent to the GPU" },
-		{ _IOW('u', 0x43, uint32_t[2]), "udmabuf: guest RAM is lent to the GPU" },
-		{ _IOW(0xaf, 0x72, uint8_t), "vhost-vdpa: a device reads and writes guest RAM by itself" },
+		{ VFIO_IOMMU_MAP_DMA, "VFIO: a device reads and writes guest RAM by itself" },
+		{ _IO(';', 0x85), "VFIO: a device reads and writes guest RAM by itself" }, /* IOMMU_IOAS_MAP, linux/iommufd.h of 6.2 */
+		{ UDMABUF_CREATE, "udmabuf: guest RAM is lent to the GPU" },
+		{ UDMABUF_CREATE_LIST, "udmabuf: guest RAM is lent to the GPU" },
+		{ VHOST_VDPA_SET_STATUS, "vhost-vdpa: a device reads and writes guest RAM by itself" },
 		{ KVM_MEMORY_ENCRYPT_REG_REGION, "memory encryption" },
 	};
 

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import selectors
+import signal
 import socket
 import struct
 import subprocess
@@ -75,10 +76,10 @@ class Guest(vm.VM):
         threading.Thread(target=_read_all, args=(self.beats,), daemon=True).start()
 
     def close(self, keep_files=False):
-        super().close(keep_files)
-        for each in (self.listener, self.beats, *self.helpers):
+        for each in (*self.helpers, self.listener, self.beats):
             if each is not None:
                 each.close()
+        super().close(keep_files)
 
 
 def _read_all(connection):
@@ -195,7 +196,9 @@ class Saved:
             data = (self.snapshot / "active").read_bytes()
         except FileNotFoundError:
             return None
-        return {page for page, _, _ in ACTIVE_RECORD.iter_unpack(data[ACTIVE_HEADER.size:])}
+        n_pages = ACTIVE_HEADER.unpack_from(data)[3]
+        records = data[ACTIVE_HEADER.size:ACTIVE_HEADER.size + n_pages * ACTIVE_RECORD.size]
+        return {page for page, _, _ in ACTIVE_RECORD.iter_unpack(records)}
 
     def record(self):
         """The pages that a guest on demand asks for until a second after its first answer; they are packed, too.
@@ -244,7 +247,7 @@ def read_data(path):
 
 # ---- the files that other ways need ----
 
-KIND_WORD, KIND_DATA, KIND_VOLUME = range(3)  # src/snapshot/format.h
+KIND_WORD, KIND_DATA, KIND_VOLUME, KIND_EQUAL = range(4)  # src/snapshot/format.h
 HEADER, BLOCK_BYTES, RECORD, WORD = struct.Struct("=8sIIIIQQ"), 72, struct.Struct("=IIQ"), struct.Struct("=Q")
 ACTIVE_HEADER, ACTIVE_RECORD = struct.Struct("=QIIQQ"), struct.Struct("=QII")
 
@@ -253,8 +256,8 @@ def write_complete_ram(saved):
     """Guest RAM as one file, from a snapshot's `pages` and what they refer to (docs/snapshot.md)."""
     data = (saved.snapshot / "pages").read_bytes()
     magic, version, page_bytes, n_blocks, n_volumes, n_pages, _ = HEADER.unpack_from(data)
-    if (magic, version, page_bytes, n_blocks) != (b"LTSNAPAT", 1, PAGE_BYTES, 1):
-        raise GuestError(f"{saved.snapshot}/pages: version {version}, {n_blocks} blocks: this benchmark reads version 1 "
+    if (magic, version, page_bytes, n_blocks) != (b"LTSNAPAT", 2, PAGE_BYTES, 1):
+        raise GuestError(f"{saved.snapshot}/pages: version {version}, {n_blocks} blocks: this benchmark reads version 2 "
                          "with one block")
     records = RECORD.iter_unpack(memoryview(data)[HEADER.size + BLOCK_BYTES * n_blocks:])
     with contextlib.ExitStack() as stack:
@@ -269,6 +272,8 @@ def write_complete_ram(saved):
                 contents = WORD.pack(value) * (PAGE_BYTES // WORD.size) if value else None
             elif kind == KIND_DATA:
                 contents = os.pread(stored, PAGE_BYTES, page * PAGE_BYTES)
+            elif kind == KIND_EQUAL:
+                contents = os.pread(stored, PAGE_BYTES, value * PAGE_BYTES)
             elif kind == KIND_VOLUME:
                 contents = os.pread(volumes[volume], PAGE_BYTES, value * PAGE_BYTES)
             else:
@@ -292,6 +297,43 @@ def write_packed(ram, pages, path):
 def latent(saved, guest):
     guest.begin([common.latent_command(), "restore", "--name", guest.name, "--disks", guest.dir, saved.snapshot, "--",
                  guest.qemu, *guest.qemu_arguments()])
+
+
+def spare(saved, guest):
+    """A machine that waits is taken. Its keeper stands still meanwhile: it would start the next one at once."""
+    keeper = Keeper(guest, [common.latent_command(), "spare", "--name", guest.name, "--disks", guest.dir, saved.snapshot, "--",
+                            guest.qemu, *guest.qemu_arguments()])
+    guest.helpers.append(keeper)
+    keeper.wait_ready()
+    guest.begin_ns = time.monotonic_ns()
+    keeper.taken = guest.spawn([common.latent_command(), "spare", "take", guest.name])
+
+
+class Keeper:
+    """`latent spare`, and the machine that it has made."""
+
+    def __init__(self, guest, command):
+        self.guest, self.process, self.taken = guest, guest.spawn(command), None
+
+    def wait_ready(self, timeout_s=30):
+        deadline_s = time.monotonic() + timeout_s
+        while " waits: " not in self.guest.qemu_log.read_text():
+            if self.process.poll() is not None or time.monotonic() > deadline_s:
+                raise GuestError(f"no spare: {vm.tail(self.guest.qemu_log, 5)}")
+            time.sleep(0.01)
+        self.guest.adopt(None)
+        self.process.send_signal(signal.SIGSTOP)
+
+    def close(self):
+        with contextlib.suppress(OSError, GuestError):
+            os.kill(self.guest.pid, signal.SIGTERM)
+        self.process.kill()
+        self.process.wait()
+        if self.taken:
+            self.taken.wait()
+        deadline_s = time.monotonic() + common.END_TIMEOUT_S
+        while self.guest.alive() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
 
 
 def qemu_incoming(saved, guest):
@@ -352,9 +394,9 @@ def _order(monitor, name, **arguments):
 
 
 def prepare(way, saved, name, **env):
-    """A guest that is to be started in this way; its disk is made, but for Latent, which makes it itself."""
+    """A guest that is to be started in this way; its disk is made, but for Latent's, which it makes itself."""
     disk = saved.disk if way is qemu_incoming else saved.snapshot_disk()
-    return Guest(name, image=disk, mem=saved.mem, overlay=way is not latent, env={key: str(value) for key, value in env.items()})
+    return Guest(name, image=disk, mem=saved.mem, overlay=way not in (latent, spare), env={key: str(value) for key, value in env.items()})
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@
 #define CLONES_MAX 256
 #define READY_S 120
 
-enum { OPT_NAME, OPT_DISKS, OPT_CLONES, OPT_PAUSED, OPT_JSON };
+enum { OPT_NAME, OPT_DISKS, OPT_DISKS_FROM, OPT_CLONES, OPT_PAUSED, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: the saved one's)" },
 	[OPT_DISKS] = { "disks", CLI_VALUE, "DIR", "where the VM's new overlay disks go (default: the current directory)" },
+	[OPT_DISKS_FROM] = { "disks-from", CLI_VALUE, "DIR", "where a copy of the snapshot's disks/ is" },
 	[OPT_CLONES] = { "clones", CLI_VALUE, "K", "start K of them, NAME-1 to NAME-K, in the background" },
 	[OPT_PAUSED] = { "paused", CLI_FLAG, NULL, "do not let the guest run until `cont`" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the time of each step as JSON" },
@@ -35,7 +36,7 @@ static int run(const struct cli_command *command, int argc, char **argv);
 
 const struct cli_command cli_restore = {
 	.name = "restore",
-	.arguments = "[OPTIONS] DIR [-- qemu-system-x86_64 ...]",
+	.arguments = "[OPTIONS] DIR|URL [-- qemu-system-x86_64 ...]",
 	.summary = "Start a virtual machine where a snapshot left it",
 	.details = "QEMU's command line is that which the snapshot describes, or the one given. A drive of it that\n"
 		   "is a saved disk gets a new overlay, in place of its file; the snapshot itself is never written.",
@@ -96,6 +97,9 @@ static int parse(struct cli_parser *parser, struct command *c)
 		case OPT_DISKS:
 			c->disks_dir = parser->value;
 			break;
+		case OPT_DISKS_FROM:
+			c->request.disks_from = parser->value;
+			break;
 		case OPT_CLONES:
 			if (!cli_parse_unsigned(parser->value, CLONES_MAX, &c->clones) || !c->clones)
 				return wrong("restore: --clones takes a number from 1 to 256, not '%.80s'", parser->value);
@@ -121,7 +125,7 @@ static int parse_operands(struct cli_parser *parser, struct command *c)
 	if (c->request.dir && next < argc && argv[next][0] == '-' && strcmp(argv[next], "--"))
 		return cli_fail(CLI_USAGE, "restore: options go before the directory (see latent restore --help)");
 	if (!c->request.dir || (next < argc && strcmp(argv[next], "--")) || next + 1 == argc)
-		return cli_fail(CLI_USAGE, "restore: give a snapshot's directory, and, if QEMU's command line is to be another "
+		return cli_fail(CLI_USAGE, "restore: give a snapshot's directory or URL, and, if QEMU's command line is to be another "
 					   "one, that behind -- (see latent restore --help)");
 	if (next < argc) {
 		c->request.argc = argc - next - 1;

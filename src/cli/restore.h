@@ -11,8 +11,10 @@
 #include <sys/types.h>
 
 struct restore_request {
-	const char *dir;       /* the snapshot's */
-	const struct manifest *manifest; /* by restore_prepare */
+	const char *dir;       /* the snapshot's, or its URL */
+	const char *disks_from; /* where its disks are, if not there; or NULL */
+	const struct manifest *manifest; /* by restore_prepare, */
+	struct agent_restore opened; /* and, of a URL, what came with it, for one VM; the others open it again */
 	const char *name;      /* of the VM; NULL: the saved one's, with the process id if that is taken */
 	const char *disks_dir; /* where the new overlays go; absolute: -daemonize leaves the current directory */
 	unsigned number;       /* of the clone or spare; 0: none */

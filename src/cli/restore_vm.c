@@ -2,9 +2,10 @@
 /*
  * Checks a snapshot, makes overlays of its disks, and becomes QEMU, whose agent fills guest RAM. Nothing from the
  * snapshot is run or opened by a path that it gives, but for disk images, which are opened read-only and have to
- * have the contents that they had.
+ * have the contents that they had. A packed snapshot, and one on a store elsewhere, come through a pager.
  */
 #include "cli/cli.h"
+#include "cli/lazy.h"
 #include "cli/overlay.h"
 #include "cli/restore.h"
 #include "os/os.h"
@@ -39,17 +40,25 @@ static int make_overlays(struct restore *r);
 static int make_line(struct restore *r);
 static void give_up(struct restore *r);
 
-int restore_prepare(struct restore_request *request, struct manifest *ret_manifest)
+static int read_manifest(const char *dir, struct manifest *ret_manifest)
 {
-	int dir_fd = open(request->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC), r;
+	int dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC), r;
 	char why[SNAPSHOT_WHY_BYTES];
 
 	if (dir_fd < 0)
-		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", request->dir, strerror(errno));
+		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", dir, strerror(errno));
 	r = manifest_read(dir_fd, ret_manifest, why);
 	close(dir_fd);
-	if (r)
-		return cli_fail(CLI_NO_IMAGE, "%s: %s", request->dir, why);
+	return r ? cli_fail(CLI_NO_IMAGE, "%s: %s", dir, why) : CLI_OK;
+}
+
+int restore_prepare(struct restore_request *request, struct manifest *ret_manifest)
+{
+	int status = lazy_is_url(request->dir) ? lazy_open(request->dir, &request->opened, ret_manifest)
+					       : read_manifest(request->dir, ret_manifest);
+
+	if (status)
+		return status;
 	request->manifest = ret_manifest;
 	if (request->argc)
 		return CLI_OK;
@@ -68,6 +77,8 @@ static int open_snapshot(struct restore *r)
 
 	if (vmdir_root(true, r->root, why))
 		return cli_fail(CLI_RUN_DIR, "%s", why);
+	if (lazy_is_url(r->dir))
+		return CLI_OK;
 	r->dir_fd = open(r->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (r->dir_fd < 0)
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be opened: %s", r->dir, strerror(errno));
@@ -98,6 +109,7 @@ int restore_become(const struct restore_request *request)
 			     .dir_fd = -1 };
 	int status = CLI_OK;
 
+	r.vm.agent = request->opened;
 	r.vm.name = request->name;
 	r.vm.number = request->number;
 	r.vm.agent.active = 1;
@@ -128,11 +140,32 @@ static int open_file(struct restore *r, const char *name, uint64_t bytes, int32_
 	return CLI_OK;
 }
 
+/* For this VM alone, with a connection of its own. */
+static int open_lazily(struct restore *r, const char *source)
+{
+	static struct manifest again; /* large; as it was prepared: a pager serves one snapshot of a name */
+	int status = lazy_open(source, &r->vm.agent, &again);
+
+	machine_free(again.machine);
+	return status;
+}
+
 static int open_files(struct restore *r)
 {
-	int status = open_file(r, SNAPSHOT_RAM, r->manifest->ram_bytes, &r->vm.agent.ram_fd);
+	char path[PATH_MAX];
+	int status;
 
-	r->vm.agent.active = 1;
+	if (lazy_is_url(r->dir) && !r->request->number)
+		return CLI_OK; /* opened already */
+	if (lazy_is_url(r->dir)) {
+		lazy_close(&r->vm.agent); /* it is another one's */
+		return open_lazily(r, r->dir);
+	}
+	if (r->manifest->packed_bytes && !realpath(r->dir, path))
+		return cli_fail(CLI_NO_IMAGE, "%s cannot be found: %s", r->dir, strerror(errno));
+	if (r->manifest->packed_bytes)
+		return open_lazily(r, path);
+	status = open_file(r, SNAPSHOT_RAM, r->manifest->ram_bytes, &r->vm.agent.ram_fd);
 	if (!status)
 		status = open_file(r, SNAPSHOT_PAGES, 0, &r->vm.agent.pages_fd);
 	if (!status)
@@ -187,7 +220,13 @@ static int find_layer(struct restore *r, const struct manifest_layer *layer, cha
 		snprintf(path, PATH_MAX, "%s", layer->volume.path);
 		return CLI_OK;
 	}
-	snprintf(within, sizeof within, "%.3900s/" SNAPSHOT_DISKS "/%s", r->dir, layer->file);
+	if (r->request->disks_from)
+		snprintf(within, sizeof within, "%.3900s/%s", r->request->disks_from, layer->file);
+	else if (lazy_is_url(r->dir))
+		return cli_fail(CLI_NO_IMAGE, "the disk %s is on %.200s: fetch its " SNAPSHOT_DISKS "/ and say where it is with "
+				"--disks-from", layer->file, r->dir);
+	else
+		snprintf(within, sizeof within, "%.3900s/" SNAPSHOT_DISKS "/%s", r->dir, layer->file);
 	if (!realpath(within, path))
 		return cli_fail(CLI_NO_IMAGE, "%s cannot be found: %s", within, strerror(errno));
 	return CLI_OK;

@@ -16,13 +16,14 @@
 #define WINDOW_MS 250
 #define WINDOW_MAX_MS 600000
 
-enum { OPT_LIVE, OPT_STOP, OPT_PARENT, OPT_NO_DISK, OPT_WINDOW, OPT_LIMIT, OPT_JSON };
+enum { OPT_LIVE, OPT_STOP, OPT_PARENT, OPT_NO_DISK, OPT_COMPRESS, OPT_WINDOW, OPT_LIMIT, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_LIVE] = { "live", CLI_FLAG, NULL, "let the guest run while its RAM is written (the default)" },
 	[OPT_STOP] = { "stop", CLI_FLAG, NULL, "let the guest stand until all is written" },
 	[OPT_PARENT] = { "parent", CLI_VALUE, "DIR", "another snapshot, which is kept: store only what it has not" },
 	[OPT_NO_DISK] = { "no-disk", CLI_FLAG, NULL, "leave the disks as they are, and out of the snapshot" },
+	[OPT_COMPRESS] = { "compress", CLI_FLAG, NULL, "store RAM in packed pieces (zstd)" },
 	[OPT_WINDOW] = { "window", CLI_VALUE, "MS",
 			 "see for so long, before, which pages the guest uses (default: 250)" },
 	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB a second" },
@@ -93,6 +94,9 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 			break;
 		case OPT_NO_DISK:
 			save->no_disks = true;
+			break;
+		case OPT_COMPRESS:
+			save->compress = true;
 			break;
 		case OPT_LIMIT:
 			if (!cli_parse_unsigned(parser->value, 1 << 20, &mib) || !mib) {
@@ -171,6 +175,8 @@ static void print_text(const struct save_options *save, const struct save_result
 	       cli_size(p->pages * PAGE_BYTES, a), cli_size(p->data * PAGE_BYTES, b), cli_size(p->equal * PAGE_BYTES, c),
 	       cli_size(result->pages_in_ram * PAGE_BYTES, d),
 	       cli_size((p->volume - result->pages_in_ram) * PAGE_BYTES, e), cli_size(p->word * PAGE_BYTES, f));
+	if (save->compress)
+		printf("  packed into %s\n", cli_size(result->packed_bytes, a));
 	for (uint32_t i = 0; i < result->disks; i++)
 		printf("  disk %s: the VM writes to %s from now on; %s belongs to the snapshot\n", result->disk[i].drive,
 		       result->disk[i].now, result->disk[i].before);
@@ -197,6 +203,7 @@ static void print_json(const struct save_options *save, const struct save_result
 	add(json, "write_us", result->write_us);
 	add(json, "state_bytes", result->state_bytes);
 	add(json, "ram_bytes_written", result->ram_bytes_written);
+	add(json, "packed_bytes", result->packed_bytes);
 	add(json, "pages", result->pages.pages);
 	add(json, "pages_stored", result->pages.data);
 	add(json, "pages_equal", result->pages.equal);

@@ -3,6 +3,7 @@
 #include "cli/cli.h"
 #include "os/os.h"
 #include "snapshot/active.h"
+#include "snapshot/packed.h"
 #include "snapshot/reader.h"
 
 #include <errno.h>
@@ -101,6 +102,8 @@ static void print_text(const struct reader *r)
 	printf("%s, saved %s ago under QEMU %s\n", m->name, cli_age(m->created_unix_s, a), m->qemu_version);
 	printf("RAM %s\n", cli_size(c.pages * PAGE_BYTES, a));
 	printf("  stored            %9s\n", cli_size(c.data * PAGE_BYTES, a));
+	if (m->packed_bytes)
+		printf("    packed into     %9s\n", cli_size(m->packed_bytes, a));
 	printf("  equal to stored   %9s\n", cli_size(c.equal * PAGE_BYTES, a));
 	printf("  in other files    %9s\n", cli_size(c.volume * PAGE_BYTES, a));
 	printf("  zero              %9s\n", cli_size(c.zero * PAGE_BYTES, a));
@@ -156,6 +159,7 @@ static void print_json(const struct reader *r)
 	else
 		json_object_object_add(json, "machine_missing", json_object_new_string(m->machine_missing));
 	json_object_object_add(json, "state_bytes", json_object_new_uint64(m->state_bytes));
+	json_object_object_add(json, "packed_bytes", json_object_new_uint64(m->packed_bytes));
 	json_object_object_add(json, "pages", json_object_new_uint64(c.pages));
 	json_object_object_add(json, "pages_stored", json_object_new_uint64(c.data));
 	json_object_object_add(json, "pages_equal", json_object_new_uint64(c.equal));
@@ -202,12 +206,25 @@ static int verify_file(const struct manifest_volume *v, int fd, const char *name
 	return CLI_OK;
 }
 
+static int verify_packed(struct reader *r, uint64_t *ret_bad, char *why)
+{
+	struct packed packed;
+	int e = packed_open(r->packed_fd, &r->image, &packed, why);
+
+	if (e)
+		return e;
+	e = packed_verify(&packed, r->packed_fd, ret_bad, why);
+	packed_free(&packed);
+	return e;
+}
+
 static int verify_ram(struct reader *r)
 {
 	char why[SNAPSHOT_WHY_BYTES];
 	uint64_t bad = 0;
+	int e = r->packed_fd >= 0 ? verify_packed(r, &bad, why) : snapshot_image_verify(&r->image, r->ram_fd, &bad, why);
 
-	if (snapshot_image_verify(&r->image, r->ram_fd, &bad, why) || bad)
+	if (e || bad)
 		return cli_fail(CLI_NO_IMAGE, "%s (%ju bad pages)", why, (uintmax_t)bad);
 	return CLI_OK;
 }
@@ -282,7 +299,7 @@ static int compare_active(struct reader *r, int fd, char why[SNAPSHOT_WHY_BYTES]
 	struct active_set set = { 0 };
 	int result = active_read(fd, &r->image, &set, why), file;
 
-	for (uint64_t i = 0; !result && i < set.count; i++) {
+	for (uint64_t i = 0; !result && set.contents_offset && i < set.count; i++) {
 		uint64_t number = set.list[i].page, at;
 
 		if (!reader_locate(r, number, &file, &at) || reader_fd(r, file) < 0)

@@ -29,12 +29,13 @@
 #define END_MS 5000
 #define MIDDLE "-spare-"
 
-enum { OPT_NAME, OPT_N, OPT_DISKS, OPT_JSON };
+enum { OPT_NAME, OPT_N, OPT_DISKS, OPT_DISKS_FROM, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "what the spares are for (default: the saved VM's name); take: the VM's new name" },
 	[OPT_N] = { "n", CLI_VALUE, "K", "keep so many (default: 1)" },
 	[OPT_DISKS] = { "disks", CLI_VALUE, "DIR", "where the VMs' new overlay disks go (default: the current directory)" },
+	[OPT_DISKS_FROM] = { "disks-from", CLI_VALUE, "DIR", "where a copy of the snapshot's disks/ is" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "take: print the time of each step as JSON" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
@@ -43,7 +44,7 @@ static int run(const struct cli_command *command, int argc, char **argv);
 
 const struct cli_command cli_spare = {
 	.name = "spare",
-	.arguments = "[OPTIONS] DIR [-- qemu-system-x86_64 ...]\n       latent spare take [OPTIONS] NAME",
+	.arguments = "[OPTIONS] DIR|URL [-- qemu-system-x86_64 ...]\n       latent spare take [OPTIONS] NAME",
 	.summary = "Keep restored virtual machines waiting, and take one",
 	.details = "Without `take` it keeps K machines of a snapshot restored, which need only be let go, and starts\n"
 		   "another one for each that is taken, until Ctrl-C.",
@@ -101,6 +102,9 @@ static int parse(struct cli_parser *parser, struct spares *s)
 		case OPT_DISKS:
 			s->disks_dir = parser->value;
 			break;
+		case OPT_DISKS_FROM:
+			s->request.disks_from = parser->value;
+			break;
 		default:
 			s->json = true;
 		}
@@ -123,8 +127,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		return cli_fail(CLI_RUN_DIR, "%s", why);
 	if (!taking)
 		return keep(&s, &parser);
-	if (s.wanted || s.disks_dir)
-		return cli_fail(CLI_USAGE, "spare take: -n and --disks are for who keeps spares");
+	if (s.wanted || s.disks_dir || s.request.disks_from)
+		return cli_fail(CLI_USAGE, "spare take: -n, --disks and --disks-from are for who keeps spares");
 	if (parser.next + 1 != parser.argc)
 		return cli_fail(CLI_USAGE, "spare take: give the name that the spares are kept for (see latent spare --help)");
 	return take(&s, parser.argv[parser.next]);

@@ -14,6 +14,7 @@
 #define REFRESH_TIMEOUT_MS 2000
 #define DEFAULT_INTERVAL_S 2.0
 #define PAGE_BYTES 4096
+#define SILENT_MS 1000
 
 enum { OPT_JSON, OPT_WATCH };
 
@@ -55,6 +56,7 @@ static const struct {
 } states[VOLUME_STATES] = {
 	[VOLUME_LEASED] = { "leased", "mapped under a lease" },
 	[VOLUME_SEALED] = { "sealed", "mapped: it cannot change" },
+	[VOLUME_CACHED] = { "cached", "mapped: a snapshot's pages, as they are loaded" },
 	[VOLUME_TRUSTED] = { "trusted", "mapped on your word (--trust-image)" },
 	[VOLUME_WRITABLE] = { "writable", "copied: open for writing" },
 	[VOLUME_NO_LEASE] = { "no_lease", "copied: nothing keeps it from changing" },
@@ -206,6 +208,27 @@ static void print_masked(const struct vm_stats *stats)
 	       (uintmax_t)stat_get(&stats->masked_dropped));
 }
 
+static void print_source(const struct vm_stats *stats)
+{
+	uint64_t all = stat_get(&stats->source_pages_all), now = stat_get(&stats->source_pages_now);
+	uint64_t silent_ms = stat_get(&stats->source_silent_ms_now);
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT];
+
+	printf("\nLoaded from %s\n  %s of %s, %.1f %%; fetched %s; faults served %ju, waiting %ju\n", stats->source,
+	       cli_size(now * PAGE_BYTES, a), cli_size(all * PAGE_BYTES, b), percent(now, all),
+	       cli_size(stat_get(&stats->source_bytes), c), (uintmax_t)stat_get(&stats->source_faults),
+	       (uintmax_t)stat_get(&stats->source_waiting_now));
+	if (silent_ms >= SILENT_MS)
+		printf("  the store does not answer since %ju s; who waits for a page goes on when it does\n",
+		       (uintmax_t)silent_ms / 1000);
+	if (stats->source_trouble[0])
+		printf("  %s\n", stats->source_trouble);
+	if (stat_get(&stats->source_wrong))
+		printf("  answers with wrong contents, not used: %ju\n", (uintmax_t)stat_get(&stats->source_wrong));
+	if (stat_get(&stats->source_pagers_lost))
+		printf("  pagers that were lost and replaced: %ju\n", (uintmax_t)stat_get(&stats->source_pagers_lost));
+}
+
 static void print_vm(const struct vm_view *view)
 {
 	const struct vm_stats *stats = &view->stats;
@@ -222,6 +245,8 @@ static void print_vm(const struct vm_view *view)
 		printf("drives use io_uring or Linux AIO: what they read is copied, and not counted here\n");
 	if (stats->message[0])
 		printf("last message, %s ago: %s\n", cli_age(stats->message_unix_s, a), stats->message);
+	if (stats->source[0])
+		print_source(stats);
 	printf("\nMemory by source\n");
 	printf("  %-34s %9s  %5.1f %%\n", "its own, or not touched yet", cli_size(base, a),
 	       percent(base, stats->ram_bytes));
@@ -298,6 +323,20 @@ static void add_text(struct json_object *json, const char *key, const char *valu
 	json_object_object_add(json, key, json_object_new_string(value));
 }
 
+static void add_source(struct json_object *json, const struct vm_stats *stats)
+{
+	add_text(json, "source", stats->source);
+	add_text(json, "source_trouble", stats->source_trouble);
+	add_number(json, "source_pages_all", stat_get(&stats->source_pages_all));
+	add_number(json, "source_pages_now", stat_get(&stats->source_pages_now));
+	add_number(json, "source_bytes", stat_get(&stats->source_bytes));
+	add_number(json, "source_faults", stat_get(&stats->source_faults));
+	add_number(json, "source_wrong", stat_get(&stats->source_wrong));
+	add_number(json, "source_pagers_lost", stat_get(&stats->source_pagers_lost));
+	add_number(json, "source_waiting_now", stat_get(&stats->source_waiting_now));
+	add_number(json, "source_silent_ms_now", stat_get(&stats->source_silent_ms_now));
+}
+
 /* The names are those of struct vm_stats. */
 static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed)
 {
@@ -338,6 +377,8 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	if (step_us[RESTORE_BEGUN])
 		json_object_object_add(json, "restore", restore_steps_to_json(step_us));
 	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
+	if (stats->source[0])
+		add_source(json, stats);
 	for (uint32_t i = 0; i < stats->volume_count; i++)
 		json_object_array_add(volumes, volume_to_json(&stats->volumes[i]));
 	json_object_object_add(json, "volumes", volumes);

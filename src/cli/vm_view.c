@@ -153,6 +153,8 @@ static void check_stats(struct vm_stats *stats)
 	make_text(stats->agent_version, sizeof stats->agent_version);
 	make_text(stats->excluded_by, sizeof stats->excluded_by);
 	make_text(stats->message, sizeof stats->message);
+	make_text(stats->source, sizeof stats->source);
+	make_text(stats->source_trouble, sizeof stats->source_trouble);
 	make_text(stats->cwd, sizeof stats->cwd);
 	if (stats->volume_count > VM_STATS_VOLUMES)
 		stats->volume_count = VM_STATS_VOLUMES;

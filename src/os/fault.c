@@ -27,6 +27,7 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_PUNCH] = "punch",
 	[OS_FAULT_POPULATE] = "populate",
 	[OS_FAULT_SETTLE_WRITE] = "settle_write",
+	[OS_FAULT_UFFD] = "uffd",
 	[OS_FAULT_REGISTER] = "register",
 	[OS_FAULT_STORAGE_READ] = "storage_read",
 	[OS_FAULT_WRITE] = "write",
@@ -76,7 +77,8 @@ static int error_by_name(const char *name)
 	static const struct {
 		const char *name;
 		int error;
-	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC }, { "KILL", DEATH }, { "FULL", FULL } };
+	} errors[] = { { "ENOMEM", ENOMEM }, { "EAGAIN", EAGAIN }, { "EIO", EIO }, { "ENOSPC", ENOSPC }, { "EPERM", EPERM },
+		      { "KILL", DEATH }, { "FULL", FULL } };
 
 	for (size_t i = 0; i < sizeof errors / sizeof errors[0]; i++)
 		if (!strcmp(errors[i].name, name))

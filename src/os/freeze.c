@@ -18,12 +18,14 @@
 
 #define THREADS 2048
 #define POLL_NS 50000
+#define SPARED 4
 
 static struct {
 	_Atomic uint32_t frozen; /* 1: who gets the signal stops until it is 0 */
 	_Atomic uint32_t parked;
 	pid_t threads[THREADS]; /* that got the signal */
 	uint32_t count;
+	_Atomic pid_t spared[SPARED]; /* of os_never_freeze; 0: free */
 } freezing;
 
 /* getdents64(2) */
@@ -56,6 +58,24 @@ static pid_t number(const char *text)
 	return n;
 }
 
+void os_never_freeze(pid_t tid)
+{
+	for (size_t i = 0; i < SPARED; i++) {
+		pid_t none = 0;
+
+		if (atomic_compare_exchange_strong(&freezing.spared[i], &none, tid))
+			return;
+	}
+}
+
+static bool is_spared(pid_t tid)
+{
+	for (size_t i = 0; i < SPARED; i++)
+		if (freezing.spared[i] == tid)
+			return true;
+	return false;
+}
+
 static bool has_signal(pid_t tid)
 {
 	for (uint32_t i = 0; i < freezing.count; i++)
@@ -85,7 +105,7 @@ static int visit(pid_t tid, int signal, struct round *round)
 }
 
 /* One look at all threads; the signal to those that have not had it. */
-static int look_round(int tasks, int signal, const pid_t spare[2], struct round *round)
+static int look_round(int tasks, int signal, struct round *round)
 {
 	char entries[4096] __attribute__((aligned(8)));
 	pid_t self = (pid_t)syscall(SYS_gettid);
@@ -98,7 +118,7 @@ static int look_round(int tasks, int signal, const pid_t spare[2], struct round 
 		for (long at = 0; at < n;) {
 			const struct dirent64_raw *entry = (const void *)(entries + at);
 			pid_t tid = number(entry->name);
-			int r = tid && tid != self && tid != spare[0] && tid != spare[1] ? visit(tid, signal, round) : 0;
+			int r = tid && tid != self && !is_spared(tid) ? visit(tid, signal, round) : 0;
 
 			if (r)
 				return r;
@@ -108,14 +128,14 @@ static int look_round(int tasks, int signal, const pid_t spare[2], struct round 
 	return n ? -errno : 0;
 }
 
-static int stop_all(int tasks, int signal, const pid_t spare[2], unsigned timeout_ms)
+static int stop_all(int tasks, int signal, unsigned timeout_ms)
 {
 	uint64_t until_ms = os_now_us() / 1000 + timeout_ms;
 	struct timespec pause = { 0, POLL_NS };
 	struct round round;
 
 	for (;;) {
-		int r = look_round(tasks, signal, spare, &round);
+		int r = look_round(tasks, signal, &round);
 
 		if (r)
 			return r;
@@ -127,7 +147,7 @@ static int stop_all(int tasks, int signal, const pid_t spare[2], unsigned timeou
 	}
 }
 
-int os_freeze(int signal, const pid_t spare[2], unsigned timeout_ms)
+int os_freeze(int signal, unsigned timeout_ms)
 {
 	struct sigaction action = { .sa_handler = park, .sa_flags = SA_RESTART };
 	int tasks = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -140,7 +160,7 @@ int os_freeze(int signal, const pid_t spare[2], unsigned timeout_ms)
 	freezing.count = 0;
 	freezing.frozen = 1;
 	if (!r)
-		r = stop_all(tasks, signal, spare, timeout_ms);
+		r = stop_all(tasks, signal, timeout_ms);
 	if (tasks >= 0)
 		syscall(SYS_close, tasks);
 	if (r)

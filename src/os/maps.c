@@ -258,6 +258,20 @@ int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
 	return fd;
 }
 
+bool os_memfd_is_fine_grained(void)
+{
+	static const size_t huge_bytes = 2u << 20;
+	int fd = os_memfd_create("latent-probe", 2 * huge_bytes, false);
+	const uint8_t page[OS_PAGE_BYTES] = { 1 };
+	uint64_t from = 0, to = 0;
+	bool fine = fd >= 0 && !os_write_all(fd, page, sizeof page, huge_bytes) &&
+		    os_next_data(fd, 0, 2 * huge_bytes, &from, &to) && from == huge_bytes && to - from == sizeof page;
+
+	if (fd >= 0)
+		close(fd);
+	return fine;
+}
+
 #ifdef F_SEAL_FUTURE_WRITE
 #define TABLE_SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
 #else

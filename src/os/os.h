@@ -121,6 +121,9 @@ bool os_absorb_fault(const void *addr);
  * errno. */
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit);
 
+/* Does writing one page of a memfd leave its neighbours holes? Not where huge pages are forced on shared memory. */
+bool os_memfd_is_fine_grained(void);
+
 /* Shared memory of this process that others may be given to read: a memfd and a writable view of it,
  * sealed so that nobody else can write it or change its size. */
 int os_table_create(const char *name, size_t bytes, int *ret_fd, void **ret_table);
@@ -216,11 +219,13 @@ int os_uffd_new(int flags); /* userfaultfd(2): a descriptor or a negative errno 
 /* Whole mappings of shared memory; -EINVAL for those of ordinary files, -EBUSY: another one has it. */
 int os_uffd_register_wp(int uffd, void *hva, size_t bytes);
 int os_uffd_unregister(int uffd, void *hva, size_t bytes); /* wakes all that wait, and protects nothing */
-int os_uffd_register_missing(int uffd, void *hva, size_t bytes); /* base: a mapping of a memfd */
+/* Of a mapping of a memfd, shared (base) or private: where the file has a hole, whoever touches it waits; what the
+ * file has is mapped as usual. */
+int os_uffd_register_missing(int uffd, void *hva, size_t bytes);
 /* Puts a page where there is none; wakes who waits for it. -EEXIST: there is one; -ENOENT: not registered. */
 int os_uffd_copy(int uffd, void *hva, const void *page);
 int os_uffd_zero(int uffd, void *hva);
-void os_uffd_wake(int uffd, void *hva, size_t bytes);
+void os_uffd_wake(int uffd, void *hva, size_t bytes); /* whoever waits in the range tries again */
 /* Addresses are those of the process that has opened it. Taking protection away wakes who waits. */
 int os_uffd_protect(int uffd, void *hva, size_t bytes, bool on);
 /* 1: a page (its address) is waited for; 0: none now; -ENOSPC and others: it is over. */
@@ -229,14 +234,16 @@ int os_uffd_next_fault(int uffd, uintptr_t *ret_addr);
 /* ---- freeze.c: all other threads stopped for a moment ---------------------------------------- */
 
 /*
- * Stops every other thread of this process but those in `spare` (0: none) in a handler of `signal`, which none may
+ * Stops every other thread of this process but those of os_never_freeze in a handler of `signal`, which none may
  * block: then none is inside a system call, so nobody has memory under his hands but kernel threads and
  * devices. Until os_thaw the caller may use system calls only: a stopped thread may hold any lock (malloc's,
  * stdio's) that the caller does not hold itself. System calls that were waiting are restarted, or fail with
  * EINTR as after any signal. One caller at a time. -ETIMEDOUT: a thread did not stop; all run again.
  */
-int os_freeze(int signal, const pid_t spare[2], unsigned timeout_ms);
+int os_freeze(int signal, unsigned timeout_ms);
 void os_thaw(void);
+/* A thread that a freeze never stops: others may wait for what it does, and it touches no guest RAM. Four at most. */
+void os_never_freeze(pid_t tid);
 
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
 
@@ -247,6 +254,7 @@ enum os_fault_point {
 	OS_FAULT_PUNCH,
 	OS_FAULT_POPULATE,
 	OS_FAULT_SETTLE_WRITE,
+	OS_FAULT_UFFD,         /* there is no userfaultfd to be had */
 	OS_FAULT_REGISTER,     /* of pages to be made when they are touched */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
 	OS_FAULT_WRITE,        /* os_write_all */

@@ -39,8 +39,10 @@ static int from_device(int flags)
 int os_uffd_open(uint64_t features)
 {
 	struct uffdio_api api = { .api = UFFD_API, .features = features };
-	int flags = O_CLOEXEC | O_NONBLOCK, fd;
+	int flags = O_CLOEXEC | O_NONBLOCK, fd = os_fault(OS_FAULT_UFFD);
 
+	if (fd)
+		return fd;
 	if ((os_features_get()->uffd_features & features) != features)
 		return -EOPNOTSUPP;
 	fd = os_uffd_new(flags);

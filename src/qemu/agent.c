@@ -255,7 +255,6 @@ static int start(struct agent *a)
 		a->ram = NULL;
 		return r;
 	}
-	a->service_tid = service_tid;
 	volumes_lease_to(a->volumes, service_tid);
 	(void)agent_set_sigbus(NULL, NULL);
 	atomic_store_explicit(&running, a, memory_order_release);
@@ -334,12 +333,9 @@ void agent_note_kernel_io(bool of_drives)
 		a->stats->other_io = 1;
 }
 
-int agent_freeze(struct agent *a, unsigned timeout_ms)
+int agent_freeze(unsigned timeout_ms)
 {
-	/* One of QEMU's may be inside a system call that waits for a page. */
-	const pid_t spare[] = { a->service_tid, faults_tid() };
-
-	return os_freeze(AGENT_FREEZE_SIGNAL, spare, timeout_ms);
+	return os_freeze(AGENT_FREEZE_SIGNAL, timeout_ms);
 }
 
 int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)
@@ -352,7 +348,7 @@ int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct s
 		return -EBUSY;
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
 	begin_us = os_now_us();
-	r = agent_freeze(a, timeout_ms);
+	r = agent_freeze(timeout_ms);
 	if (!r) {
 		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 			int one = all || !volume_is_mapped(v) ? volume_settle(v, &done->pages) : 0;

@@ -7,6 +7,7 @@
  *   saver.c    its part of a save
  *   restorer.c its part of a restore
  *   faults.c   its other thread, from the first restore or save on: serves faults
+ *   lazy.c     its end of a source that cannot be mapped
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *   resume.c   what comes after a restore: the guest runs, or waits to be taken
  *
@@ -35,7 +36,6 @@ struct agent {
 	struct volumes *volumes;
 	_Atomic bool overlays_allowed; /* what agent_exclude has decided */
 	_Atomic bool kernel_io; /* the kernel does I/O to guest RAM with no thread of QEMU's in it */
-	pid_t service_tid;
 	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
 };
 
@@ -62,7 +62,7 @@ int agent_exclude(const char *what);
 void agent_note_kernel_io(bool of_drives);
 
 /* os_freeze of all threads but the agent's own ones; os_thaw ends it. */
-int agent_freeze(struct agent *agent, unsigned timeout_ms);
+int agent_freeze(unsigned timeout_ms);
 
 struct settled {
 	uint64_t pages, paused_us;
@@ -138,7 +138,6 @@ int faults_make_pages(struct agent *agent);
 int faults_serve_writes(struct agent *agent, int uffd);
 /* When the other end of this socket is gone, saver_peer_gone is called; -1: no more, as above. */
 void faults_watch_peer(int socket);
-pid_t faults_tid(void); /* 0: there is no such thread */
 
 /* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */
 int restorer_fill(struct agent *agent, struct ram_block *block);
@@ -155,6 +154,14 @@ void resume_keeper_gone(struct agent *agent, struct pause *pause);
 void resume_take(struct agent *agent, struct pause *pause, const char *name, struct control_reply *reply);
 /* Removes the disks of a VM whose guest has never run; any thread, when QEMU ends. */
 void resume_drop_disks(const struct agent *agent);
+/* lazy.c: a source that cannot be mapped, which a pager brings into a cache. Used by the restorer. */
+int lazy_begin(struct agent *agent); /* does nothing the second time */
+bool lazy_may_map(void); /* else all has to be loaded before it is read */
+/* The cache has been mapped there, and nobody has touched it yet. */
+int lazy_mapped(void *hva, size_t bytes);
+int lazy_watch(const struct ram_block *block, uint64_t first_page); /* first_page: of the cache */
+void lazy_load_all(void); /* waits until the cache is whole */
+bool lazy_is_loaded(void);
 
 /* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
 struct msghdr;

@@ -2,7 +2,7 @@
 /*
  * The thread that serves faults: makes masked pages when they are touched, and lets the guest write pages that a
  * save has protected too early. It touches no guest RAM, takes no lock that a thread of QEMU may have while it waits
- * for a page, and is never stopped with the others (os_freeze). See "Masked pages" in ARCHITECTURE.md.
+ * for a page, and is never stopped with the others (os_never_freeze). See "Masked pages" in ARCHITECTURE.md.
  */
 #include "qemu/agent.h"
 
@@ -27,7 +27,7 @@ static struct {
 	struct agent *agent;
 	int uffd;      /* of masked pages; -1: there are none */
 	int wake_fd;   /* eventfd: look at what is polled again */
-	pid_t tid;
+	bool runs; /* the thread */
 	sem_t ready;
 	pthread_mutex_t lock; /* protects the next; held while one of its faults is served */
 	int write_uffd, peer;
@@ -109,7 +109,8 @@ static void *serve(void *arg)
 	uintptr_t page;
 
 	(void)arg;
-	faults.tid = (pid_t)syscall(SYS_gettid);
+	faults.runs = true;
+	os_never_freeze((pid_t)syscall(SYS_gettid));
 	sem_post(&faults.ready);
 	for (;;) {
 		struct pollfd p[POLLS] = {
@@ -147,7 +148,7 @@ static int start_thread(struct agent *a)
 	pthread_t thread;
 	int r;
 
-	if (faults.tid)
+	if (faults.runs)
 		return 0;
 	faults.agent = a;
 	faults.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -200,7 +201,7 @@ int faults_serve_writes(struct agent *a, int uffd)
 	pthread_mutex_lock(&faults.lock);
 	faults.write_uffd = uffd;
 	pthread_mutex_unlock(&faults.lock);
-	if (faults.tid)
+	if (faults.runs)
 		wake();
 	return 0;
 }
@@ -210,11 +211,6 @@ void faults_watch_peer(int socket)
 	pthread_mutex_lock(&faults.lock);
 	faults.peer = socket;
 	pthread_mutex_unlock(&faults.lock);
-	if (faults.tid)
+	if (faults.runs)
 		wake();
-}
-
-pid_t faults_tid(void)
-{
-	return faults.tid;
 }

@@ -9,7 +9,8 @@
  *   map      it is part of a long run of one file, which is mapped there; nothing is read
  *   mask     a word that is repeated, or a short run: made when it is touched (core/mask.c)
  *
- * Where pages cannot be masked, words are written and short runs are mapped, or read.
+ * Where pages cannot be masked, words are written and short runs are mapped, or read. With a pager the snapshot's RAM
+ * is its cache, of which every run is mapped, or read when it is whole (qemu/lazy.c).
  */
 #include "qemu/agent.h"
 
@@ -111,10 +112,32 @@ static int read_stretch(struct fill *f, const struct stretch *s)
 	return os_read_all(s->fd, f->block->hva + os_bytes(s->page), os_bytes(s->pages), os_bytes(s->file_page));
 }
 
+static bool is_lazy(const struct fill *f, const struct stretch *s)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+
+	return restore->pager.active && s->fd == restore->ram_fd;
+}
+
+/* The cache is filled while it is mapped. What cannot be mapped so is read when it is whole. */
+static int bring_lazily(struct fill *f, const struct stretch *s)
+{
+	int r = s->volume && lazy_may_map() ? volume_map(s->volume, f->block, s->page, s->pages, s->file_page) : -ENOTSUP;
+
+	if (!r && !lazy_mapped(f->block->hva + os_bytes(s->page), os_bytes(s->pages)))
+		return 0;
+	lazy_load_all();
+	return r ? read_stretch(f, s) : 0;
+}
+
 static int bring(struct fill *f, const struct stretch *s)
 {
-	int r = s->volume ? volume_map(s->volume, f->block, s->page, s->pages, s->file_page) : -ENOTSUP;
+	int r = -ENOTSUP;
 
+	if (is_lazy(f, s))
+		return bring_lazily(f, s);
+	if (s->volume)
+		r = volume_map(s->volume, f->block, s->page, s->pages, s->file_page);
 	return r ? read_stretch(f, s) : 0;
 }
 
@@ -370,6 +393,8 @@ static int use_active(struct fill *f, const struct snapshot_image *image)
 		if (is_ours(f, &f->active.list[i]))
 			f->use[f->active.list[i].page - f->ram_page] =
 				f->active.list[i].flags & ACTIVE_WRITTEN ? IN_USE_WRITTEN : IN_USE;
+	if (!f->active.contents_offset)
+		return copy_all_written(f);
 	any = cold_ram = is_cold(f, image, restore->ram_fd, SNAPSHOT_DATA, 0);
 	for (uint32_t i = 0; i < image->volumes; i++) {
 		cold_volume[i] = is_cold(f, image, restore->volume_fd[i], SNAPSHOT_VOLUME, i);
@@ -386,8 +411,10 @@ static void attach(struct fill *f)
 	const struct agent_restore *restore = &f->agent->config.restore;
 
 	f->masks = f->agent->overlays_allowed && !faults_make_pages(f->agent);
-	f->ram = volumes_attach(f->agent->volumes, restore->ram_fd);
-	f->mask_ram = f->masks && f->ram && volume_is_mapped(f->ram);
+	f->ram = restore->pager.active ? volumes_attach_cache(f->agent->volumes, restore->ram_fd)
+				       : volumes_attach(f->agent->volumes, restore->ram_fd);
+	/* A hole of the cache is no zero, so it is never read before the pager has brought it. */
+	f->mask_ram = f->masks && !restore->pager.active && f->ram && volume_is_mapped(f->ram);
 	for (uint32_t i = 0; i < restore->volumes; i++) {
 		f->volume[i] = volumes_attach(f->agent->volumes, restore->volume_fd[i]);
 		f->mask_volume[i] = f->masks && f->volume[i] && volume_is_mapped(f->volume[i]);
@@ -455,8 +482,12 @@ int restorer_fill(struct agent *a, struct ram_block *block)
 		return r;
 	}
 	r = find_block(&f, &image);
+	if (!r && a->config.restore.pager.active)
+		r = lazy_begin(a);
 	if (!r) {
 		r = fill_block(&f, &image);
+		if (!r && a->config.restore.pager.active)
+			r = lazy_watch(block, f.ram_page);
 		if (r)
 			agent_say("guest RAM cannot be filled from the snapshot: %s", strerror(-r));
 		detach(&f);

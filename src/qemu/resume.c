@@ -41,9 +41,12 @@ static void end_reports(struct agent *a)
 	a->config.restore.report_fd = -1;
 }
 
-/* The guest's first reads find their pages in the page table. Copies for its writes would cost memory. */
+/* The guest's first reads find their pages in the page table. Copies for its writes would cost memory. What a pager
+ * is loading is not waited for. */
 static void prefault(struct agent *a)
 {
+	if (a->config.restore.pager.active)
+		return;
 	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
 		struct ram_block *b = ram_block_at(a->ram, i);
 

@@ -236,7 +236,7 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 	saver.private_runs = saver.copied_pages = 0;
 	ram_lock(a->ram);
 	begin_us = os_now_us();
-	r = agent_freeze(a, FREEZE_MS);
+	r = agent_freeze(FREEZE_MS);
 	if (!r) {
 		r = ram_for_private(a->ram, copy_run, a);
 		pthread_mutex_lock(&saver.arm_lock);
@@ -427,8 +427,25 @@ static const char *why_not(int r)
 	}
 }
 
+/* A snapshot cannot refer to it: it has no name. */
+static bool maps_cache(struct agent *a)
+{
+	struct volume *v;
+
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
+		if (volume_is_cache(v) && volume_overlay_pages(v))
+			return true;
+	return false;
+}
+
 void saver_begin(struct agent *a, int client, struct control_reply *p)
 {
+	if (maps_cache(a)) {
+		p->error = -EBUSY;
+		snprintf(p->text, sizeof p->text, "its RAM comes from a snapshot that is packed or elsewhere; run `latent detach %s` "
+			 "first, which loads all of it", a->config.name);
+		return;
+	}
 	if (saver.client >= 0) {
 		p->error = -EALREADY;
 		snprintf(p->text, sizeof p->text, "the VM is being saved already");

@@ -530,6 +530,7 @@ static void *service_main(void *arg)
 	sigset_t lease;
 
 	s->tid = (pid_t)syscall(SYS_gettid);
+	os_never_freeze(s->tid); /* one of QEMU's may be inside a system call that waits for a page */
 	sigemptyset(&lease);
 	sigaddset(&lease, SERVICE_LEASE_SIGNAL);
 	s->signal_fd = signalfd(-1, &lease, SFD_CLOEXEC | SFD_NONBLOCK);

@@ -16,11 +16,15 @@
 _Static_assert(sizeof(struct active_header) == 32, "the layout is the format");
 _Static_assert(sizeof(struct active_page) == 16, "the layout is the format");
 
+/* Where the list ends. */
+static uint64_t list_end(uint64_t count)
+{
+	return sizeof(struct active_header) + count * sizeof(struct active_page);
+}
+
 uint64_t active_contents_offset(uint64_t count)
 {
-	uint64_t bytes = sizeof(struct active_header) + count * sizeof(struct active_page);
-
-	return (bytes + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1);
+	return (list_end(count) + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1);
 }
 
 static int write_list(int fd, const struct active_page *list, uint64_t count)
@@ -70,6 +74,8 @@ int active_write(int fd, const struct active_page *list, uint64_t count, const s
 {
 	int r = write_list(fd, list, count);
 
+	if (ram_fd < 0)
+		return r;
 	if (!r) /* without contents, too, it is as long as it says */
 		r = ftruncate(fd, (off_t)(active_contents_offset(count) + os_bytes(count))) ? -errno : 0;
 	return r ? r : write_contents(fd, list, count, image, ram_fd, volume_fd);
@@ -85,7 +91,8 @@ static int check_header(const struct active_header *h, uint64_t file_bytes, cons
 {
 	if (h->magic != ACTIVE_MAGIC || h->version != ACTIVE_VERSION || h->page_bytes != OS_PAGE_BYTES)
 		return refuse(why, "not of this version of the format");
-	if (h->pages > image->pages || file_bytes != active_contents_offset(h->pages) + os_bytes(h->pages))
+	if (h->pages > image->pages || (file_bytes != active_contents_offset(h->pages) + os_bytes(h->pages) &&
+					file_bytes != list_end(h->pages)))
 		return refuse(why, "its length is not what its pages need");
 	return 0;
 }
@@ -121,7 +128,8 @@ int active_read(int fd, const struct snapshot_image *image, struct active_set *r
 	if (r)
 		return r;
 	set.count = h.pages;
-	set.contents_offset = active_contents_offset(h.pages);
+	if ((uint64_t)st.st_size != list_end(h.pages))
+		set.contents_offset = active_contents_offset(h.pages);
 	set.list = malloc(h.pages * sizeof *set.list + 1);
 	r = set.list ? os_read_all(fd, set.list, h.pages * sizeof *set.list, sizeof h) : -ENOMEM;
 	if (!r && XXH3_64bits(set.list, h.pages * sizeof *set.list) != h.checksum)

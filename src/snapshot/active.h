@@ -2,7 +2,7 @@
 /*
  * The file `active` of a snapshot: the pages that the guest was using when it was saved, in the order in which it
  * touched them (US20100070678), with a packed copy of their contents, which a cold restore reads in one piece.
- * It is a help and never needed: everything in it is also elsewhere. docs/snapshot.md has the layout.
+ * Beside a packed `ram` it is the list alone. It is a help and never needed: everything in it is also elsewhere. docs/snapshot.md has the layout.
  */
 #ifndef LATENT_SNAPSHOT_ACTIVE_H
 #define LATENT_SNAPSHOT_ACTIVE_H
@@ -32,13 +32,13 @@ struct active_page {
 struct active_set {
 	struct active_page *list;
 	uint64_t count;
-	uint64_t contents_offset; /* bytes */
+	uint64_t contents_offset; /* bytes; 0: there are no copies of the contents */
 };
 
 /* Where contents begin behind so many records. */
 uint64_t active_contents_offset(uint64_t count);
 
-/* All of it, into an empty file. `ram_fd`: where pages of SNAPSHOT_DATA are; `volume_fd`: of the image's volumes.
+/* All of it, into an empty file. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1: the list alone; `volume_fd`: of the image's volumes.
  * 0 or a negative errno. */
 int active_write(int fd, const struct active_page *list, uint64_t count, const struct snapshot_image *image, int ram_fd,
 		 const int volume_fd[SNAPSHOT_VOLUMES]);

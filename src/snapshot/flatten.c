@@ -265,6 +265,8 @@ static int open_old(struct flatten *f, const char *dir)
 	int r = reader_open(dir, &f->from, f->why);
 
 	if (!r)
+		r = reader_need_ram(&f->from, f->why);
+	if (!r)
 		r = reader_open_files(&f->from, f->why);
 	if (!r)
 		r = reader_open_origins(&f->from, f->why);

@@ -27,6 +27,7 @@
 #define SNAPSHOT_STATE "state"
 #define SNAPSHOT_PAGES "pages"
 #define SNAPSHOT_RAM "ram"
+#define SNAPSHOT_PACKED "ram.zst" /* in place of `ram`: see snapshot/packed.h */
 #define SNAPSHOT_DISKS "disks"
 
 struct snapshot_header {

@@ -15,7 +15,6 @@
 #include <xxhash.h>
 
 #define FORMAT_NAME "latent-snapshot"
-#define MAX_BYTES (1 << 20)
 #define SAMPLES 1024u
 
 /* ---- fingerprints --------------------------------------------------------------------------- */
@@ -147,6 +146,8 @@ static struct json_object *to_json(const struct manifest *m)
 	add_number(json, "created_unix_s", m->created_unix_s);
 	add_number(json, "ram_bytes", m->ram_bytes);
 	add_number(json, "state_bytes", m->state_bytes);
+	if (m->packed_bytes)
+		add_number(json, "packed_bytes", m->packed_bytes);
 	if (m->parent.path[0])
 		json_object_object_add(json, "parent", parent_to_json(&m->parent));
 	for (uint32_t i = 0; i < m->volumes; i++) {
@@ -358,6 +359,8 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	m->created_unix_s = take_number(d, json, "created_unix_s", INT64_MAX);
 	m->ram_bytes = take_number(d, json, "ram_bytes", INT64_MAX);
 	m->state_bytes = take_number(d, json, "state_bytes", 1ull << 32);
+	if (json_object_object_get_ex(json, "packed_bytes", NULL))
+		m->packed_bytes = take_number(d, json, "packed_bytes", INT64_MAX);
 	take_parent(d, json, &m->parent);
 	array = take_array(d, json, "volumes", SNAPSHOT_VOLUMES, &m->volumes);
 	for (uint32_t i = 0; i < m->volumes; i++) {
@@ -370,31 +373,37 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	take_machine(d, json, m);
 }
 
-static char *read_text(int dir_fd, char *why)
+static char *read_text(int fd, char *why)
 {
-	int fd = openat(dir_fd, SNAPSHOT_MANIFEST, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-	char *text = fd < 0 ? NULL : calloc(1, MAX_BYTES + 1);
-	ssize_t n = text ? pread(fd, text, MAX_BYTES + 1, 0) : -1;
+	char *text = calloc(1, MANIFEST_MAX_BYTES + 1);
+	ssize_t n = text ? pread(fd, text, MANIFEST_MAX_BYTES + 1, 0) : -1;
 
-	if (fd < 0 && errno == ENOENT)
-		snprintf(why, SNAPSHOT_WHY_BYTES, "no snapshot: there is no " SNAPSHOT_MANIFEST " in it");
-	else if (n < 0 || n > MAX_BYTES)
-		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_MANIFEST ": %s",
-			 n < 0 ? strerror(errno) : "larger than any manifest");
-	if (n < 0 || n > MAX_BYTES) {
-		free(text);
-		text = NULL;
-	}
-	if (fd >= 0)
-		close(fd);
-	return text;
+	if (n >= 0 && n <= MANIFEST_MAX_BYTES)
+		return text;
+	snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_MANIFEST ": %s", n < 0 ? strerror(errno) : "larger than any manifest");
+	free(text);
+	return NULL;
 }
 
 int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES])
 {
+	int fd = openat(dir_fd, SNAPSHOT_MANIFEST, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), r;
+
+	if (fd < 0) {
+		snprintf(why, SNAPSHOT_WHY_BYTES, errno == ENOENT ? "no snapshot: there is no " SNAPSHOT_MANIFEST " in it"
+			 : SNAPSHOT_MANIFEST ": %s", strerror(errno));
+		return -EBADMSG;
+	}
+	r = manifest_read_file(fd, ret_manifest, why);
+	close(fd);
+	return r;
+}
+
+int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES])
+{
 	struct manifest m = { 0 };
 	struct reading d = { .why = why };
-	char *text = read_text(dir_fd, why);
+	char *text = read_text(fd, why);
 	struct json_object *json;
 
 	if (!text)

@@ -13,6 +13,7 @@
 #define MANIFEST_PATH_BYTES 256
 #define MANIFEST_DISKS 16
 #define MANIFEST_LAYERS 24
+#define MANIFEST_MAX_BYTES (1 << 20)
 
 /* What a file that RAM refers to is; a snapshot's `ram` is never written after it was made. */
 enum manifest_role { MANIFEST_IMAGE, MANIFEST_RAM };
@@ -53,6 +54,7 @@ struct manifest_parent {
 struct manifest {
 	char name[64], qemu_version[64];
 	uint64_t created_unix_s, ram_bytes, state_bytes;
+	uint64_t packed_bytes; /* of `ram.zst`; 0: there is a plain `ram` */
 	struct manifest_parent parent;
 	uint32_t volumes, disks;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES];
@@ -68,6 +70,8 @@ const char *manifest_role_name(enum manifest_role role);
 int manifest_write(const struct manifest *manifest, int dir_fd);
 /* -EBADMSG: `why` says what is wrong with it. */
 int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
+/* The same of the file itself. */
+int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
 
 /*
  * What a file is known by, but for its path. The fingerprint is the XXH3-64 over the size and up to 1,024 pages,

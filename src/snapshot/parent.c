@@ -35,6 +35,8 @@ static int open_all(struct parent *p, const char *dir, char *why)
 	int r = reader_open(dir, &p->reader, why);
 
 	if (!r)
+		r = reader_need_ram(&p->reader, why);
+	if (!r)
 		r = reader_open_files(&p->reader, why);
 	if (r)
 		return r;

@@ -67,11 +67,24 @@ static int open_ram(struct reader *r, char *why)
 	return 0;
 }
 
+static int open_packed(struct reader *r, char *why)
+{
+	uint64_t bytes = 0;
+
+	r->packed_fd = open_regular(r->dir_fd, SNAPSHOT_PACKED, O_NOFOLLOW, &bytes);
+	if (r->packed_fd < 0)
+		return fail(why, r->packed_fd, SNAPSHOT_PACKED " cannot be opened: %s", strerror(-r->packed_fd));
+	if (bytes != r->manifest.packed_bytes || r->manifest.ram_bytes != os_bytes(r->image.pages))
+		return fail(why, -EBADMSG, SNAPSHOT_PACKED " is %ju bytes long, and %ju were expected, of %zu bytes of RAM",
+			    (uintmax_t)bytes, (uintmax_t)r->manifest.packed_bytes, os_bytes(r->image.pages));
+	return 0;
+}
+
 int reader_open(const char *dir, struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 {
 	int e;
 
-	*r = (struct reader){ .dir_fd = -1, .ram_fd = -1 };
+	*r = (struct reader){ .dir_fd = -1, .ram_fd = -1, .packed_fd = -1 };
 	for (size_t i = 0; i < SNAPSHOT_VOLUMES; i++)
 		r->file[i].fd = -1;
 	if (!realpath(dir, r->path))
@@ -85,7 +98,15 @@ int reader_open(const char *dir, struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 	if (!e && r->image.volumes > r->manifest.volumes)
 		e = fail(why, -EBADMSG, SNAPSHOT_PAGES ": refers to %u files, and the manifest names %u", r->image.volumes,
 			 r->manifest.volumes);
-	return e ? e : open_ram(r, why);
+	if (!e)
+		e = r->manifest.packed_bytes ? open_packed(r, why) : open_ram(r, why);
+	return e;
+}
+
+int reader_need_ram(const struct reader *r, char why[SNAPSHOT_WHY_BYTES])
+{
+	return r->ram_fd >= 0 ? 0 : fail(why, -EOPNOTSUPP, "its RAM is packed, and pages of it cannot be read one by one: use "
+					"a snapshot that was saved without --compress");
 }
 
 void reader_close(struct reader *r)
@@ -100,9 +121,11 @@ void reader_close(struct reader *r)
 	}
 	if (r->ram_fd >= 0)
 		close(r->ram_fd);
+	if (r->packed_fd >= 0)
+		close(r->packed_fd);
 	if (r->dir_fd >= 0)
 		close(r->dir_fd);
-	r->dir_fd = r->ram_fd = -1;
+	r->dir_fd = r->ram_fd = r->packed_fd = -1;
 }
 
 /* ---- files that it refers to ------------------------------------------------------------------- */

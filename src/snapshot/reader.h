@@ -12,7 +12,8 @@
 
 struct reader {
 	char path[PATH_MAX]; /* absolute */
-	int dir_fd, ram_fd;
+	int dir_fd;
+	int ram_fd, packed_fd; /* -1: it has the other one */
 	struct manifest manifest;
 	struct snapshot_image image;
 	struct reader_file {
@@ -23,6 +24,8 @@ struct reader {
 
 /* `*reader` may be closed in any case. */
 int reader_open(const char *dir, struct reader *reader, char why[SNAPSHOT_WHY_BYTES]);
+/* -EOPNOTSUPP: its RAM is packed, and pages cannot be read one by one. */
+int reader_need_ram(const struct reader *reader, char why[SNAPSHOT_WHY_BYTES]);
 /* The files that pages refer to, each of which must be what it was. */
 int reader_open_files(struct reader *reader, char why[SNAPSHOT_WHY_BYTES]);
 /* What the snapshots that they belong to say of them: with that, pages can be checked one by one. */

@@ -5,6 +5,7 @@
 #include "snapshot/describe.h"
 #include "snapshot/maker.h"
 #include "snapshot/manifest.h"
+#include "snapshot/packed.h"
 #include "snapshot/parent.h"
 #include "snapshot/reader.h"
 #include "vmdir/qmp.h"
@@ -526,7 +527,10 @@ static int write_ram(struct save *s, struct source_progress *progress)
 	source_get_counts(s->source, &s->result->source);
 	source_end(s->source);
 	s->source = NULL;
-	r = maker_close(fd, SNAPSHOT_RAM, r, s->why);
+	if (s->options->compress)
+		close(fd); /* it goes again when it is packed */
+	else
+		r = maker_close(fd, SNAPSHOT_RAM, r, s->why);
 	if (!r)
 		r = step(s, "guest RAM is let go");
 	if (r)
@@ -574,7 +578,7 @@ static int write_active(struct save *s)
 {
 	int volumes[SNAPSHOT_VOLUMES], ram = -1, fd = -1, r = open_volumes(s, volumes);
 
-	if (!r) {
+	if (!r && !s->options->compress) { /* a packed one is restored in the order of the list, without the copies */
 		ram = openat(s->maker.dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC);
 		r = ram < 0 ? fail(s, -errno, SNAPSHOT_RAM " cannot be read") : 0;
 	}
@@ -594,6 +598,25 @@ static int write_active(struct save *s)
 	if (ram >= 0)
 		close(ram);
 	return r ? r : step(s, "the active pages are written");
+}
+
+/* The guest's pages come in the order in which they are about to change; they are packed in their own. So all of
+ * them are in a file first, which nobody has to wait for. */
+static int pack_ram(struct save *s, const struct source_progress *progress)
+{
+	int from = openat(s->maker.dir_fd, SNAPSHOT_RAM, O_RDONLY | O_CLOEXEC), to, r;
+
+	if (from < 0)
+		return fail(s, -errno, SNAPSHOT_RAM " cannot be read: %s", strerror(errno));
+	to = r = maker_create(&s->maker, SNAPSHOT_PACKED, s->why);
+	if (to >= 0) {
+		r = packed_write(&s->image, from, to, &progress->stop, &s->manifest.packed_bytes, s->why);
+		r = maker_close(to, SNAPSHOT_PACKED, r, s->why);
+	}
+	close(from);
+	(void)unlinkat(s->maker.dir_fd, SNAPSHOT_RAM, 0);
+	s->result->packed_bytes = s->manifest.packed_bytes;
+	return r ? r : step(s, "RAM is packed");
 }
 
 static int identify(struct save *s, struct manifest_volume *v)
@@ -656,7 +679,7 @@ static void list_volumes(struct save *s, const struct control_layout *layout)
 		parent_join_volumes(s->parent, s->volume, &s->volumes);
 }
 
-static int write_manifest(struct save *s)
+static int write_manifest(struct save *s, const struct source_progress *progress)
 {
 	int r = 0;
 
@@ -673,6 +696,8 @@ static int write_manifest(struct save *s)
 	s->result->disks = s->manifest.disks;
 	if (!r)
 		r = write_active(s);
+	if (!r && s->options->compress)
+		r = pack_ram(s, progress);
 	if (!r) {
 		r = manifest_write(&s->manifest, s->maker.dir_fd);
 		if (r)
@@ -737,7 +762,7 @@ static int save(struct save *s, struct source_progress *progress)
 	if (!r)
 		r = write_state(s);
 	if (!r)
-		r = write_manifest(s);
+		r = write_manifest(s, progress);
 	if (!r)
 		r = maker_complete(&s->maker, s->why);
 	s->result->write_us = os_now_us() - begin_us;

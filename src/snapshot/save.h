@@ -18,6 +18,7 @@ struct save_options {
 	unsigned window_ms;     /* for so long, before, it is seen which pages the guest uses */
 	const char *parent;     /* a snapshot's directory: what it has is not stored again; or NULL */
 	bool stop;              /* the guest stands until all is written */
+	bool compress;          /* `ram.zst` in place of `ram` */
 	bool no_disks;          /* disks are left as they are, and are not part of the snapshot */
 	uint64_t limit_bytes_s; /* of writing; 0: none */
 };
@@ -26,6 +27,7 @@ struct save_result {
 	uint64_t pause_us;       /* the guest stood */
 	uint64_t point_us;       /* of that, for the point in time of RAM */
 	uint64_t write_us, state_bytes, ram_bytes_written;
+	uint64_t packed_bytes;   /* of `ram.zst`, if that was asked for */
 	uint64_t active_pages, active_written_pages;
 	struct snapshot_counts pages;
 	uint64_t pages_in_ram;   /* of those in volumes: in `ram` of other snapshots */

@@ -40,6 +40,11 @@ struct agent_restore {
 	int32_t active_fd; /* -1: the snapshot has none */
 	uint32_t volumes;
 	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
+	struct agent_pager {
+		uint32_t active;       /* ram_fd is a cache, and pager_fd the connection to who fills it: vmdir/pager.h */
+		int32_t fd, index_fd;
+		char program[256], dir[256], source[1024]; /* to find and start another one */
+	} pager;
 	uint32_t then; /* enum agent_restore_then */
 	int32_t report_fd; /* a SOCK_SEQPACKET: struct agent_report goes there; -1: nobody waits */
 	/* New disks, which go again if the guest never runs. */

@@ -40,6 +40,7 @@ enum volume_state {
 	VOLUME_LEASED,   /* mapped under a read lease */
 	VOLUME_SEALED,   /* mapped: fs-verity, immutable, or a read-only file system */
 	VOLUME_TRUSTED,  /* mapped on the user's word (--trust-image) */
+	VOLUME_CACHED,   /* mapped: a pager's cache, which only grows */
 	VOLUME_WRITABLE, /* copied: somebody has it open for writing; looked at again from time to time, */
 	VOLUME_NO_LEASE, /* and so this: nothing keeps it from changing */
 	VOLUME_DETACHED, /* copied: detached by command, for good */
@@ -91,6 +92,10 @@ struct vm_stats {
 	stat_counter pages_masked_now, pages_masked, masked_made, masked_copied, masked_mapped, masked_dropped;
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
+	/* What a source that cannot be mapped is loading; source is empty: there is none. */
+	char source[256], source_trouble[256];
+	stat_counter source_pages_all, source_pages_now, source_bytes, source_faults, source_wrong, source_pagers_lost;
+	stat_counter source_waiting_now, source_silent_ms_now;
 	stat_counter restore_us[RESTORE_STEPS]; /* CLOCK_MONOTONIC when it was done; 0: not yet, or no restore */
 	_Atomic uint32_t is_spare; /* restored, and waits to be taken */
 	char message[256]; /* the last that the agent has said, or empty */

@@ -26,6 +26,7 @@ struct volume {
 	void *view;        /* for residency; NULL where the kernel does not tell us */
 	unsigned file;     /* index in core */
 	bool has_file, is_regular;
+	bool is_cache; /* it only grows, and nobody else writes it */
 	bool detached; /* for good, by the user */
 	/* Everything above, and view, track and stats, changes only while the volume is closed and nobody
 	 * uses it: see volume_get. */
@@ -44,7 +45,7 @@ struct volume {
 
 static inline bool state_maps(uint32_t state)
 {
-	return state == VOLUME_LEASED || state == VOLUME_SEALED || state == VOLUME_TRUSTED;
+	return state == VOLUME_LEASED || state == VOLUME_SEALED || state == VOLUME_TRUSTED || state == VOLUME_CACHED;
 }
 
 #endif

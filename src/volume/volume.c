@@ -241,6 +241,8 @@ static enum volume_state protect(struct volume *v, int vmm_fd)
 
 	if (v->fd < 0)
 		return VOLUME_NO_LEASE;
+	if (v->is_cache)
+		return VOLUME_CACHED;
 	if ((fcntl(vmm_fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
 		return VOLUME_WRITABLE;
 	/* The lease first: it notices when the immutable attribute or the read-only mount goes away. */
@@ -382,12 +384,13 @@ static struct volume *take_place(struct volumes *all, const struct stat *st)
 	return v;
 }
 
-static struct volume *attach(struct volumes *all, int fd, const struct stat *st)
+static struct volume *attach(struct volumes *all, int fd, const struct stat *st, bool is_cache)
 {
 	struct volume *v = take_place(all, st);
 
 	if (!v)
 		return NULL;
+	v->is_cache = is_cache;
 	if (!v->stats)
 		v->stats = &all->stats->volumes[all->count];
 	v->users++;
@@ -401,7 +404,7 @@ static struct volume *attach(struct volumes *all, int fd, const struct stat *st)
 	return v;
 }
 
-struct volume *volumes_attach(struct volumes *all, int fd)
+static struct volume *find_or_attach(struct volumes *all, int fd, bool is_cache)
 {
 	struct volume *v;
 	struct stat st;
@@ -414,9 +417,19 @@ struct volume *volumes_attach(struct volumes *all, int fd)
 	pthread_mutex_lock(&all->attach_lock);
 	v = volume_get(all, &st);
 	if (!v)
-		v = attach(all, fd, &st);
+		v = attach(all, fd, &st, is_cache);
 	pthread_mutex_unlock(&all->attach_lock);
 	return v;
+}
+
+struct volume *volumes_attach(struct volumes *all, int fd)
+{
+	return find_or_attach(all, fd, false);
+}
+
+struct volume *volumes_attach_cache(struct volumes *all, int fd)
+{
+	return find_or_attach(all, fd, true);
 }
 
 /* ---- housekeeping --------------------------------------------------------------------------- */
@@ -568,6 +581,11 @@ void volume_release(struct volume *v)
 bool volume_is_mapped(struct volume *v)
 {
 	return state_maps(v->state);
+}
+
+bool volume_is_cache(struct volume *v)
+{
+	return v->is_cache;
 }
 
 bool volume_is_leased(struct volume *v)

@@ -57,6 +57,9 @@ int volume_map(struct volume *v, struct ram_block *block, uint64_t page, uint64_
 /* The volume of an open file, attached if it was not; NULL: no file, or too many. To be put. */
 struct volume *volumes_attach(struct volumes *all, int fd);
 
+/* The same for a pager's cache: it takes no lease, and nobody is expected to change what is there. */
+struct volume *volumes_attach_cache(struct volumes *all, int fd);
+
 /* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
 
@@ -105,6 +108,7 @@ void volume_release(struct volume *v);
 void volume_swap_in(struct volume *v);
 
 bool volume_is_mapped(struct volume *v);   /* new pages may be mapped from it */
+bool volume_is_cache(struct volume *v);    /* of volumes_attach_cache */
 bool volume_is_leased(struct volume *v);   /* a lease is held, whole or breaking */
 bool volume_lease_breaks(struct volume *v);
 /* Guest pages that lie in overlays of it, and those of them that show the file. */

@@ -848,7 +848,7 @@ enum { RUNNERS = 6, FREEZES = 200 };
 static struct {
 	_Atomic uint64_t steps[RUNNERS];
 	_Atomic bool end;
-	_Atomic int spare;
+	_Atomic bool spare;
 	int pipe[2];
 	pthread_mutex_t lock;
 } frozen;
@@ -880,7 +880,8 @@ static void *run_calls(void *arg)
 
 static void *run_spare(void *arg)
 {
-	frozen.spare = (int)syscall(SYS_gettid);
+	os_never_freeze((pid_t)syscall(SYS_gettid));
+	frozen.spare = true;
 	return run_steps(arg);
 }
 
@@ -917,7 +918,7 @@ static void check_freeze(void)
 	uint64_t before[RUNNERS], spare_before;
 	struct timespec pause = { 0, 200000 };
 
-	assert_int_equal(os_freeze(SIGRTMAX - 4, (pid_t[2]){ frozen.spare }, 5000), 0);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 5000), 0);
 	for (int i = 0; i < RUNNERS; i++)
 		before[i] = frozen.steps[i];
 	spare_before = frozen.steps[0];
@@ -981,13 +982,97 @@ static void test_freeze_in_vain(void **state)
 	assert_int_equal(pthread_create(&runner, NULL, run_steps, &frozen.steps[1]), 0);
 	while (!frozen.steps[0] || !frozen.steps[1])
 		usleep(1000);
-	assert_int_equal(os_freeze(SIGRTMAX - 4, (pid_t[2]){ 0 }, 100), -ETIMEDOUT);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 100), -ETIMEDOUT);
 	before = frozen.steps[1];
 	while (frozen.steps[1] == before)
 		usleep(1000);
 	frozen.end = true;
 	pthread_join(deaf, NULL);
 	pthread_join(runner, NULL);
+}
+
+static void *run_exempt(void *arg)
+{
+	os_never_freeze((pid_t)syscall(SYS_gettid));
+	return run_deaf(arg);
+}
+
+/* It could not be stopped, and it need not. */
+static void test_never_frozen(void **state)
+{
+	struct timespec pause = { 0, 200000 };
+	pthread_t exempt;
+	uint64_t before;
+
+	(void)state;
+	frozen.end = false;
+	frozen.steps[0] = 0;
+	assert_int_equal(pthread_create(&exempt, NULL, run_exempt, &frozen.steps[0]), 0);
+	while (!frozen.steps[0])
+		usleep(1000);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 5000), 0);
+	before = frozen.steps[0];
+	while (frozen.steps[0] == before)
+		syscall(SYS_nanosleep, &pause, NULL);
+	os_thaw();
+	frozen.end = true;
+	pthread_join(exempt, NULL);
+}
+
+/* ---- pages that are missing --------------------------------------------------------------------- */
+
+struct reader {
+	const uint8_t *at;
+	_Atomic int found; /* -1: not yet */
+};
+
+static void *read_byte(void *arg)
+{
+	struct reader *r = arg;
+
+	r->found = *(volatile const uint8_t *)r->at;
+	return NULL;
+}
+
+/* Two private views of one file with holes: who touches a hole waits until it has contents and he is woken; then
+ * the other one finds them, too; and what one writes the other does not see. */
+static void test_missing_pages(void **state)
+{
+	int fd = os_memfd_create("cache", 4 * OS_PAGE_BYTES, false), uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);
+	uint8_t page[OS_PAGE_BYTES], *views[2];
+	struct reader reader = { .found = -1 };
+	uintptr_t addr = 0;
+	pthread_t thread;
+
+	(void)state;
+	if (uffd < 0) {
+		print_message("SKIP: no userfaultfd that serves the kernel's faults\n");
+		close(fd);
+		skip();
+	}
+	assert_true(os_memfd_is_fine_grained());
+	for (int i = 0; i < 2; i++) {
+		views[i] = mmap(NULL, 4 * OS_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+		assert_int_equal(os_uffd_register_missing(uffd, views[i], 4 * OS_PAGE_BYTES), 0);
+	}
+	reader.at = views[0] + 2 * OS_PAGE_BYTES + 5;
+	assert_int_equal(pthread_create(&thread, NULL, read_byte, &reader), 0);
+	while (os_uffd_next_fault(uffd, &addr) == 0)
+		usleep(1000);
+	assert_int_equal(addr, (uintptr_t)views[0] + 2 * OS_PAGE_BYTES);
+	memset(page, 0x77, sizeof page);
+	assert_int_equal(os_write_all(fd, page, sizeof page, 2 * OS_PAGE_BYTES), 0);
+	assert_int_equal(reader.found, -1);
+	os_uffd_wake(uffd, (void *)addr, OS_PAGE_BYTES);
+	pthread_join(thread, NULL);
+	assert_int_equal(reader.found, 0x77);
+	views[0][2 * OS_PAGE_BYTES] = 1;
+	assert_int_equal(views[1][2 * OS_PAGE_BYTES], 0x77);
+	assert_int_equal(os_uffd_next_fault(uffd, &addr), 0);
+	for (int i = 0; i < 2; i++)
+		munmap(views[i], 4 * OS_PAGE_BYTES);
+	close(uffd);
+	close(fd);
 }
 
 int main(void)
@@ -1002,6 +1087,8 @@ int main(void)
 		cmocka_unit_test(test_readable_pages),
 		cmocka_unit_test(test_freeze),
 		cmocka_unit_test(test_freeze_in_vain),
+		cmocka_unit_test(test_never_frozen),
+		cmocka_unit_test(test_missing_pages),
 		cmocka_unit_test(test_memfd_data),
 		cmocka_unit_test(test_resident_pages),
 		cmocka_unit_test(test_count_maps),

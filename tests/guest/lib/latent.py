@@ -51,7 +51,21 @@ def run_dir():
 def vm_dirs():
     """Names of the VMs' directories, dead or alive."""
     return sorted(path.name for path in run_dir().iterdir()
-                  if path.is_dir() and path.name != "volumes")
+                  if path.is_dir() and path.name not in ("volumes", ".pagers"))
+
+
+def pagers(source=""):
+    """Process ids of the pagers that use this run-time directory (src/vmdir/pager.h), of sources that begin so."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0] == b"latent-pager" and words[1] == os.fsencode(run_dir() / ".pagers") and \
+                words[2].startswith(source.encode()):
+            found.append(int(path.parent.name))
+    return found
 
 
 def command(*arguments, timeout_s=60, env=None):

@@ -13,6 +13,7 @@
 
 #define REPLY_MS 5000
 #define UNDO_MS 10000
+#define SWITCHOVER_MS 3000
 #define START_MS 60000 /* QEMU answers when its machine is made */
 
 struct pause {
@@ -155,20 +156,42 @@ void pause_save_begins(struct pause *p)
 	p->ran_before_save = !qmp_greet(p->qmp, REPLY_MS) && !query_status(p, status) && !strcmp(status, "running");
 }
 
+/* What QEMU says of its migration; "" when it does not. */
+static void query_migration(struct pause *p, char status[32])
+{
+	struct json_object *value = NULL, *text;
+
+	status[0] = '\0';
+	if (!run(p, "query-migrate", &value) && json_object_object_get_ex(value, "status", &text))
+		snprintf(status, 32, "%s", json_object_get_string(text));
+	json_object_put(value);
+}
+
 /* Something is still on its way: a migration that is cancelled ends by itself, a moment later. */
 static bool is_migrating(struct pause *p)
 {
-	static const char *const ended[] = { "none", "cancelled", "completed", "failed" };
-	struct json_object *value = NULL, *status;
-	bool is = false;
+	static const char *const ended[] = { "", "none", "cancelled", "completed", "failed" };
+	char status[32];
+	bool is = true;
 
-	if (!run(p, "query-migrate", &value) && json_object_object_get_ex(value, "status", &status)) {
-		is = true;
-		for (size_t i = 0; i < sizeof ended / sizeof ended[0]; i++)
-			is = is && strcmp(json_object_get_string(status), ended[i]);
-	}
-	json_object_put(value);
+	query_migration(p, status);
+	for (size_t i = 0; i < sizeof ended / sizeof ended[0]; i++)
+		is = is && strcmp(status, ended[i]);
 	return is;
+}
+
+/*
+ * QEMU 7.2 loses a cancel that comes just before it waits in "pre-switchover": it then waits for good. It gets there
+ * by itself within milliseconds, as there is nothing to send.
+ */
+static void await_switchover(struct pause *p)
+{
+	uint64_t until_us = os_now_us() + SWITCHOVER_MS * 1000ull;
+	char status[32];
+
+	for (query_migration(p, status); (!strcmp(status, "setup") || !strcmp(status, "active")) && os_now_us() < until_us;
+	     query_migration(p, status))
+		usleep(1000);
 }
 
 static void reset_capabilities(struct pause *p)
@@ -196,6 +219,7 @@ int pause_undo_save(struct pause *p)
 
 	if (r)
 		return r;
+	await_switchover(p);
 	if (is_migrating(p))
 		(void)run(p, "migrate_cancel", NULL);
 	while (is_migrating(p) && os_now_us() < until_us)

@@ -102,7 +102,7 @@ void seen_begin(struct seen *s)
 			ram_lock(s->ram);
 			b = block_of(s, slot);
 			if (b)
-				ram_zap_base(b, page, b->pages - page < ZAP_PAGES ? b->pages - page : ZAP_PAGES);
+				(void)ram_zap_base(s->ram, b, page, b->pages - page < ZAP_PAGES ? b->pages - page : ZAP_PAGES);
 			ram_unlock(s->ram);
 		}
 	}

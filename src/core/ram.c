@@ -983,15 +983,19 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx)
 	return r;
 }
 
-void ram_zap_base(struct ram_block *b, uint64_t page, uint64_t pages)
+int ram_zap_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	for (uint64_t end = page + pages; page < end;) {
+	int r = 0;
+
+	assert_locked(ram);
+	for (uint64_t end = page + pages; !r && page < end;) {
 		struct ram_range range = ram_range_at(b, page, end);
 
 		if (range.source != ENTRY_OVERLAY)
-			(void)os_zap(page_hva(b, page), os_bytes(range.pages));
+			r = os_zap(page_hva(b, page), os_bytes(range.pages));
 		page += range.pages;
 	}
+	return r;
 }
 
 struct zap {

@@ -145,8 +145,9 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx);
  * then read as zeros, or hold what they held. */
 int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
-/* [locked] Takes base's part of the pages out of the page table; nothing is lost. */
-void ram_zap_base(struct ram_block *block, uint64_t page, uint64_t pages);
+/* [locked] Takes base's part of the pages out of the page table; nothing is lost. Of an overlay a zap would lose what
+ * the guest has written. */
+int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 /* [locked] The same for all overlays without private copies; writers stopped, and the private flags brought up to
  * date (ram_for_private) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);

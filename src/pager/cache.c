@@ -377,11 +377,6 @@ bool cache_has_manifest(const struct cache *c, const void *text, size_t bytes)
 
 /* ---- pages ------------------------------------------------------------------------------------ */
 
-bool cache_is_complete(const struct cache *c)
-{
-	return c->chunks_present == c->packed.chunks;
-}
-
 bool cache_chunk_of(const struct cache *c, uint64_t page, uint64_t *ret_chunk)
 {
 	if (page < c->image.pages && page_at(c, page)->kind == SNAPSHOT_EQUAL)

@@ -43,7 +43,6 @@ bool cache_merge(struct cache *adopted, struct cache *loaded);
 size_t cache_manifest_bytes(const struct cache *cache);
 bool cache_has_manifest(const struct cache *cache, const void *text, size_t bytes);
 
-bool cache_is_complete(const struct cache *cache);
 /* The chunk that page `page` of `ram` is in; false: it is stored nowhere (a zero between stored pages, mapped along),
  * and cache_make_page makes it. */
 bool cache_chunk_of(const struct cache *cache, uint64_t page, uint64_t *ret_chunk);

@@ -161,7 +161,6 @@ bool lazy_may_map(void); /* else all has to be loaded before it is read */
 int lazy_mapped(void *hva, size_t bytes);
 int lazy_watch(const struct ram_block *block, uint64_t first_page); /* first_page: of the cache */
 void lazy_load_all(void); /* waits until the cache is whole */
-bool lazy_is_loaded(void);
 
 /* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
 struct msghdr;

@@ -114,22 +114,6 @@ HOOK int munmap(void *addr, size_t bytes)
 	return (int)raw(SYS_munmap, (long)addr, (long)bytes, 0, 0, 0, 0);
 }
 
-/* A zap of base keeps what it holds; of an overlay it would lose what the guest has written. */
-static int zap_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
-{
-	(void)ram;
-	for (uint64_t end = page + pages; page < end;) {
-		struct ram_range range = ram_range_at(b, page, end);
-
-		if (range.source != ENTRY_OVERLAY &&
-		    raw(SYS_madvise, (long)(b->hva + os_bytes(range.page)), (long)os_bytes(range.pages),
-			MADV_DONTNEED, 0, 0, 0))
-			return -errno;
-		page = range.page + range.pages;
-	}
-	return 0;
-}
-
 static bool touches_ram(struct ram *ram, const void *hva, size_t bytes)
 {
 	return ram_find(ram, hva, 1) || (bytes && ram_find(ram, (const uint8_t *)hva + bytes - 1, 1));
@@ -145,7 +129,7 @@ HOOK int madvise(void *hva, size_t bytes, int advice)
 		return (int)raw(SYS_madvise, (long)hva, (long)bytes, advice, 0, 0, 0);
 	ram_lock(a->ram);
 	if (advice == MADV_DONTNEED)
-		r = ram_for_part(a->ram, hva, bytes, zap_base);
+		r = ram_for_part(a->ram, hva, bytes, ram_zap_base);
 	else if (advice == MADV_REMOVE)
 		r = ram_for_part(a->ram, hva, bytes, ram_discard);
 	else

@@ -285,8 +285,3 @@ void lazy_load_all(void)
 			  (unsigned long long)lazy.pages_present >> 8, (unsigned long long)lazy.pages_all >> 8);
 	}
 }
-
-bool lazy_is_loaded(void)
-{
-	return !lazy.agent || (lazy.reported && lazy.pages_present == lazy.pages_all);
-}

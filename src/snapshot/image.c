@@ -20,6 +20,16 @@ _Static_assert(sizeof(struct snapshot_header) == 40, "the layout is the format")
 _Static_assert(sizeof(struct snapshot_block) == 72, "the layout is the format");
 _Static_assert(sizeof(struct snapshot_page) == 16, "the layout is the format");
 
+int snapshot_fail(char why[SNAPSHOT_WHY_BYTES], int r, const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(why, SNAPSHOT_WHY_BYTES, format, args);
+	va_end(args);
+	return r;
+}
+
 /* ---- tables --------------------------------------------------------------------------------- */
 
 static int place_tables(struct snapshot_image *image)
@@ -128,33 +138,27 @@ int snapshot_image_write(const struct snapshot_image *image, int fd)
 	return r;
 }
 
-static int refuse(char *why, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
-static int refuse(char *why, const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	vsnprintf(why, SNAPSHOT_WHY_BYTES, format, args);
-	va_end(args);
-	return -EBADMSG;
-}
-
 /* Sizes first: nothing is allocated for a file that is not as long as it says. */
 static int check_header(const struct snapshot_header *h, uint64_t file_bytes, char *why)
 {
 	if (h->magic != SNAPSHOT_MAGIC)
-		return refuse(why, "pages: no snapshot of Latent begins like this");
+		return snapshot_fail(why, -EBADMSG, "pages: no snapshot of Latent begins like this");
 	if (h->version != SNAPSHOT_VERSION)
-		return refuse(why, "pages: version %u, and this Latent reads version %u", h->version, SNAPSHOT_VERSION);
+		return snapshot_fail(why, -EBADMSG,
+				     "pages: version %u, and this Latent reads version %u", h->version,
+				     SNAPSHOT_VERSION);
 	if (h->page_bytes != OS_PAGE_BYTES)
-		return refuse(why, "pages: pages of %u bytes, not %zu", h->page_bytes, OS_PAGE_BYTES);
+		return snapshot_fail(why, -EBADMSG, "pages: pages of %u bytes, not %zu", h->page_bytes,
+				     OS_PAGE_BYTES);
 	if (!h->blocks || h->blocks > SNAPSHOT_BLOCKS || h->volumes > SNAPSHOT_VOLUMES)
-		return refuse(why, "pages: %u blocks and %u volumes are more than there can be", h->blocks, h->volumes);
+		return snapshot_fail(why, -EBADMSG,
+				     "pages: %u blocks and %u volumes are more than there can be",
+				     h->blocks, h->volumes);
 	if (h->pages > MAX_PAGES || file_bytes != sizeof *h + h->blocks * sizeof(struct snapshot_block) +
 							  h->pages * sizeof(struct snapshot_page))
-		return refuse(why, "pages: %ju bytes long, which is not what %ju pages need", (uintmax_t)file_bytes,
-			      (uintmax_t)h->pages);
+		return snapshot_fail(why, -EBADMSG,
+				     "pages: %ju bytes long, which is not what %ju pages need",
+				     (uintmax_t)file_bytes, (uintmax_t)h->pages);
 	return 0;
 }
 
@@ -168,14 +172,16 @@ static int take_blocks(const struct snapshot_header *h, const struct snapshot_bl
 	for (uint32_t i = 0; i < h->blocks; i++) {
 		if (!memchr(blocks[i].name, '\0', sizeof blocks[i].name) || !blocks[i].pages ||
 		    blocks[i].pages > h->pages - pages)
-			return refuse(why, "pages: block %u has no name, no size, or too large a one", i);
+			return snapshot_fail(why, -EBADMSG,
+					     "pages: block %u has no name, no size, or too large a one",
+					     i);
 		pages += blocks[i].pages;
 		memcpy(image->block[i].name, blocks[i].name, sizeof image->block[i].name);
 		image->block[i].pages = blocks[i].pages;
 	}
 	if (pages != h->pages)
-		return refuse(why, "pages: the blocks have %ju pages, and %ju are said", (uintmax_t)pages,
-			      (uintmax_t)h->pages);
+		return snapshot_fail(why, -EBADMSG, "pages: the blocks have %ju pages, and %ju are said",
+				     (uintmax_t)pages, (uintmax_t)h->pages);
 	place_blocks(image);
 	return 0;
 }
@@ -193,11 +199,17 @@ static int check_pages(const struct snapshot_image *image, char *why)
 
 	for (uint64_t i = 0; i < image->pages; i++, page++) {
 		if (page->kind >= SNAPSHOT_KINDS)
-			return refuse(why, "pages: page %ju is of kind %u, which there is not", (uintmax_t)i, page->kind);
+			return snapshot_fail(why, -EBADMSG,
+					     "pages: page %ju is of kind %u, which there is not",
+					     (uintmax_t)i, page->kind);
 		if (page->kind == SNAPSHOT_VOLUME && (page->volume >= image->volumes || page->value >= MAX_PAGES))
-			return refuse(why, "pages: page %ju refers to a place that there is not", (uintmax_t)i);
+			return snapshot_fail(why, -EBADMSG,
+					     "pages: page %ju refers to a place that there is not",
+					     (uintmax_t)i);
 		if (page->kind == SNAPSHOT_EQUAL && !is_stored(image, page))
-			return refuse(why, "pages: page %ju is said to equal one that is not stored", (uintmax_t)i);
+			return snapshot_fail(why, -EBADMSG,
+					     "pages: page %ju is said to equal one that is not stored",
+					     (uintmax_t)i);
 	}
 	return 0;
 }
@@ -226,7 +238,7 @@ int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPS
 	if (!r)
 		r = os_read_all(fd, image.memory, image.memory_bytes, sizeof h + blocks_bytes);
 	if (!r && checksum(blocks, blocks_bytes, image.memory, image.memory_bytes) != h.checksum)
-		r = refuse(why, "pages: the checksum is wrong: the file is damaged");
+		r = snapshot_fail(why, -EBADMSG, "pages: the checksum is wrong: the file is damaged");
 	if (!r)
 		r = check_pages(&image, why);
 	if (r)

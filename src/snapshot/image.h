@@ -14,6 +14,10 @@
 
 #define SNAPSHOT_WHY_BYTES 256
 
+/* Writes the sentence, and returns `r`. */
+int snapshot_fail(char why[SNAPSHOT_WHY_BYTES], int r, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
 struct snapshot_image {
 	uint32_t blocks, volumes;
 	struct {

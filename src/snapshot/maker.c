@@ -6,30 +6,18 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-static int fail(char *why, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
-
-static int fail(char *why, int r, const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	vsnprintf(why, SNAPSHOT_WHY_BYTES, format, args);
-	va_end(args);
-	return r;
-}
-
 int maker_step(const char *done, char why[SNAPSHOT_WHY_BYTES])
 {
 	int r = os_fault(OS_FAULT_SAVE_STEP);
 
-	return r ? fail(why, r, "after the step \"%s\", on purpose: %s", done, strerror(-r)) : 0;
+	return r ? snapshot_fail(why, r, "after the step \"%s\", on purpose: %s", done, strerror(-r))
+		 : 0;
 }
 
 int maker_begin(const char *dir, struct maker *m, char why[SNAPSHOT_WHY_BYTES])
@@ -38,20 +26,21 @@ int maker_begin(const char *dir, struct maker *m, char why[SNAPSHOT_WHY_BYTES])
 
 	*m = (struct maker){ .dir = dir, .dir_fd = -1 };
 	if (!lstat(dir, &st))
-		return fail(why, -EEXIST, "%.200s is there already", dir);
+		return snapshot_fail(why, -EEXIST, "%.200s is there already", dir);
 	if (snprintf(m->partial, sizeof m->partial, "%s.partial-XXXXXX", dir) >= (int)sizeof m->partial) {
 		m->partial[0] = '\0';
-		return fail(why, -ENAMETOOLONG, "the name of the directory is too long");
+		return snapshot_fail(why, -ENAMETOOLONG, "the name of the directory is too long");
 	}
 	if (!mkdtemp(m->partial)) {
 		int r = -errno;
 
 		m->partial[0] = '\0';
-		return fail(why, r, "%.200s cannot be made: %s", dir, strerror(-r));
+		return snapshot_fail(why, r, "%.200s cannot be made: %s", dir, strerror(-r));
 	}
 	m->dir_fd = open(m->partial, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (m->dir_fd < 0 || mkdirat(m->dir_fd, SNAPSHOT_DISKS, 0700))
-		return fail(why, -errno, "%.200s cannot be used: %s", m->partial, strerror(errno));
+		return snapshot_fail(why, -errno, "%.200s cannot be used: %s", m->partial,
+				     strerror(errno));
 	return maker_step("the directory is made", why);
 }
 
@@ -59,13 +48,13 @@ int maker_create(struct maker *m, const char *name, char why[SNAPSHOT_WHY_BYTES]
 {
 	int fd = openat(m->dir_fd, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 
-	return fd < 0 ? fail(why, -errno, "%s cannot be made: %s", name, strerror(errno)) : fd;
+	return fd < 0 ? snapshot_fail(why, -errno, "%s cannot be made: %s", name, strerror(errno)) : fd;
 }
 
 int maker_close(int fd, const char *name, int r, char why[SNAPSHOT_WHY_BYTES])
 {
 	if (!r && fsync(fd))
-		r = fail(why, -errno, "%s cannot be written: %s", name, strerror(errno));
+		r = snapshot_fail(why, -errno, "%s cannot be written: %s", name, strerror(errno));
 	close(fd);
 	return r;
 }
@@ -78,7 +67,7 @@ int maker_write_pages(struct maker *m, const struct snapshot_image *image, char 
 		return fd;
 	r = snapshot_image_write(image, fd);
 	if (r)
-		fail(why, r, SNAPSHOT_PAGES " cannot be written: %s", strerror(-r));
+		snapshot_fail(why, r, SNAPSHOT_PAGES " cannot be written: %s", strerror(-r));
 	r = maker_close(fd, SNAPSHOT_PAGES, r, why);
 	return r ? r : maker_step(SNAPSHOT_PAGES " is written", why);
 }
@@ -103,7 +92,7 @@ int maker_complete(struct maker *m, char why[SNAPSHOT_WHY_BYTES])
 	if (!r && rename(m->partial, m->dir))
 		r = -errno;
 	if (r)
-		return fail(why, r, "%.200s cannot get its name: %s", m->dir, strerror(-r));
+		return snapshot_fail(why, r, "%.200s cannot get its name: %s", m->dir, strerror(-r));
 	m->partial[0] = '\0';
 	(void)sync_directory(m->dir_fd, "..");
 	return 0;

@@ -4,7 +4,6 @@
 #include "os/os.h"
 
 #include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,18 +17,6 @@
 
 _Static_assert(sizeof(struct packed_header) == 56, "the layout is the format");
 _Static_assert(sizeof(struct packed_entry) == 16, "the layout is the format");
-
-static int refuse(char *why, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
-static int refuse(char *why, const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	vsnprintf(why, SNAPSHOT_WHY_BYTES, format, args);
-	va_end(args);
-	return -EBADMSG;
-}
 
 static const struct snapshot_page *table_of(const struct snapshot_image *image)
 {
@@ -178,23 +165,33 @@ int packed_check_header(const struct packed_header *h, const struct snapshot_ima
 	uint64_t index_bytes;
 
 	if (h->magic != PACKED_MAGIC)
-		return refuse(why, SNAPSHOT_PACKED ": no packed RAM of Latent begins like this");
+		return snapshot_fail(why, -EBADMSG,
+				     SNAPSHOT_PACKED ": no packed RAM of Latent begins like this");
 	if (h->version != PACKED_VERSION || h->page_bytes != OS_PAGE_BYTES)
-		return refuse(why, SNAPSHOT_PACKED ": version %u with pages of %u bytes; this Latent reads version %u with %zu",
-			      h->version, h->page_bytes, PACKED_VERSION, OS_PAGE_BYTES);
+		return snapshot_fail(
+			why, -EBADMSG,
+			SNAPSHOT_PACKED
+			": version %u with pages of %u bytes; this Latent reads version %u with %zu",
+			h->version, h->page_bytes, PACKED_VERSION, OS_PAGE_BYTES);
 	if (!h->chunk_pages || h->chunk_pages > PACKED_CHUNK_MAX_PAGES)
-		return refuse(why, SNAPSHOT_PACKED ": chunks of %u pages; %u are the most", h->chunk_pages,
-			      PACKED_CHUNK_MAX_PAGES);
+		return snapshot_fail(why, -EBADMSG,
+				     SNAPSHOT_PACKED ": chunks of %u pages; %u are the most",
+				     h->chunk_pages, PACKED_CHUNK_MAX_PAGES);
 	if (h->stored_pages != count_stored(image))
-		return refuse(why, SNAPSHOT_PACKED ": %ju pages, and " SNAPSHOT_PAGES " says %ju", (uintmax_t)h->stored_pages,
-			      (uintmax_t)count_stored(image));
+		return snapshot_fail(why, -EBADMSG,
+				     SNAPSHOT_PACKED ": %ju pages, and " SNAPSHOT_PAGES " says %ju",
+				     (uintmax_t)h->stored_pages, (uintmax_t)count_stored(image));
 	if (h->chunks != (h->stored_pages + h->chunk_pages - 1) / h->chunk_pages)
-		return refuse(why, SNAPSHOT_PACKED ": %ju chunks are not what %ju pages need", (uintmax_t)h->chunks,
-			      (uintmax_t)h->stored_pages);
+		return snapshot_fail(why, -EBADMSG,
+				     SNAPSHOT_PACKED ": %ju chunks are not what %ju pages need",
+				     (uintmax_t)h->chunks, (uintmax_t)h->stored_pages);
 	index_bytes = h->chunks * sizeof(struct packed_entry);
 	if (h->index_offset < sizeof *h || h->index_offset > file_bytes || index_bytes != file_bytes - h->index_offset)
-		return refuse(why, SNAPSHOT_PACKED ": %ju bytes long, and its index does not end there: it was cut, or is damaged",
-			      (uintmax_t)file_bytes);
+		return snapshot_fail(
+			why, -EBADMSG,
+			SNAPSHOT_PACKED
+			": %ju bytes long, and its index does not end there: it was cut, or is damaged",
+			(uintmax_t)file_bytes);
 	*ret_index_bytes = index_bytes;
 	return 0;
 }
@@ -209,7 +206,10 @@ static int take_entries(const struct packed_header *h, const struct packed_entry
 
 		if (e->offset < sizeof *h || e->offset > h->index_offset || e->bytes > h->index_offset - e->offset ||
 		    !e->bytes || e->bytes > ZSTD_compressBound(os_bytes(pages)))
-			return refuse(why, SNAPSHOT_PACKED ": chunk %ju lies outside, or is longer than it can be", (uintmax_t)i);
+			return snapshot_fail(why, -EBADMSG,
+					     SNAPSHOT_PACKED
+					     ": chunk %ju lies outside, or is longer than it can be",
+					     (uintmax_t)i);
 		p->chunk[i] = (struct packed_chunk){ page, pages, e->bytes, e->offset };
 		left -= pages;
 		for (uint32_t n = 0; n < pages; n++)
@@ -225,7 +225,9 @@ int packed_take_index(const struct packed_header *h, const struct packed_entry *
 	int r;
 
 	if (XXH3_64bits(index, (size_t)h->chunks * sizeof *index) != h->checksum)
-		return refuse(why, SNAPSHOT_PACKED ": the checksum of the index is wrong: the file is damaged");
+		return snapshot_fail(why, -EBADMSG,
+				     SNAPSHOT_PACKED
+				     ": the checksum of the index is wrong: the file is damaged");
 	p.chunk = calloc(p.chunks ? (size_t)p.chunks : 1, sizeof *p.chunk);
 	r = p.chunk ? take_entries(h, index, &p, why) : -ENOMEM;
 	if (r)

@@ -5,25 +5,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
-
-static int fail(char *why, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
-
-static int fail(char *why, int r, const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	vsnprintf(why, SNAPSHOT_WHY_BYTES, format, args);
-	va_end(args);
-	return r;
-}
 
 /* ---- the snapshot's own files ------------------------------------------------------------------ */
 
@@ -48,7 +35,7 @@ static int read_pages(int dir_fd, struct snapshot_image *ret_image, char *why)
 	int fd = open_regular(dir_fd, SNAPSHOT_PAGES, O_NOFOLLOW, &bytes), r;
 
 	if (fd < 0)
-		return fail(why, fd, SNAPSHOT_PAGES " cannot be opened: %s", strerror(-fd));
+		return snapshot_fail(why, fd, SNAPSHOT_PAGES " cannot be opened: %s", strerror(-fd));
 	r = snapshot_image_read(fd, ret_image, why);
 	close(fd);
 	return r;
@@ -60,10 +47,12 @@ static int open_ram(struct reader *r, char *why)
 
 	r->ram_fd = open_regular(r->dir_fd, SNAPSHOT_RAM, O_NOFOLLOW, &bytes);
 	if (r->ram_fd < 0)
-		return fail(why, r->ram_fd, SNAPSHOT_RAM " cannot be opened: %s", strerror(-r->ram_fd));
+		return snapshot_fail(why, r->ram_fd, SNAPSHOT_RAM " cannot be opened: %s",
+				     strerror(-r->ram_fd));
 	if (bytes != r->manifest.ram_bytes || bytes != os_bytes(r->image.pages))
-		return fail(why, -EBADMSG, SNAPSHOT_RAM " is %ju bytes long, and %zu were expected", (uintmax_t)bytes,
-			    os_bytes(r->image.pages));
+		return snapshot_fail(why, -EBADMSG,
+				     SNAPSHOT_RAM " is %ju bytes long, and %zu were expected",
+				     (uintmax_t)bytes, os_bytes(r->image.pages));
 	return 0;
 }
 
@@ -73,10 +62,13 @@ static int open_packed(struct reader *r, char *why)
 
 	r->packed_fd = open_regular(r->dir_fd, SNAPSHOT_PACKED, O_NOFOLLOW, &bytes);
 	if (r->packed_fd < 0)
-		return fail(why, r->packed_fd, SNAPSHOT_PACKED " cannot be opened: %s", strerror(-r->packed_fd));
+		return snapshot_fail(why, r->packed_fd, SNAPSHOT_PACKED " cannot be opened: %s",
+				     strerror(-r->packed_fd));
 	if (bytes != r->manifest.packed_bytes || r->manifest.ram_bytes != os_bytes(r->image.pages))
-		return fail(why, -EBADMSG, SNAPSHOT_PACKED " is %ju bytes long, and %ju were expected, of %zu bytes of RAM",
-			    (uintmax_t)bytes, (uintmax_t)r->manifest.packed_bytes, os_bytes(r->image.pages));
+		return snapshot_fail(
+			why, -EBADMSG,
+			SNAPSHOT_PACKED " is %ju bytes long, and %ju were expected, of %zu bytes of RAM",
+			(uintmax_t)bytes, (uintmax_t)r->manifest.packed_bytes, os_bytes(r->image.pages));
 	return 0;
 }
 
@@ -88,16 +80,18 @@ int reader_open(const char *dir, struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 	for (size_t i = 0; i < SNAPSHOT_VOLUMES; i++)
 		r->file[i].fd = -1;
 	if (!realpath(dir, r->path))
-		return fail(why, -errno, "it cannot be found: %s", strerror(errno));
+		return snapshot_fail(why, -errno, "it cannot be found: %s", strerror(errno));
 	r->dir_fd = open(r->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (r->dir_fd < 0)
-		return fail(why, -errno, "it cannot be opened as a directory: %s", strerror(errno));
+		return snapshot_fail(why, -errno, "it cannot be opened as a directory: %s",
+				     strerror(errno));
 	e = manifest_read(r->dir_fd, &r->manifest, why);
 	if (!e)
 		e = read_pages(r->dir_fd, &r->image, why);
 	if (!e && r->image.volumes > r->manifest.volumes)
-		e = fail(why, -EBADMSG, SNAPSHOT_PAGES ": refers to %u files, and the manifest names %u", r->image.volumes,
-			 r->manifest.volumes);
+		e = snapshot_fail(why, -EBADMSG,
+				  SNAPSHOT_PAGES ": refers to %u files, and the manifest names %u",
+				  r->image.volumes, r->manifest.volumes);
 	if (!e)
 		e = r->manifest.packed_bytes ? open_packed(r, why) : open_ram(r, why);
 	return e;
@@ -105,8 +99,12 @@ int reader_open(const char *dir, struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 
 int reader_need_ram(const struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 {
-	return r->ram_fd >= 0 ? 0 : fail(why, -EOPNOTSUPP, "its RAM is packed, and pages of it cannot be read one by one: use "
-					"a snapshot that was saved without --compress");
+	return r->ram_fd >= 0
+		       ? 0
+		       : snapshot_fail(
+				 why, -EOPNOTSUPP,
+				 "its RAM is packed, and pages of it cannot be read one by one: use "
+				 "a snapshot that was saved without --compress");
 }
 
 void reader_close(struct reader *r)
@@ -138,13 +136,14 @@ static int open_file(const struct manifest_volume *v, struct reader_file *file, 
 
 	file->fd = open_regular(AT_FDCWD, v->path, 0, &bytes);
 	if (file->fd < 0)
-		return fail(why, file->fd, "it needs %.180s, which cannot be opened (%s): put it back there", v->path,
-			    strerror(-file->fd));
+		return snapshot_fail(why, file->fd,
+				     "it needs %.180s, which cannot be opened (%s): put it back there",
+				     v->path, strerror(-file->fd));
 	r = manifest_compare(file->fd, v, &now);
 	if (r == -ESTALE)
-		return fail(why, r, "it needs %.140s as it was: " MANIFEST_EXPECTED, v->path, (uintmax_t)v->bytes,
-			    (uintmax_t)v->fingerprint);
-	return r ? fail(why, r, "%.200s cannot be read: %s", v->path, strerror(-r)) : 0;
+		return snapshot_fail(why, r, "it needs %.140s as it was: " MANIFEST_EXPECTED, v->path,
+				     (uintmax_t)v->bytes, (uintmax_t)v->fingerprint);
+	return r ? snapshot_fail(why, r, "%.200s cannot be read: %s", v->path, strerror(-r)) : 0;
 }
 
 int reader_open_files(struct reader *r, char why[SNAPSHOT_WHY_BYTES])
@@ -177,10 +176,12 @@ static int open_origin(const struct manifest_volume *v, struct reader_file *file
 
 	r = dir_fd < 0 ? dir_fd : read_pages(dir_fd, &file->origin, words);
 	if (!r && os_bytes(file->origin.pages) != v->bytes)
-		r = fail(words, -EBADMSG, SNAPSHOT_PAGES " is of another file");
+		r = snapshot_fail(words, -EBADMSG, SNAPSHOT_PAGES " is of another file");
 	if (dir_fd >= 0)
 		close(dir_fd);
-	return r ? fail(why, r, "nothing can be known of the contents of %.120s: %.80s", v->path, words) : 0;
+	return r ? snapshot_fail(why, r, "nothing can be known of the contents of %.120s: %.80s",
+				 v->path, words)
+		 : 0;
 }
 
 int reader_open_origins(struct reader *r, char why[SNAPSHOT_WHY_BYTES])
@@ -266,9 +267,10 @@ int reader_verify_origins(const struct reader *r, uint64_t *ret_bad, char why[SN
 			continue;
 		e = os_read_all(r->file[p->volume].fd, bytes, sizeof bytes, os_bytes(p->value));
 		if (e && e != -ENODATA)
-			return fail(why, e, "%.200s cannot be read: %s", path, strerror(-e));
+			return snapshot_fail(why, e, "%.200s cannot be read: %s", path, strerror(-e));
 		if ((e || !reader_checks(r, page, bytes)) && !bad++)
-			fail(why, 0, "%.150s: page %ju is not what was stored there", path, (uintmax_t)p->value);
+			snapshot_fail(why, 0, "%.150s: page %ju is not what was stored there", path,
+				      (uintmax_t)p->value);
 	}
 	*ret_bad = bad;
 	return 0;

@@ -7,14 +7,9 @@
  *
  * Input: operations of one to five bytes (see `operations`). With FUZZ_TRACE=1 it says what each input does.
  */
-#include "../unit/ram_rig.h"
+#include "../unit/mask_server.h"
 
 #include "fuzz.h"
-#include "os/probe.h"
-
-#include <poll.h>
-#include <pthread.h>
-#include <sys/eventfd.h>
 
 #define PAGES 64
 #define FILE_PAGES 96
@@ -27,63 +22,34 @@ static struct {
 	struct fuzz_reader bytes;
 	uint64_t tag[PAGES];
 	uint64_t next_tag;
-	int uffd, end_fd;
-	pthread_t thread;
+	struct mask_server server;
 	bool trace;
 } f;
 
-/* ---- the thread ------------------------------------------------------------------------------------ */
-
-static void *serve(void *arg)
-{
-	struct pollfd p[] = { { .fd = f.uffd, .events = POLLIN }, { .fd = f.end_fd, .events = POLLIN } };
-	uintptr_t page;
-
-	(void)arg;
-	for (;;) {
-		(void)poll(p, 2, -1);
-		if (p[1].revents)
-			return NULL;
-		while (os_uffd_next_fault(f.uffd, &page) == 1)
-			if (ram_make(f.rig.ram, (void *)page))
-				os_uffd_wake(f.uffd, (void *)page, OS_PAGE_BYTES); /* it will be asked for again */
-	}
-}
+/* ---- guest RAM ------------------------------------------------------------------------------------- */
 
 static void open_all(void)
 {
 	static const uint64_t block_pages[RIG_BLOCKS] = { PAGES, 1 };
+	int r;
 
-	f.uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);
-	f.end_fd = eventfd(0, EFD_CLOEXEC);
-	if (f.uffd < 0) {
-		printf("skipped: no userfaultfd for the kernel's faults (%s)\n", strerror(-f.uffd));
+	rig_open(&f.rig, block_pages, FILE_PAGES, UINT64_C(1) << 40);
+	r = mask_server_start(&f.server, f.rig.ram);
+	if (r) {
+		printf("skipped: no userfaultfd for the kernel's faults (%s)\n", strerror(-r));
 		exit(77);
 	}
-	if (f.end_fd < 0)
-		abort();
-	rig_open(&f.rig, block_pages, FILE_PAGES, UINT64_C(1) << 40);
-	ram_lock(f.rig.ram);
-	ram_watch(f.rig.ram, f.uffd);
-	ram_unlock(f.rig.ram);
 	memset(f.tag, 0, sizeof f.tag);
 	f.next_tag = UINT64_C(0x6e57) << 48;
-	if (pthread_create(&f.thread, NULL, serve, NULL))
-		abort();
 }
 
 static void close_all(void)
 {
-	uint64_t one = 1;
-
 	for (unsigned p = 0; p < OS_FAULT_POINTS; p++)
 		os_fault_arm((enum os_fault_point)p, 0, 0);
-	if (write(f.end_fd, &one, sizeof one) != sizeof one)
-		abort();
-	pthread_join(f.thread, NULL);
+	mask_server_stop(&f.server);
 	rig_close(&f.rig);
-	close(f.uffd);
-	close(f.end_fd);
+	close(f.server.uffd); /* after the mappings that it watches */
 }
 
 /* ---- operations ------------------------------------------------------------------------------------ */
@@ -235,7 +201,7 @@ static void do_zap(void)
 	struct part p = next_part("zap");
 
 	ram_lock(f.rig.ram);
-	ram_zap_base(block(), p.page, p.pages);
+	(void)ram_zap_base(f.rig.ram, block(), p.page, p.pages);
 	ram_unlock(f.rig.ram);
 }
 

@@ -46,14 +46,6 @@ def check_memory(test, guest, what, *names):
         test.check(answer.startswith("ok"), f"{name}: the guest's memory is right {what}")
 
 
-def wait_status(guest, wanted, timeout_s=20):
-    deadline_s = time.monotonic() + timeout_s
-    while guest.qmp("query-status")["status"] != wanted:
-        if time.monotonic() > deadline_s:
-            raise vm.GuestError(f"status {guest.qmp('query-status')}, not {wanted}")
-        time.sleep(0.02)
-
-
 def stored_bytes(directory):
     return (Path(directory) / "ram").stat().st_blocks * 512
 
@@ -243,7 +235,7 @@ def equal(test, directory):
                    "and that is what it takes on the disk")
         guest.kill9()
         guest.restore(directory / "equal")
-        wait_status(guest, "paused")
+        guest.wait_status("paused")
         guest.qmp("cont")
         check_memory(test, guest, "restored", "m", "n", "o")
         guest.sh("latent-guest mem write m 0 2000")
@@ -280,7 +272,7 @@ def every_step(test, guest, directory, how, options, status):
         target = directory / f"steps-{what.replace(' ', '')}"
         guest.sh(f"echo {number} > /root/number; sync; latent-guest mem write m {number * 16} 16")
         answer = latent.command("save", *options, guest.name, target, env={"LATENT_FAULT": f"save_step:{number}:{how}"})
-        wait_status(guest, "running")
+        guest.wait_status("running")
         if not answer.returncode:
             break
         test.check(answer.returncode == status and not target.exists(),

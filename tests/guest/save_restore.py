@@ -64,20 +64,12 @@ def same_memory(test, directory):
         saved = physical_memory(guest)
         guest.kill9()
         guest.restore(snapshot)
-        wait_status(guest, "paused")
+        guest.wait_status("paused")
         test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
         guest.qmp("cont")
         test.check_equal(guest.sh("cat /run/nonce"), nonce, "it is the same guest, not a new one")
         check_memory(test, guest, "after the restore")
         guest.shutdown()
-
-
-def wait_status(guest, wanted, timeout_s=20):
-    deadline_s = time.monotonic() + timeout_s
-    while guest.qmp("query-status")["status"] != wanted:
-        if time.monotonic() > deadline_s:
-            raise vm.GuestError(f"status {guest.qmp('query-status')}, not {wanted}")
-        time.sleep(0.02)
 
 
 def saves_under_load(test, directory):

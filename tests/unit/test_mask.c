@@ -1,13 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* Masked pages (core/mask.c): what they read as, how they are made, and what else may come there first. */
-#include "ram_rig.h"
-#include "os/probe.h"
+#include "mask_server.h"
 
-#include <poll.h>
-#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
-#include <sys/eventfd.h>
 
 #include <cmocka.h>
 
@@ -17,63 +13,27 @@
 
 static struct {
 	struct rig rig;
-	int uffd, end_fd;
-	pthread_t thread;
-	_Atomic int error;
+	struct mask_server server;
 } t;
 
 #define RAM (t.rig.ram)
 #define BLOCK (t.rig.blocks[0].ram)
-
-static void *serve(void *arg)
-{
-	struct pollfd p[] = { { .fd = t.uffd, .events = POLLIN }, { .fd = t.end_fd, .events = POLLIN } };
-	uintptr_t page;
-
-	(void)arg;
-	for (;;) {
-		(void)poll(p, 2, -1);
-		if (p[1].revents)
-			return NULL;
-		while (os_uffd_next_fault(t.uffd, &page) == 1) {
-			int r = ram_make(RAM, (void *)page);
-
-			if (r) {
-				t.error = r;
-				os_uffd_wake(t.uffd, (void *)page, OS_PAGE_BYTES); /* it will be asked for again */
-			}
-		}
-	}
-}
 
 static int setup(void **state)
 {
 	static const uint64_t block_pages[RIG_BLOCKS] = { PAGES, 8 };
 
 	(void)state;
-	t.uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);
-	if (t.uffd < 0)
-		return -1;
-	t.end_fd = eventfd(0, EFD_CLOEXEC);
-	t.error = 0;
 	rig_open(&t.rig, block_pages, FILE_PAGES, 1000);
-	ram_lock(RAM);
-	ram_watch(RAM, t.uffd);
-	ram_unlock(RAM);
-	return pthread_create(&t.thread, NULL, serve, NULL);
+	return mask_server_start(&t.server, RAM);
 }
 
 static int teardown(void **state)
 {
-	uint64_t one = 1;
-
 	(void)state;
-	if (write(t.end_fd, &one, sizeof one) != sizeof one)
-		return -1;
-	pthread_join(t.thread, NULL);
+	mask_server_stop(&t.server);
 	rig_close(&t.rig);
-	close(t.uffd);
-	close(t.end_fd);
+	close(t.server.uffd); /* after the mappings that it watches */
 	return 0;
 }
 
@@ -167,7 +127,7 @@ static void test_words(void **state)
 	assert_true(rig_holds(hva(11), WORD));
 	assert_int_equal(counts().made, 3);
 	assert_int_equal(counts().masked_now, 0);
-	assert_int_equal(t.error, 0);
+	assert_int_equal(t.server.error, 0);
 }
 
 static void test_base_beneath_is_kept(void **state)
@@ -290,7 +250,7 @@ static void test_storage_fails_for_a_while(void **state)
 	os_fault_arm(OS_FAULT_STORAGE_READ, 1, EIO);
 	assert_true(rig_holds(hva(131), tag(301)));
 	ram_unlock(RAM);
-	assert_int_equal(t.error, -EIO);
+	assert_int_equal(t.server.error, -EIO);
 }
 
 static void test_failed_mapping_keeps_contents(void **state)

@@ -170,6 +170,11 @@ def accelerator(images_dir):
     return answer
 
 
+def is_nested():
+    """Whether this is the machine of tests/kvm/nested, whose SVM QEMU's TCG emulates."""
+    return os.environ.get("LATENT_NESTED") == "1"
+
+
 def _kvm_boots(images_dir):
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False

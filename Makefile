@@ -17,7 +17,9 @@ check: deps all
 check-long: deps all
 	scripts/check --long
 
-demo: deps all
+demo:
+	scripts/deps build guests
+	$(MAKE) all
 	demo/run
 
 bench: deps all

@@ -127,6 +127,7 @@ ROWS = (
     ("  private copies", "ram_private"),
     ("  the VM's own memory file", "ram_memfd"),
     ("  pages of the image", "ram_image"),
+    ("  of all these in huge pages", "ram_huge"),
     ("QEMU's own", "own"),
     ("total (sum of Pss)", "total"),
     ("  private to one process", "private"),
@@ -145,6 +146,8 @@ def report(result, sides):
         [[title, *(spread_mib([f[key] for f in figures]) for figures in sides.values())]
          for title, key in ROWS]
         + [["mappings of guest RAM", *(str(figures[-1]["mappings"]) for figures in sides.values())]])
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    result.env["transparent_hugepage"] = huge_pages[huge_pages.index("[") + 1:huge_pages.index("]")]
     result.note('"Besides" is in none of the ratios. Pages of the image that guests map count in guest RAM;\n'
                 "plain QEMU has the image in the page cache as well, which the host may drop under pressure.")
     result.metric("guests", N_GUESTS)

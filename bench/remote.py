@@ -9,7 +9,7 @@ import time
 
 from common import guests as common
 from common.guests import GuestError, vm
-from lib import latent, store
+from lib import store
 
 LATENCY_MS, MBIT_S = 2, 1000
 HOT_MIB, COLD_MIB = 32, 600  # random words: what is packed is as large as what is not
@@ -22,7 +22,6 @@ READY_S = 300
 
 
 def run(result):
-    latent.private_run_dir()
     kind = "quick" if result.quick else "full"
     with common.scratch_dir() as scratch:
         for size, pairs in PAIRS[kind].items():

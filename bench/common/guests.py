@@ -160,7 +160,7 @@ def memory_kib(guest):
     """Where a guest's memory is, in KiB of Pss (a page that n processes map counts 1/n in each).
 
       ram      guest RAM: private copies, the VM's memfd and pages of images, in ram_private,
-               ram_memfd and ram_image
+               ram_memfd and ram_image; what of it is in huge pages, in ram_huge
       own      the rest of QEMU
       total    both: the process's Pss
       private, shared   the same total by whether anybody else maps the page
@@ -178,6 +178,7 @@ def memory_kib(guest):
         "ram_private": ram["private"]["pss_kib"],
         "ram_memfd": ram["memfd"]["pss_kib"],
         "ram_image": ram["image"]["pss_kib"] + cut_kib,
+        "ram_huge": ram["huge_kib"],
         "own": rollup["Pss"] - ram_kib,
         "total": rollup["Pss"],
         "private": private_kib,

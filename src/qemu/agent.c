@@ -277,15 +277,11 @@ static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t 
 	if (r) {
 		close(same_opening);
 	} else {
-		if (a->config.restore.active && restorer_fill(a, block)) {
-			resume_drop_disks(a);
-			_exit(1); /* it has said why; a guest with half of its RAM must not run */
-		}
-		if (a->config.restore.active)
-			stat_set(&a->stats->restore_us[RESTORE_RAM], os_now_us());
 		a->ram_bytes += bytes;
 		a->stats->ram_bytes = a->ram_bytes;
 		a->stats->pid = (uint32_t)getpid();
+		if (a->config.restore.active)
+			r = restorer_begin(a, block);
 	}
 	return r;
 }
@@ -311,6 +307,7 @@ void agent_ram_unmapped(void *hva, size_t bytes)
 
 	if (!a || !ram_find(a->ram, hva, OS_PAGE_BYTES))
 		return;
+	restorer_wait();
 	ram_lock(a->ram);
 	b = ram_find(a->ram, hva, OS_PAGE_BYTES);
 	if (b && b->hva == hva && os_bytes(b->pages) <= bytes) {
@@ -380,6 +377,7 @@ int agent_exclude(const char *what)
 
 	if (!a || !a->overlays_allowed)
 		return 0;
+	restorer_wait();
 	volumes_allow(a->volumes, false);
 	r = ram_unmask(a->ram);
 	ram_get_counts(a->ram, &c);
@@ -436,6 +434,7 @@ int agent_before_write(int dir, const char *path)
 	v = volume_get(a->volumes, &st);
 	if (!v)
 		return 0;
+	restorer_wait();
 	/* Also when somebody else is about to give it up, or could not. */
 	r = volume_is_mapped(v) || volume_overlay_pages(v) ? give_up(a, v, path) : 0;
 	volume_put(v);
@@ -523,7 +522,8 @@ __attribute__((destructor)) static void unload(void)
 		return;
 	/* The child of -daemonize, which has this descriptor too, is then all that keeps the lock. */
 	close(the_agent.config.lock_fd);
-	if (agent_get() && the_agent.stats->pid == (uint32_t)getpid())
+	/* (A fill is cut short with the process; who starts next removes what it has left.) */
+	if (agent_get() && the_agent.stats->pid == (uint32_t)getpid() && !restorer_is_filling())
 		volumes_abandon(the_agent.volumes);
 	/* Else it is -daemonize's parent that ends here. */
 	if (!vmdir_remove_if_dead(the_agent.config.run_dir) && the_agent.config.restore.active)

@@ -139,8 +139,12 @@ int faults_serve_writes(struct agent *agent, int uffd);
 /* When the other end of this socket is gone, saver_peer_gone is called; -1: no more, as above. */
 void faults_watch_peer(int socket);
 
-/* restorer.c: what guest RAM begins with; under the start lock, before the VMM goes on. */
-int restorer_fill(struct agent *agent, struct ram_block *block);
+/* restorer.c: begins to fill guest RAM, in a thread of its own; it ends QEMU when that fails. -ENOMEM. */
+int restorer_begin(struct agent *agent, struct ram_block *block);
+/* Until guest RAM is what it begins with: before it, or what it comes from, is changed. At once without a restore.
+ * With no lock held but the start lock. */
+void restorer_wait(void);
+bool restorer_is_filling(void);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
 

@@ -76,6 +76,7 @@ static void *map_again(struct agent *a, void *addr, size_t bytes, int prot, int 
 {
 	void *at;
 
+	restorer_wait();
 	ram_lock(a->ram);
 	(void)ram_for_part(a->ram, addr, bytes, ram_return_base);
 	at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
@@ -119,6 +120,11 @@ static bool touches_ram(struct ram *ram, const void *hva, size_t bytes)
 	return ram_find(ram, hva, 1) || (bytes && ram_find(ram, (const uint8_t *)hva + bytes - 1, 1));
 }
 
+static bool changes_pages(int advice)
+{
+	return advice == MADV_DONTNEED || advice == MADV_REMOVE || advice == MADV_POPULATE_WRITE;
+}
+
 HOOK int madvise(void *hva, size_t bytes, int advice)
 {
 	struct agent *a = agent_get();
@@ -127,6 +133,8 @@ HOOK int madvise(void *hva, size_t bytes, int advice)
 	bytes = (bytes + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1); /* as the kernel does */
 	if (!a || (uintptr_t)hva & (OS_PAGE_BYTES - 1) || !touches_ram(a->ram, hva, bytes))
 		return (int)raw(SYS_madvise, (long)hva, (long)bytes, advice, 0, 0, 0);
+	if (changes_pages(advice))
+		restorer_wait();
 	ram_lock(a->ram);
 	if (advice == MADV_DONTNEED)
 		r = ram_for_part(a->ram, hva, bytes, ram_zap_base);
@@ -145,6 +153,7 @@ static int punch_ram(struct agent *a, uint64_t offset, uint64_t bytes, bool *ret
 {
 	int r;
 
+	restorer_wait();
 	ram_lock(a->ram);
 	r = ram_for_file_part(a->ram, offset, bytes, ram_discard);
 	*ret_held = ram_is_held(a->ram);

@@ -135,6 +135,7 @@ int pause_load_state(struct pause *p, int fd, char *why, size_t why_bytes)
 		r = qmp_run(p->qmp, &capability, NULL, words);
 	}
 	if (!r) {
+		restorer_wait(); /* the main loop has answered: all of guest RAM is mapped, and being filled */
 		snprintf(text, sizeof text, "{\"uri\": \"fd:%d\"}", fd);
 		incoming.arguments = json_tokener_parse(text);
 		r = qmp_run(p->qmp, &incoming, NULL, words);

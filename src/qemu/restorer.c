@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The agent's part of a restore: guest RAM begins as a snapshot says, before QEMU has made its machine. See
- * "Restore" in ARCHITECTURE.md. Of each page one is chosen:
+ * The agent's part of a restore: guest RAM begins as a snapshot says. A thread does it while QEMU makes its machine,
+ * which does not look at guest RAM; who changes it, or what it comes from, waits (restorer_wait). See "Restore" in
+ * ARCHITECTURE.md. Of each page one is chosen:
  *
  *   nothing  it is zero, as base is
  *   copy     its contents go to base now: the guest will write it soon, or it is in use and storage is cold
@@ -19,10 +20,13 @@
 #include "snapshot/image.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define GAP_PAGES 32u         /* zeros between stored pages that are mapped along, as the snapshot's holes */
@@ -311,14 +315,6 @@ static bool is_ours(const struct fill *f, const struct active_page *p)
 	return p->page >= f->ram_page && p->page - f->ram_page < f->pages;
 }
 
-static int copy_page(struct fill *f, uint64_t page, const void *contents)
-{
-	int r = os_write_all(f->block->memfd, contents, OS_PAGE_BYTES, f->block->memfd_offset + os_bytes(page));
-
-	f->copied[page] = !r;
-	return r;
-}
-
 /* All that is in use and whose file is cold, from one piece of storage. */
 static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT_RESTORE_VOLUMES])
 {
@@ -335,26 +331,39 @@ static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT
 
 			if (!is_ours(f, p) || f->table[page].kind == SNAPSHOT_WORD)
 				continue;
-			if (f->table[page].kind == SNAPSHOT_VOLUME ? cold_volume[f->table[page].volume] : cold_ram)
-				r = copy_page(f, page, chunk + os_bytes(i));
+			if (f->table[page].kind != SNAPSHOT_VOLUME ? !cold_ram : !cold_volume[f->table[page].volume])
+				continue;
+			memcpy(f->block->hva + os_bytes(page), chunk + os_bytes(i), OS_PAGE_BYTES);
+			f->copied[page] = true;
 		}
 	}
 	free(chunk);
 	return r;
 }
 
-/* A page that will be written soon, in a run that is not worth a mapping: it would be copied anyway. */
+static bool will_be_written(const struct fill *f, uint64_t page)
+{
+	return f->use[page] == IN_USE_WRITTEN && !is_zero(&f->table[page]);
+}
+
+/* Pages that will be written soon, in a run that is not worth a mapping: they would be copied anyway. */
 static int copy_written(struct fill *f, const struct stretch *s)
 {
-	uint8_t contents[OS_PAGE_BYTES];
 	int r = 0;
 
-	for (uint64_t i = 0; !r && i < s->pages; i++) {
-		if (f->use[s->page + i] != IN_USE_WRITTEN || is_zero(&f->table[s->page + i]))
-			continue;
-		r = os_read_all(s->fd, contents, sizeof contents, os_bytes(s->file_page + i));
-		if (!r)
-			r = copy_page(f, s->page + i, contents);
+	for (uint64_t i = 0, n; !r && i < s->pages; i += n) {
+		struct stretch part = *s;
+
+		for (n = 0; i + n < s->pages && will_be_written(f, s->page + i + n); n++)
+			;
+		if (n) {
+			part.page += i;
+			part.file_page += i;
+			part.pages = n;
+			r = read_stretch(f, &part);
+			memset(f->copied + part.page, !r, n * sizeof *f->copied);
+		}
+		n += !n;
 	}
 	return r;
 }
@@ -402,6 +411,41 @@ static int use_active(struct fill *f, const struct snapshot_image *image)
 	}
 	r = any ? copy_cold(f, cold_ram, cold_volume) : 0;
 	return r ? r : copy_all_written(f);
+}
+
+/* Pages of one use. Of what a first touch makes (masked pages, a pager's) nothing is brought: that would be waited
+ * for. */
+static void touch(const struct fill *f, uint64_t page, uint64_t end, enum use use)
+{
+	while (page < end) {
+		struct ram_range range;
+		uint8_t *hva = f->block->hva + os_bytes(page);
+
+		ram_lock(f->agent->ram);
+		range = ram_range_at(f->block, page, end);
+		ram_unlock(f->agent->ram);
+		if (range.source == ENTRY_BASE || range.source == ENTRY_OVERLAY) {
+			if (use == IN_USE_WRITTEN)
+				(void)os_populate_write(hva, os_bytes(range.pages));
+			else
+				os_populate_read(hva, os_bytes(range.pages));
+		}
+		page += range.pages;
+	}
+}
+
+/* What the guest uses gets into its page table before it runs, copies for its writes, too: each would be a fault of
+ * a virtual processor. */
+static void touch_active(const struct fill *f)
+{
+	for (uint64_t page = 0, end; page < f->pages; page = end) {
+		end = page + 1;
+		if (f->use[page] == NOT_IN_USE)
+			continue;
+		while (end < f->pages && f->use[end] == f->use[page])
+			end++;
+		touch(f, page, end, f->use[page]);
+	}
 }
 
 /* ---- all of it --------------------------------------------------------------------------------- */
@@ -465,10 +509,14 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 		return -ENOMEM;
 	attach(f);
 	r = use_active(f, image);
-	return r ? r : fill(f);
+	if (!r)
+		r = fill(f);
+	if (!r && !f->agent->config.restore.pager.active)
+		touch_active(f);
+	return r;
 }
 
-int restorer_fill(struct agent *a, struct ram_block *block)
+static int fill_from_snapshot(struct agent *a, struct ram_block *block)
 {
 	struct fill f = { .agent = a, .block = block };
 	char why[SNAPSHOT_WHY_BYTES] = "";
@@ -496,11 +544,91 @@ int restorer_fill(struct agent *a, struct ram_block *block)
 	return r;
 }
 
+/* ---- while QEMU makes its machine ---------------------------------------------------------------- */
+
+static struct {
+	pthread_mutex_t lock;
+	pthread_cond_t ended;
+	unsigned pending; /* blocks that are being filled */
+} fills = { .lock = PTHREAD_MUTEX_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER };
+
+struct job {
+	struct agent *agent;
+	struct ram_block *block;
+};
+
+static void end_job(struct job *job)
+{
+	struct agent *a = job->agent;
+
+	if (fill_from_snapshot(a, job->block)) {
+		resume_drop_disks(a);
+		_exit(1); /* it has said why; a guest with half of its RAM must not run */
+	}
+	free(job);
+	stat_set(&a->stats->restore_us[RESTORE_RAM], os_now_us());
+	pthread_mutex_lock(&fills.lock);
+	fills.pending--;
+	pthread_cond_broadcast(&fills.ended);
+	pthread_mutex_unlock(&fills.lock);
+}
+
+static void *fill_main(void *job)
+{
+	os_never_freeze((pid_t)syscall(SYS_gettid)); /* who freezes has waited for its end */
+	end_job(job);
+	return NULL;
+}
+
+int restorer_begin(struct agent *a, struct ram_block *block)
+{
+	struct job *job = malloc(sizeof *job);
+	sigset_t all, old;
+	pthread_t thread;
+	int r;
+
+	if (!job)
+		return -ENOMEM;
+	*job = (struct job){ a, block };
+	pthread_mutex_lock(&fills.lock);
+	fills.pending++;
+	pthread_mutex_unlock(&fills.lock);
+	sigfillset(&all);
+	sigdelset(&all, SIGBUS); /* an image that was cut */
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	r = pthread_create(&thread, NULL, fill_main, job);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (r) {
+		end_job(job);
+		return 0;
+	}
+	pthread_setname_np(thread, "latent-fill");
+	pthread_detach(thread);
+	return 0;
+}
+
+void restorer_wait(void)
+{
+	pthread_mutex_lock(&fills.lock);
+	while (fills.pending)
+		pthread_cond_wait(&fills.ended, &fills.lock);
+	pthread_mutex_unlock(&fills.lock);
+}
+
+bool restorer_is_filling(void)
+{
+	bool is;
+
+	pthread_mutex_lock(&fills.lock);
+	is = fills.pending;
+	pthread_mutex_unlock(&fills.lock);
+	return is;
+}
+
 void restorer_load_state(struct agent *a, struct pause *pause)
 {
 	char why[256] = "the agent has no monitor";
 	int r = pause ? pause_load_state(pause, a->config.restore.state_fd, why, sizeof why) : -ENOTCONN;
-
 	if (r)
 		agent_say("the device state cannot be loaded: %s", why);
 }

@@ -451,6 +451,7 @@ static uint64_t recount_ticks(struct service *s)
 
 static void tick(struct service *s, uint64_t ticks)
 {
+	(void)cost_model_get(); /* measured now after a restore: its first second is the guest's */
 	if (os_now_us() >= s->next_try_us)
 		give_way(s);
 	release_clear(s);
@@ -535,10 +536,11 @@ static void *service_main(void *arg)
 	sigaddset(&lease, SERVICE_LEASE_SIGNAL);
 	s->signal_fd = signalfd(-1, &lease, SFD_CLOEXEC | SFD_NONBLOCK);
 	sem_post(&s->ready);
-	(void)cost_model_get(); /* measured here, while QEMU makes its machine: nobody waits for it */
 	if (s->agent->config.restore.active) {
 		restorer_load_state(s->agent, s->pause);
 		resume_restored(s->agent, s->pause);
+	} else {
+		(void)cost_model_get(); /* measured here, while QEMU makes its machine: nobody waits for it */
 	}
 	serve(s);
 	return NULL;

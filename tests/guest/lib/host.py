@@ -98,17 +98,19 @@ def guest_ram_kib(pid, hva, size_bytes):
 
     Each with rss_kib and pss_kib of these pages, and the number of its mappings; an overlay counts as
     one of `image`, and the copies in it as pages of `private`. rest_pss_kib is that of the process's
-    other mappings.
+    other mappings, huge_kib what of guest RAM is in transparent huge pages.
     """
     figures = {kind: {"rss_kib": 0, "pss_kib": 0, "mappings": 0}
                for kind in ("memfd", "private", "image")}
-    rest_kib = 0
+    rest_kib = huge_kib = 0
     for mapping in mappings(pid):
         if mapping["start"] < hva + size_bytes and mapping["end"] > hva:
             _add_mapping(figures, mapping)
+            huge_kib += mapping["AnonHugePages"] + mapping["ShmemPmdMapped"] + mapping["FilePmdMapped"]
         else:
             rest_kib += mapping.get("Pss", 0)
     figures["rest_pss_kib"] = rest_kib
+    figures["huge_kib"] = huge_kib
     figures["total_rss_kib"] = sum(figures[k]["rss_kib"] for k in ("memfd", "private", "image"))
     figures["total_pss_kib"] = sum(figures[k]["pss_kib"] for k in ("memfd", "private", "image"))
     return figures

@@ -214,6 +214,11 @@ class Saved:
         write_packed(self.ram, sorted(pages), self.working_set)
         return pages, right
 
+    def with_contents(self, pages):
+        """Those that are not zero. Of the others there is nothing to bring: guest RAM is zero before the guest runs."""
+        with open(self.ram, "rb") as file:
+            return {page for page in pages if any(os.pread(file.fileno(), PAGE_BYTES, page * PAGE_BYTES))}
+
     def files(self):
         """Everything that a start reads: a cold one finds none of it in the page cache."""
         mine = {path for path in self.directory.rglob("*") if path.is_file()}

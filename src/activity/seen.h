@@ -3,10 +3,11 @@
  * Which pages of guest RAM are touched during a time, and in which order: the page tables are emptied, and looked
  * at from time to time for what has come back. See "What the guest is using" in ARCHITECTURE.md.
  *
- * Base can be emptied while the guest runs. An overlay can hold copies that would be lost, and so only overlays
- * without any are emptied, while all that writes guest RAM stands still. Faults around a touched page would be
- * seen as touches: in base there are none while it is registered for write-protection, and within an overlay
- * they end where it does. Works under KVM and TCG alike, as both fault through the VMM's page table.
+ * Base can be emptied while the guest runs. An overlay can hold copies that would be lost, and so only the rest of it
+ * is emptied, while all that writes guest RAM stands still; copies, and short runs between them, count as touched, for
+ * nobody can tell. Faults around a touched page would be seen as touches: in base there are none while it is registered
+ * for write-protection, and within an overlay they end where it does. Works under KVM and TCG alike, as both fault
+ * through the VMM's page table; but under TCG translated code runs without a look at its pages.
  *
  * One thread; nothing is held but the range lock, for 2 ms at most.
  */

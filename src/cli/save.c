@@ -13,7 +13,8 @@
 #include <unistd.h>
 
 #define PAGE_BYTES 4096
-#define WINDOW_MS 250
+#define BEFORE_MS 250
+#define AFTER_MS 1000
 #define WINDOW_MAX_MS 600000
 
 enum { OPT_LIVE, OPT_STOP, OPT_PARENT, OPT_NO_DISK, OPT_COMPRESS, OPT_WINDOW, OPT_LIMIT, OPT_JSON };
@@ -25,7 +26,7 @@ static const struct cli_option options[] = {
 	[OPT_NO_DISK] = { "no-disk", CLI_FLAG, NULL, "leave the disks as they are, and out of the snapshot" },
 	[OPT_COMPRESS] = { "compress", CLI_FLAG, NULL, "store RAM in packed pieces (zstd)" },
 	[OPT_WINDOW] = { "window", CLI_VALUE, "MS",
-			 "see for so long, before, which pages the guest uses (default: 250)" },
+			 "see for so long, before and after the pause, which pages the guest uses (default: 250, 1000)" },
 	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB a second" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object" },
 	{ NULL, CLI_FLAG, NULL, NULL },
@@ -53,7 +54,7 @@ static void print_json(const struct save_options *save, const struct save_result
 static int run(const struct cli_command *command, int argc, char **argv)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
-	struct save_options save = { .window_ms = WINDOW_MS };
+	struct save_options save = { .before_ms = BEFORE_MS, .after_ms = AFTER_MS };
 	struct vm_view view;
 	bool json = false;
 	int status = parse(&parser, &save, &json);
@@ -111,7 +112,7 @@ static int parse(struct cli_parser *parser, struct save_options *save, bool *ret
 					 parser->value);
 				return CLI_WRONG;
 			}
-			save->window_ms = (unsigned)window_ms;
+			save->before_ms = save->after_ms = (unsigned)window_ms;
 			break;
 		case OPT_JSON:
 			*ret_json = true;

@@ -148,8 +148,8 @@ int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uin
 /* [locked] Takes base's part of the pages out of the page table; nothing is lost. Of an overlay a zap would lose what
  * the guest has written. */
 int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
-/* [locked] The same for all overlays without private copies; writers stopped, and the private flags brought up to
- * date (ram_for_private) since they stand. */
+/* [locked] The same for what is clean of all overlays, but short runs between private copies; writers stopped, and
+ * the private flags brought up to date (ram_for_private) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);
 
 /* [locked] Would ram_return_base make mappings fewer, or leave their number? */

@@ -43,7 +43,7 @@ struct save {
 	struct maker maker;
 	int state_fd;
 	char migration[32];     /* the last status that QEMU has told */
-	uint64_t stopped_us;    /* 0: not stopped yet */
+	uint64_t stopped_us, continued_us; /* 0: not yet */
 	bool ran, stopped;      /* ran: before the save */
 	bool relative;          /* a disk was given by a relative path */
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
@@ -420,21 +420,36 @@ static int go_on(struct save *s)
 		usleep(300);
 	}
 	s->stopped = false;
-	s->result->pause_us = os_now_us() - s->stopped_us;
+	s->continued_us = os_now_us();
+	s->result->pause_us = s->continued_us - s->stopped_us;
 	return r ? fail(s, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
 }
 
-static int watch(struct save *s, struct source_progress *progress)
+static int wait_until(struct save *s, uint64_t until_us, const struct source_progress *progress)
 {
-	uint64_t until_us = os_now_us() + s->options->window_ms * 1000ull;
-	int r = source_watch(s->source, s->why);
-
-	while (!r && os_now_us() < until_us) {
+	while (os_now_us() < until_us) {
 		if (progress->stop)
 			return fail(s, -EINTR, "a signal ended it");
 		usleep(5000);
 	}
-	return r;
+	return 0;
+}
+
+static int watch(struct save *s, const struct source_progress *progress)
+{
+	int r = source_watch(s->source, s->why);
+
+	return r ? r : wait_until(s, os_now_us() + s->options->before_ms * 1000ull, progress);
+}
+
+/* A restored guest goes on from the same instant: what this one touches next is what that one will touch first. */
+static int watch_on(struct save *s, int ram_fd, const struct source_progress *progress)
+{
+	if (!s->continued_us)
+		return 0;
+	if (!s->options->compress)
+		(void)sync_file_range(ram_fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* begins what will be waited for */
+	return wait_until(s, s->continued_us + s->options->after_ms * 1000ull, progress);
 }
 
 static int pause_and_take(struct save *s)
@@ -511,6 +526,8 @@ static int write_ram(struct save *s, struct source_progress *progress)
 	if (fd < 0)
 		return fd;
 	r = source_write(s->source, fd, s->parent, s->options->limit_bytes_s, progress, &s->image, s->why);
+	if (!r)
+		r = watch_on(s, fd, progress);
 	if (!r) {
 		r = source_list_active(s->source, &s->image, &s->active, &s->result->active_pages);
 		if (r)

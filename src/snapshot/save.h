@@ -15,7 +15,8 @@ struct save_options {
 	const char *cwd;        /* what the VMM's relative paths begin with */
 	bool cwd_left;          /* the VMM is elsewhere now (-daemonize), and cannot open them again */
 	const char *dir;        /* the snapshot's; must not be there yet */
-	unsigned window_ms;     /* for so long, before, it is seen which pages the guest uses */
+	unsigned before_ms, after_ms; /* it is seen which pages the guest uses: so long before the pause, and at least
+	                               * so long after it (if the guest ran before, and with no `stop`) */
 	const char *parent;     /* a snapshot's directory: what it has is not stored again; or NULL */
 	bool stop;              /* the guest stands until all is written */
 	bool compress;          /* `ram.zst` in place of `ram` */

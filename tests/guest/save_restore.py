@@ -7,18 +7,22 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from lib import case, latent, vm
+from lib import case, host, latent, vm
 from lib.vm import VM
 
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
 FILES = "/usr/lib/python3.11/"
 HELD_MIB = 128
 CHURN_PAGES_PER_S = 20000
+TOUCHED_PAGES = 4000
+STEPS_BEFORE = ["checks", "overlays", "exec", "ram", "state"]  # before the guest runs
+KIND_DATA = 1  # src/snapshot/format.h
 NO_IMAGE, REFUSED, NO_ANSWER = 66, 65, 75
 
 
@@ -98,8 +102,9 @@ def saves_under_load(test, directory):
             snapshot = directory / f"load{number}"
             test.check(latent.run("verify", snapshot).endswith("is whole\n"), f"snapshot {number} is whole")
             if number == 0:
-                forget(snapshot)
-            guest.restore(snapshot)
+                restore_step_by_step(test, guest, snapshot)
+            else:
+                guest.restore(snapshot)
             test.check_equal(guest.sh("cat /run/nonce"), nonce, f"restored from save {number}: the nonce is there")
             check_memory(test, guest, "and what it was writing")
             check_masks(test, guest)
@@ -107,7 +112,7 @@ def saves_under_load(test, directory):
             latent.check_hashes(test, guest, FILES, what="read anew by the restored guest")
             test.check(guest.sh("dmesg | grep -ci 'ext4.*error' || true").strip() == "0", "its file system has no error")
             if number == 2:
-                save(guest, directory / "again")
+                save_again(test, guest, directory / "again")
                 check_memory(test, guest, "after the save of a restored VM")
             guest.kill9()
         guest.restore(directory / "again")
@@ -116,13 +121,64 @@ def saves_under_load(test, directory):
         guest.shutdown()
 
 
-def forget(snapshot):
-    """None of its files is in memory any more: the restore has to read the packed copy of pages in use."""
+def save_again(test, guest, snapshot):
+    """Of a restored VM next to nothing has to be written; what it uses is seen all the same."""
+    touches = guest.sh_start(f"latent-guest mem touch m 0 {TOUCHED_PAGES} 100000 20 r")
+    time.sleep(0.3)
+    figures = save(guest, snapshot)
+    touches.kill()
+    test.check(figures["active_pages"] >= TOUCHED_PAGES // 2,  # the others are zero or of one word
+               f"a restored VM that reads {TOUCHED_PAGES} pages over and over: {figures['active_pages']} are seen in use")
+
+
+def restore_step_by_step(test, guest, snapshot):
+    """What a guest needs first is there before it runs, though none of its files was in memory."""
     for path in [*snapshot.glob("*"), *snapshot.glob("disks/*")]:
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            host.drop_from_page_cache(path)
+    guest.restore(snapshot, "--paused")
+    guest.wait_status("paused")
+    test.check_equal(steps(guest)[0], STEPS_BEFORE, "a guest that was not let run yet: the steps")
+    disk = guest.qmp("query-block")[0]["inserted"]["file"]
+    files = {fd: os.readlink(fd) for fd in Path(f"/proc/{guest.pid}/fd").iterdir() if fd.is_symlink()}
+    test.check(disk in files.values() and disk.startswith(str(guest.dir)), "its new disk is open")
+    [memfd] = [fd for fd, name in files.items() if name.startswith("/memfd:latent-ram:")]
+    first = first_in_use(snapshot)
+    test.check(len(first) > 100 and first <= in_memory(memfd, first),
+               f"the {len(first)} stored pages that it used first are in memory")
+    guest.qmp("cont")
+    guest.wait_status("running")
+    names, times = steps(guest)
+    test.check_equal(names[:len(STEPS_BEFORE) + 1], [*STEPS_BEFORE, "resumed"], "then it was resumed")
+    test.check(0 < times[0] and times == sorted(times), f"one after the other: {times}")
+
+
+def steps(guest):
+    """The steps of a restore that are done, and when they were, in microseconds."""
+    told = latent.stat(guest)["restore"]
+    return [step["step"] for step in told], [step["us"] for step in told]
+
+
+def first_in_use(snapshot):
+    """Pages of the first quarter of the active set whose contents are in the snapshot's `ram` (docs/snapshot.md)."""
+    metadata, active = ((snapshot / name).read_bytes() for name in ("pages", "active"))
+    [blocks], [count] = struct.unpack_from("=I", metadata, 16), struct.unpack_from("=Q", active, 16)
+    kinds = [kind for kind, _, _ in struct.iter_unpack("=IIQ", metadata[40 + 72 * blocks:])]
+    pages = [page for page, _, _ in struct.iter_unpack("=QII", active[32:32 + 16 * (count // 4)])]
+    return {page for page in pages if kinds[page] == KIND_DATA}
+
+
+def in_memory(memfd, pages):
+    """Those of the pages that a VM's memfd has."""
+    with open(memfd, "rb") as file:
+        return {page for page in pages if data_begins_at(file, page * host.PAGE_BYTES)}
+
+
+def data_begins_at(file, offset):
+    try:
+        return os.lseek(file.fileno(), offset, os.SEEK_DATA) == offset
+    except OSError:  # ENXIO: no more data
+        return False
 
 
 def check_masks(test, guest):

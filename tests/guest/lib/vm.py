@@ -86,7 +86,7 @@ class VM:
         self.serial_log = self.dir / "serial.log"
         self.qemu_log = self.dir / "qemu.log"
         self.process = self._pid = self._agent = self._qmp = None
-        self.started_s = None
+        self.started_s = self._start_again = None
         self._diagnosed = False
         if start:
             self.start()
@@ -107,6 +107,7 @@ class VM:
         if self.process is not None:
             self.kill9()
         self._remove_sockets()
+        self._start_again = self.start
         command = self.command()
         (self.dir / "command").write_text(shlex.join(command) + "\n")
         self.adopt(self.spawn(command))
@@ -114,6 +115,7 @@ class VM:
     def restore(self, snapshot, *options):
         """`latent restore` in the place of a QEMU that has ended; does not wait for the guest."""
         self._remove_sockets()
+        self._start_again = lambda: self.restore(snapshot, *options)
         command = [BUILD_DIR / "latent", "restore", "--name", self.name, "--disks", self.dir, *options, snapshot, "--",
                    self.qemu, *self.qemu_arguments()]
         self.adopt(self.spawn(command))
@@ -207,8 +209,8 @@ class VM:
             if fault is None:
                 raise
         print(f"NOTE: {self.name}: {fault}; started once more", flush=True)
-        self.serial_log.unlink()
-        self.start()
+        self.serial_log.unlink(missing_ok=True)
+        self._start_again()
         return self._wait_ready(timeout)
 
     def _emulator_fault(self):
@@ -224,12 +226,17 @@ class VM:
             return "the guest's kernel hung in early boot under TCG"
         # Seen in one of 56 boots of plain QEMU, without Latent: SVM as TCG emulates it loses a processor's state, and
         # the guest of the guest ends by a triple fault, without a word.
-        if accelerator == "kvm" and host.is_nested() and self._ended_well() and "Kernel panic" not in log:
+        if self.was_reset() and "Kernel panic" not in log:
             return "the guest's processor was reset in early boot under emulated SVM"
         return None
 
-    def _ended_well(self):
-        return self.process is not None and self.process.poll() == 0
+    def was_reset(self, timeout_s=5):
+        """QEMU has ended as after a triple fault of its guest, where emulated SVM may bring that about."""
+        if host.accelerator(images_dir()) != "kvm" or not host.is_nested() or self.process is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout_s) == 0
+        return False
 
     def _wait_ready(self, timeout):
         deadline_s = time.monotonic() + timeout

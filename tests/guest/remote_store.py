@@ -61,7 +61,8 @@ def wait(what, condition, timeout_s=30):
 def wait_loaded(guest):
     def is_loaded():
         figures = latent.stat(guest)
-        return 0 < figures["source_pages_all"] == figures["source_pages_now"]
+        return 0 < figures["source_pages_all"] == figures["source_pages_now"] and figures["rest"]["state"] == "loaded" and \
+            figures["rest"]["pages_now"] == figures["rest"]["pages_all_now"] == figures["source_pages_all"]
 
     wait("all is loaded", is_loaded, 60)
 
@@ -170,8 +171,8 @@ def refused(test, guest, where, what, *words, options=()):
 
 # ---- from a store ----
 
-def fetch(guest, there, directory, name="packed"):
-    guest.restore(f"{there.url}/{name}", "--disks-from", directory / name / "disks")
+def fetch(guest, there, directory, name="packed", options=()):
+    guest.restore(f"{there.url}/{name}", *options, "--disks-from", directory / name / "disks")
 
 
 def check_shared(test, *clones):
@@ -201,6 +202,38 @@ def clones(test, guest, directory, nonce):
         for clone in (guest, second):
             check(test, clone, nonce, f"{clone.name}, when one has written")
         second.kill9()
+    guest.kill9()
+
+
+def stays_away(test, guest, what, state):
+    """What nobody needs is not loaded."""
+    before = latent.stat(guest)
+    time.sleep(1.5)
+    figures = latent.stat(guest)
+    grown = figures["source_pages_now"] - before["source_pages_now"]
+    test.check(grown < HELD_PAGES // 20 and figures["source_pages_now"] < figures["source_pages_all"] - HELD_PAGES // 4 and
+               figures["rest"]["state"] == state,
+               f"{what}: {figures['source_pages_now']} of {figures['source_pages_all']} pages, {grown} of them just now")
+
+
+def rest(test, guest, directory, nonce):
+    """It is loaded when the guest runs, until somebody stops it, or not at all."""
+    with store.Store(directory, mbit_s=100) as there:
+        fetch(guest, there, directory)
+        check_nonce(test, guest, nonce)
+        steps = {step["step"]: step["us"] for step in latent.stat(guest)["restore"]}
+        test.check(steps["rest"] >= steps["resumed"], f"it begins {steps['rest'] - steps['resumed']} us after the guest runs")
+        test.check_equal(latent.stat(guest)["rest"]["state"], "loading", "stat has it as of any snapshot")
+        latent.run("stop-rest", guest.name)
+        time.sleep(0.5)  # what was on its way
+        stays_away(test, guest, "stopped", "stopped")
+        there.line.bytes_s *= 10
+        check(test, guest, nonce, "stopped")
+        guest.kill9()
+        fetch(guest, there, directory, "plain", ["--no-rest"])
+        check_nonce(test, guest, nonce)
+        time.sleep(0.5)
+        stays_away(test, guest, "--no-rest", "none")
     guest.kill9()
 
 
@@ -369,6 +402,7 @@ def body(test):
             without_userfaultfd(test, guest, directory, nonce)
             damaged_here(test, guest, directory)
             clones(test, guest, directory, nonce)
+            rest(test, guest, directory, nonce)
             described(test, directory, nonce)
             killed_pagers(test, guest, directory, nonce)
             bad_answers(test, guest, directory, nonce)

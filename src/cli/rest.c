@@ -37,8 +37,11 @@ static struct {
 
 static void tell(enum rest_state state)
 {
-	struct rest_report report = { .magic = REST_MAGIC, .state = state, .begun_us = to.begun_us,
-				      .pages_all = to.progress.pages_all, .pages_now = to.progress.pages_now };
+	struct rest_report report = { .magic = REST_MAGIC,
+				      .state = state,
+				      .begun_us = to.begun_us,
+				      .pages_all = to.progress.pages_all,
+				      .pages_now = to.progress.pages_now };
 
 	for (unsigned i = 0; i < to.count; i++)
 		if (to.vm[i].fd >= 0)
@@ -101,8 +104,8 @@ static bool let_go(const int *sockets, unsigned count)
 
 	if (null < 0 || count > REST_VMS || chdir("/"))
 		return false;
-	for (unsigned i = 0; i < count; i++) {
-		kept[i] = fcntl(sockets[i], F_DUPFD_CLOEXEC, (int)lowest); /* out of the way of the next step */
+	for (unsigned i = 0; i < count; i++) { /* out of the way of the next step */
+		kept[i] = fcntl(sockets[i], F_DUPFD_CLOEXEC, (int)lowest);
 		if (kept[i] < 0)
 			return false;
 	}

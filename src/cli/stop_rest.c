@@ -25,9 +25,11 @@ static int stop(const struct vm_view *view)
 	int r = vm_view_ask(view, CONTROL_STOP_REST, NULL, ANSWER_TIMEOUT_MS, &reply);
 
 	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name, strerror(-r));
+		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
+				strerror(-r));
 	if (reply.error)
-		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name, reply.text[0] ? reply.text : strerror(-reply.error));
+		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name,
+				reply.text[0] ? reply.text : strerror(-reply.error));
 	return CLI_OK;
 }
 
@@ -40,7 +42,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (option != CLI_END)
 		return cli_end_status(option);
 	if (parser.operands != 1)
-		return cli_fail(CLI_USAGE, "stop-rest: give the name of one VM (see latent stop-rest --help)");
+		return cli_fail(CLI_USAGE,
+				"stop-rest: give the name of one VM (see latent stop-rest --help)");
 	status = vm_view_find(argv[1], &view);
 	if (status)
 		return status;

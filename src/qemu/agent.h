@@ -121,6 +121,7 @@ void pause_drain(struct pause *pause); /* reads and drops what has come */
 
 /* saver.c: requests of a save, from the service thread; `client` is the connection that they came by. */
 struct control_reply;
+void saver_load(struct agent *agent, int client, struct control_reply *reply);
 void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
 void saver_arm(struct agent *agent, int client, struct control_reply *reply);
@@ -168,6 +169,10 @@ int lazy_watch(const struct ram_block *block, uint64_t first_page); /* first_pag
 void lazy_load_all(void); /* waits until the cache is whole */
 void lazy_load_rest(void); /* the guest runs: what it has not touched is loaded, too */
 void lazy_stop_rest(void);
+/* All is wanted before anything else but what is waited for; or no more. */
+void lazy_want_all(bool wanted);
+/* Of what VMs map; both are 0 before the pager has said anything. */
+void lazy_count(uint64_t *ret_present, uint64_t *ret_all);
 
 /* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
 struct msghdr;

@@ -302,6 +302,23 @@ void lazy_stop_rest(void)
 	pthread_mutex_unlock(&lazy.lock);
 }
 
+void lazy_want_all(bool wanted)
+{
+	enum pager_op what;
+
+	pthread_mutex_lock(&lazy.lock);
+	what = wanted ? PAGER_LOAD : lazy.rest ? PAGER_LOAD_REST : PAGER_LOAD_ACTIVE;
+	if (lazy.load != what)
+		load(what);
+	pthread_mutex_unlock(&lazy.lock);
+}
+
+void lazy_count(uint64_t *ret_present, uint64_t *ret_all)
+{
+	*ret_present = lazy.reported ? lazy.pages_present : 0;
+	*ret_all = lazy.reported ? lazy.pages_all : 0;
+}
+
 void lazy_load_all(void)
 {
 	uint64_t next_say_us = os_now_us() + SAY_US;

@@ -329,6 +329,9 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_DETACH:
 		do_detach(s, q, p);
 		break;
+	case CONTROL_SAVE_LOAD:
+		saver_load(s->agent, client, p);
+		break;
 	case CONTROL_SAVE_BEGIN:
 		saver_begin(s->agent, client, p);
 		if (!p->error && s->pause)

@@ -11,7 +11,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define PIECE_PAGES 128u /* under way at a time: who waits for a page of his own waits behind no more */
+/* Under way at a time: who waits for a page of his own waits behind no more. */
+#define PIECE_PAGES 32u
+/* And then nothing for this many times as long as it took: not all storage heeds priorities. */
+#define PAUSES 3u
+#define PAUSE_MAX_US 100000u
+#define CHECKED_PAGES 1024u /* before it is looked for room again */
 
 /* A file that pages are in. */
 struct part {
@@ -158,7 +163,8 @@ static void count_all(struct rest *r)
 
 static uint64_t room_now(void)
 {
-	uint64_t host = os_memory_spare("/proc/meminfo"), group = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
+	uint64_t host = os_memory_spare("/proc/meminfo"),
+		 group = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
 
 	if (os_fault(OS_FAULT_SPARE_MEMORY))
 		return 0;
@@ -168,13 +174,31 @@ static uint64_t room_now(void)
 static bool take_room(struct rest *r, uint64_t bytes)
 {
 	if (r->checked_bytes < bytes) {
-		r->checked_bytes = os_bytes(PIECE_PAGES);
+		r->checked_bytes = os_bytes(CHECKED_PAGES);
 		if (room_now() < r->checked_bytes || r->room_bytes < r->checked_bytes)
 			return false;
 		r->room_bytes -= r->checked_bytes;
 	}
 	r->checked_bytes -= bytes;
 	return true;
+}
+
+static void pause_after(uint64_t begin_us)
+{
+	uint64_t pause_us = (os_now_us() - begin_us) * PAUSES;
+
+	usleep((useconds_t)(pause_us < PAUSE_MAX_US ? pause_us : PAUSE_MAX_US));
+}
+
+static int read_piece(struct rest *r, const struct run *run)
+{
+	int e = os_fault(OS_FAULT_STORAGE_READ);
+	uint64_t begin_us = os_now_us();
+
+	if (!e)
+		e = os_read_all(run->part->fd, r->bytes, os_bytes(run->pages), os_bytes(run->page));
+	pause_after(begin_us);
+	return e;
 }
 
 static int load(struct rest *r, const struct run *run)
@@ -188,11 +212,10 @@ static int load(struct rest *r, const struct run *run)
 		return 0;
 	if (!take_room(r, os_bytes(run->pages - there)))
 		return -ENOMEM;
-	e = os_fault(OS_FAULT_STORAGE_READ);
-	if (!e)
-		e = os_read_all(run->part->fd, r->bytes, os_bytes(run->pages), os_bytes(run->page));
+	e = read_piece(r, run);
 	r->progress->pages_now += e ? 0 : run->pages - there;
-	if (r->progress->pages_now > r->progress->pages_all) /* where nothing is told, some were read twice */
+	/* Where nothing is told, some were read twice. */
+	if (r->progress->pages_now > r->progress->pages_all)
 		r->progress->pages_now = r->progress->pages_all;
 	return e;
 }

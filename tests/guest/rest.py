@@ -15,17 +15,17 @@ from lib import case, host, latent, vm
 from lib.vm import VM
 
 HELD_MIB = 64
-SLOWLY = {"LATENT_FAULT": "storage_read:delay:25"}  # each piece
-NO_ROOM = {"LATENT_FAULT": "spare_memory:20:ENOMEM"}
+SLOWLY = {"LATENT_FAULT": "storage_read:delay:10"}  # each piece
+NO_ROOM = {"LATENT_FAULT": "spare_memory:8:ENOMEM"}
 
 
-def loaders():
-    """Process ids of who loads something just now."""
+def loaders(snapshot):
+    """Process ids of who loads something of it just now."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/comm"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            if path.read_text() == "latent-rest\n":
-                found.append(int(path.parent.name))
+            if (path / "comm").read_text() == "latent-rest\n" and os.fsencode(snapshot) in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
         except OSError:
             pass  # it has just ended
     return found
@@ -79,7 +79,7 @@ def loaded(test, guest, snapshot, nonce):
                f"{(figures['end_us'] - steps[-1]['us']) / 1e6:.2f} s")
     stored = os.stat(snapshot / "ram").st_blocks // 8
     test.check(host.cached_pages(snapshot / "ram") >= 0.98 * stored, f"{stored} pages are in the page cache, and mincore agrees")
-    wait("who loaded it ends", lambda: not loaders())
+    wait("who loaded it ends", lambda: not loaders(snapshot))
     test.check("all was loaded" in latent.run("stat", guest.name), "stat says it to people")
     check(test, guest, nonce, "loaded")
     test.check_equal(latent.command("stop-rest", guest.name).returncode, latent.NO_ANSWER, "there is nothing to stop any more")
@@ -94,13 +94,13 @@ def ended(test, guest, snapshot, nonce):
         restore(guest, snapshot, env=SLOWLY)
         wait("it has begun", lambda: rest(guest)["pages_now"] > 0)
         figures = rest(guest)
-        [pid] = loaders()
+        [pid] = loaders(snapshot)
         niceness = os.getpriority(os.PRIO_PROCESS, pid)
         test.check_equal((figures["state"], niceness, os.sched_getscheduler(pid)), ("loading", 19, os.SCHED_IDLE),
                          f"{what}: {figures['pages_now']} of {figures['pages_all_now']} pages, with low priority")
         test.check("idle" in subprocess.run(["ionice", "-p", str(pid)], capture_output=True, text=True).stdout, "idle I/O")
         end(pid)
-        wait(f"{what}: it ends", lambda: pid not in loaders(), 5)
+        wait(f"{what}: it ends", lambda: pid not in loaders(snapshot), 5)
         if state is None:
             continue
         wait(f"{what}: it is told", lambda: rest(guest)["state"] == state, 5)
@@ -113,13 +113,13 @@ def ended(test, guest, snapshot, nonce):
 def without(test, guest, snapshot, nonce):
     """Not asked for; no memory to spare; a snapshot that goes away."""
     names = [step["step"] for step in restore(guest, snapshot, "--no-rest")]
-    test.check(names[-1] == "resumed" and rest(guest)["state"] == "none" and not loaders(), "--no-rest: nothing is loaded")
+    test.check(names[-1] == "resumed" and rest(guest)["state"] == "none" and not loaders(snapshot), "--no-rest: nothing is loaded")
     check(test, guest, nonce, "--no-rest")
     guest.kill9()
     restore(guest, snapshot, env=NO_ROOM)
     wait("it ends", lambda: rest(guest)["state"] == "no_room")
     figures = rest(guest)
-    wait("who loaded ends", lambda: not loaders())
+    wait("who loaded ends", lambda: not loaders(snapshot))
     test.check(0 < figures["pages_now"] < figures["pages_all_now"],
                f"no memory to spare: {figures['pages_now']} of {figures['pages_all_now']} pages")
     check(test, guest, nonce, "no memory to spare")
@@ -142,7 +142,7 @@ def body(test):
             ended(test, guest, snapshot, nonce)
             without(test, guest, snapshot, nonce)
         latent.run("ps")
-        test.check_equal((latent.vm_dirs(), loaders()), ([], []), "nothing is left")
+        test.check_equal((latent.vm_dirs(), loaders(snapshot)), ([], []), "nothing is left")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -27,10 +27,13 @@ static void on_interrupt(int signal)
 
 static void show(const struct source_progress *p)
 {
-	uint64_t all = p->pages_all, done = p->pages_done;
+	uint64_t all = p->pages_all, done = p->pages_done, load = p->load_all;
 	char size[CLI_SIZE_TEXT];
 
-	if (all)
+	if (load)
+		fprintf(stderr, "\rloading what it runs from first: %3.0f %% of %s ", 100 * (double)p->load_now / (double)load,
+			cli_size(load * OS_PAGE_BYTES, size));
+	else if (all)
 		fprintf(stderr, "\rwriting RAM: %3.0f %%, %s written ", 100 * (double)done / (double)all,
 			cli_size(p->bytes_written, size));
 }

@@ -2,6 +2,8 @@
 /* latent restore: one VM, which this process becomes, or several in the background. */
 #include "cli/cli.h"
 #include "cli/guest_clock.h"
+#include "cli/lazy.h"
+#include "cli/rest.h"
 #include "cli/restore.h"
 #include "os/os.h"
 
@@ -18,9 +20,10 @@
 #include <unistd.h>
 
 #define CLONES_MAX 256
+_Static_assert(CLONES_MAX <= REST_VMS, "one process loads the rest for all");
 #define READY_S 120
 
-enum { OPT_NAME, OPT_DISKS, OPT_DISKS_FROM, OPT_CLONES, OPT_PAUSED, OPT_JSON };
+enum { OPT_NAME, OPT_DISKS, OPT_DISKS_FROM, OPT_CLONES, OPT_PAUSED, OPT_NO_REST, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: the saved one's)" },
@@ -28,6 +31,7 @@ static const struct cli_option options[] = {
 	[OPT_DISKS_FROM] = { "disks-from", CLI_VALUE, "DIR", "where a copy of the snapshot's disks/ is" },
 	[OPT_CLONES] = { "clones", CLI_VALUE, "K", "start K of them, NAME-1 to NAME-K, in the background" },
 	[OPT_PAUSED] = { "paused", CLI_FLAG, NULL, "do not let the guest run until `cont`" },
+	[OPT_NO_REST] = { "no-rest", CLI_FLAG, NULL, "load nothing but what is touched, when the guest runs" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the time of each step as JSON" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
@@ -64,7 +68,7 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	static struct command c; /* a manifest is large */
 	int status;
 
-	c.request = (struct restore_request){ .report_fd = -1, .begun_us = os_now_us() };
+	c.request = (struct restore_request){ .report_fd = -1, .begun_us = os_now_us(), .rest = true };
 	status = parse(&parser, &c);
 	if (status != CLI_END)
 		return cli_end_status(status);
@@ -106,6 +110,9 @@ static int parse(struct cli_parser *parser, struct command *c)
 			break;
 		case OPT_JSON:
 			c->json = true;
+			break;
+		case OPT_NO_REST:
+			c->request.rest = false;
 			break;
 		default:
 			c->request.then = RESTORE_THEN_STAND;
@@ -160,7 +167,13 @@ static void set_clock(const char *socket, const char *root, const char *name, un
 
 /* ---- one ------------------------------------------------------------------------------------------ */
 
-/* Beside the VM that this process becomes: prints its times, and sets the guest's clock. */
+/* A pager loads it otherwise. */
+static bool rest_is_here(const struct command *c)
+{
+	return c->request.rest && !lazy_is_url(c->request.dir) && !c->manifest.packed_bytes;
+}
+
+/* Beside the VM that this process becomes: prints its times, sets the guest's clock, and loads the rest. */
 static void watch(const struct command *c, const char *socket, int report_fd)
 {
 	struct restored vm = { .report_fd = report_fd, .log_fd = -1 };
@@ -171,12 +184,16 @@ static void watch(const struct command *c, const char *socket, int report_fd)
 		;
 	if (restored_read(&vm) != REPORT_READY)
 		return;
+	if (vm.report.rest)
+		vm.report.step_us[RESTORE_REST] = os_now_us();
 	if (c->json) {
 		print_json(restored_to_json(&vm.report));
 		fflush(stdout);
 	}
 	if (c->request.then == RESTORE_THEN_RUN && !vmdir_root(false, root, why))
 		set_clock(socket, root, vm.report.name, 0);
+	if (vm.report.rest)
+		rest_become(c->request.dir, &report_fd, 1, vm.report.step_us[RESTORE_REST]);
 }
 
 /* A grandchild, so that QEMU has no child that it does not know. */
@@ -205,7 +222,7 @@ static int start_watcher(struct command *c, const char *socket)
 static int restore_one(struct command *c)
 {
 	char *socket = guest_clock_socket(c->request.argc, c->request.argv);
-	int status = c->json || socket ? start_watcher(c, socket) : CLI_OK;
+	int status = c->json || socket || rest_is_here(c) ? start_watcher(c, socket) : CLI_OK;
 
 	free(socket);
 	return status ? status : restore_become(&c->request);
@@ -310,6 +327,22 @@ static void show_clones(const struct clones *all)
 		print_json(array);
 }
 
+/* One for all of them. */
+static void load_rest(struct clones *all)
+{
+	uint64_t now_us = os_now_us();
+	int sockets[CLONES_MAX];
+	unsigned count = 0;
+
+	for (unsigned i = 0; i < all->count; i++) {
+		if (!all->vm[i].report.rest)
+			continue;
+		all->vm[i].report.step_us[RESTORE_REST] = now_us;
+		sockets[count++] = all->vm[i].report_fd;
+	}
+	rest_start(all->command->request.dir, sockets, count, now_us);
+}
+
 static void let_go(struct clones *all, const char *socket)
 {
 	for (unsigned i = 0; i < all->count; i++) {
@@ -339,6 +372,7 @@ static int restore_clones(struct command *c)
 		restored_end(&all.vm[i], &c->manifest, c->disks_path);
 	if (status)
 		return status;
+	load_rest(&all);
 	show_clones(&all);
 	socket = guest_clock_socket(c->request.argc, c->request.argv);
 	let_go(&all, socket);

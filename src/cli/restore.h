@@ -20,6 +20,7 @@ struct restore_request {
 	unsigned number;       /* of the clone or spare; 0: none */
 	enum agent_restore_then then;
 	int report_fd;         /* struct agent_report goes there, or -1 */
+	bool rest;             /* what the guest has not touched is loaded, too */
 	uint64_t begun_us;
 	int argc;              /* QEMU's line; 0: the snapshot's */
 	char **argv;

@@ -3,7 +3,7 @@
 
 struct json_object *restore_steps_to_json(const uint64_t step_us[RESTORE_STEPS])
 {
-	static const char *const names[RESTORE_STEPS] = { "begun", "checks", "overlays", "exec", "ram", "state", "resumed" };
+	static const char *const names[RESTORE_STEPS] = { "begun", "checks", "overlays", "exec", "ram", "state", "resumed", "rest" };
 	struct json_object *steps = json_object_new_array();
 
 	for (int i = 1; i < RESTORE_STEPS; i++) {

@@ -114,6 +114,7 @@ int restore_become(const struct restore_request *request)
 	r.vm.number = request->number;
 	r.vm.agent.active = 1;
 	r.vm.agent.then = request->then;
+	r.vm.agent.rest = request->rest;
 	r.vm.agent.report_fd = request->report_fd;
 	r.vm.agent.overlays_fd = -1;
 	r.vm.agent.step_us[RESTORE_BEGUN] = request->begun_us;

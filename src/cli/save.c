@@ -183,6 +183,8 @@ static void print_text(const struct save_options *save, const struct save_result
 		       result->disk[i].now, result->disk[i].before);
 	printf("  in use when it was saved: %s, of that written %s\n", cli_size(result->active_pages * PAGE_BYTES, a),
 	       cli_size(result->active_written_pages * PAGE_BYTES, b));
+	if (result->load_us)
+		printf("  before that, what it runs from was loaded in %.1f s\n", (double)result->load_us / 1e6);
 	printf("  device state %s, disks %u; written in %.1f s, %ju pages first for the guest\n",
 	       cli_size(result->state_bytes, a), result->disks, (double)result->write_us / 1e6,
 	       (uintmax_t)result->source.faults);
@@ -201,6 +203,7 @@ static void print_json(const struct save_options *save, const struct save_result
 	json_object_object_add(json, "dir", json_object_new_string(save->dir));
 	add(json, "pause_us", result->pause_us);
 	add(json, "point_us", result->point_us);
+	add(json, "load_us", result->load_us);
 	add(json, "write_us", result->write_us);
 	add(json, "state_bytes", result->state_bytes);
 	add(json, "ram_bytes_written", result->ram_bytes_written);

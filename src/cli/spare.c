@@ -7,6 +7,7 @@
  */
 #include "cli/cli.h"
 #include "cli/guest_clock.h"
+#include "cli/rest.h"
 #include "cli/restore.h"
 #include "cli/vm_view.h"
 #include "os/os.h"
@@ -182,6 +183,7 @@ static int start(struct spares *s, size_t place)
 	request.name = s->vm_name[place];
 	request.number = s->last_number;
 	request.then = RESTORE_THEN_WAIT;
+	request.rest = true;
 	request.begun_us = os_now_us();
 	if (!status)
 		status = restored_start(&request, s->root, &s->vm[place]);
@@ -248,6 +250,8 @@ static int on_report(struct spares *s, size_t place)
 	} else {
 		printf("%s was taken and is called %s\n", vm->name, vm->report.name);
 		remember_taken(s, vm->child);
+		if (vm->report.rest)
+			rest_start(s->request.dir, &vm->report_fd, 1, os_now_us());
 		restored_forget(vm);
 		s->used[place] = false;
 	}

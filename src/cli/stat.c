@@ -64,6 +64,17 @@ static const struct {
 	[VOLUME_CLOSED] = { "closed", "not open now" },
 };
 
+static const struct {
+	const char *key, *text;
+} rests[REST_STATES] = {
+	[REST_NONE] = { "none", "" },
+	[REST_LOADING] = { "loading", "being loaded" },
+	[REST_LOADED] = { "loaded", "all was loaded" },
+	[REST_STOPPED] = { "stopped", "loading was stopped" },
+	[REST_NO_ROOM] = { "no_room", "loading ended: the host's memory is needed for other things" },
+	[REST_FAILED] = { "failed", "loading failed: the snapshot, or an image, cannot be read" },
+};
+
 struct request {
 	const char *name;
 	bool json, watch;
@@ -208,6 +219,17 @@ static void print_masked(const struct vm_stats *stats)
 	       (uintmax_t)stat_get(&stats->masked_dropped));
 }
 
+/* What the guest has not touched comes by itself. */
+static void print_rest(const struct vm_stats *stats)
+{
+	uint64_t all = stat_get(&stats->rest_pages_all_now), now = stat_get(&stats->rest_pages_now);
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT];
+
+	if (stats->rest_state != REST_NONE)
+		printf("\nOf the snapshot's RAM %s of %s, %.1f %%, are in memory; %s\n", cli_size(now * PAGE_BYTES, a),
+		       cli_size(all * PAGE_BYTES, b), percent(now, all), rests[stats->rest_state].text);
+}
+
 static void print_source(const struct vm_stats *stats)
 {
 	uint64_t all = stat_get(&stats->source_pages_all), now = stat_get(&stats->source_pages_now);
@@ -245,6 +267,7 @@ static void print_vm(const struct vm_view *view)
 		printf("drives use io_uring or Linux AIO: what they read is copied, and not counted here\n");
 	if (stats->message[0])
 		printf("last message, %s ago: %s\n", cli_age(stats->message_unix_s, a), stats->message);
+	print_rest(stats);
 	if (stats->source[0])
 		print_source(stats);
 	printf("\nMemory by source\n");
@@ -337,6 +360,20 @@ static void add_source(struct json_object *json, const struct vm_stats *stats)
 	add_number(json, "source_silent_ms_now", stat_get(&stats->source_silent_ms_now));
 }
 
+/* us: since the beginning of the restore, as in its steps. */
+static struct json_object *rest_to_json(const struct vm_stats *stats)
+{
+	uint64_t end_us = stat_get(&stats->rest_end_us), begun_us = stat_get(&stats->restore_us[RESTORE_BEGUN]);
+	struct json_object *json = json_object_new_object();
+
+	add_text(json, "state", rests[stats->rest_state].key);
+	add_number(json, "pages_all_now", stat_get(&stats->rest_pages_all_now));
+	add_number(json, "pages_now", stat_get(&stats->rest_pages_now));
+	if (end_us)
+		add_number(json, "end_us", end_us - begun_us);
+	return json;
+}
+
 /* The names are those of struct vm_stats. */
 static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed)
 {
@@ -376,6 +413,8 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 		step_us[i] = stat_get(&stats->restore_us[i]);
 	if (step_us[RESTORE_BEGUN])
 		json_object_object_add(json, "restore", restore_steps_to_json(step_us));
+	if (step_us[RESTORE_BEGUN])
+		json_object_object_add(json, "rest", rest_to_json(stats));
 	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
 	if (stats->source[0])
 		add_source(json, stats);

@@ -156,6 +156,8 @@ static void check_stats(struct vm_stats *stats)
 	make_text(stats->source, sizeof stats->source);
 	make_text(stats->source_trouble, sizeof stats->source_trouble);
 	make_text(stats->cwd, sizeof stats->cwd);
+	if (stats->rest_state >= REST_STATES)
+		stats->rest_state = REST_FAILED;
 	if (stats->volume_count > VM_STATS_VOLUMES)
 		stats->volume_count = VM_STATS_VOLUMES;
 	for (uint32_t i = 0; i < VM_STATS_VOLUMES; i++) {

@@ -101,6 +101,27 @@ static uint64_t room_of_line(char *line, const char *root)
 	return UINT64_MAX;
 }
 
+static uint64_t kib_of(const char *text, const char *key)
+{
+	const char *at = strstr(text, key);
+
+	return at ? strtoull(at + strlen(key), NULL, 10) : UINT64_MAX;
+}
+
+uint64_t os_memory_spare(const char *meminfo)
+{
+	char text[8192];
+	uint64_t all, available;
+
+	if (!read_text(meminfo, text, sizeof text))
+		return UINT64_MAX;
+	all = kib_of(text, "MemTotal:");
+	available = kib_of(text, "MemAvailable:");
+	if (all > UINT64_MAX >> 10 || available > UINT64_MAX >> 10)
+		return UINT64_MAX;
+	return available > all / 8 ? (available - all / 8) << 10 : 0;
+}
+
 uint64_t os_memory_room(const char *cgroups, const char *root)
 {
 	char text[8192], *save = NULL;

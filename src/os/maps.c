@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -223,6 +224,16 @@ void os_unview_file(void *view, size_t bytes)
 {
 	if (view)
 		syscall(SYS_munmap, view, bytes);
+}
+
+/* mincore(2) since Linux 5.2 */
+bool os_residency_is_told(int fd)
+{
+	char path[32];
+	struct stat st;
+
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	return !fstat(fd, &st) && (geteuid() == st.st_uid || !access(path, W_OK));
 }
 
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)

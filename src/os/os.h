@@ -105,8 +105,9 @@ void os_unview_file(void *view, size_t bytes);
 bool os_replace_view(void *view, size_t bytes);
 
 /* How many pages of [view+offset, +pages) are in the page cache (mincore). The kernel tells the
- * truth only to who owns the file or may write it; else everything seems resident. */
+ * truth only to who owns the file or may write it, os_residency_is_told; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
+bool os_residency_is_told(int fd);
 
 /*
  * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.
@@ -140,6 +141,9 @@ int os_read_all(int fd, void *to, size_t bytes, uint64_t offset);
  * /proc/PID/cgroup; `root`: where the hierarchies are mounted (/sys/fs/cgroup). Both versions of cgroups.
  */
 uint64_t os_memory_room(const char *cgroups, const char *root);
+/* Memory of the host that nobody misses: what is available, page cache included, above an eighth of all. UINT64_MAX:
+ * not known. `meminfo`: /proc/meminfo. */
+uint64_t os_memory_spare(const char *meminfo);
 
 /* Mappings of this process now, and the limit (vm.max_map_count). */
 int os_count_maps(uint64_t *ret_maps);
@@ -258,6 +262,7 @@ enum os_fault_point {
 	OS_FAULT_REGISTER,     /* of pages to be made when they are touched */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
 	OS_FAULT_WRITE,        /* os_write_all */
+	OS_FAULT_SPARE_MEMORY, /* the host has none to spare for what nobody has asked for yet */
 	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */
 	OS_FAULT_POINTS
 };

@@ -423,7 +423,7 @@ int cache_put(struct cache *c, uint64_t chunk, const void *from, size_t bytes)
 	return 0;
 }
 
-bool cache_next(struct cache *c, uint64_t *ret_chunk)
+bool cache_next(struct cache *c, bool rest, uint64_t *ret_chunk)
 {
 	while (c->first_at < c->first_count) {
 		uint64_t chunk = c->first_wanted[c->first_at];
@@ -434,7 +434,7 @@ bool cache_next(struct cache *c, uint64_t *ret_chunk)
 		}
 		c->first_at++;
 	}
-	for (uint64_t i = 0; i < c->packed.chunks; i++) {
+	for (uint64_t i = 0; rest && i < c->packed.chunks; i++) {
 		if (c->next_chunk >= c->packed.chunks)
 			c->next_chunk = 0;
 		if (c->state[c->next_chunk] == CHUNK_ABSENT) {

@@ -52,7 +52,7 @@ int cache_make_page(struct cache *cache, uint64_t page);
  * nothing is kept; -ENOSPC, -ENOMEM. */
 int cache_put(struct cache *cache, uint64_t chunk, const void *from, size_t bytes);
 
-/* The next absent chunk to load in the background; false: there is none. */
-bool cache_next(struct cache *cache, uint64_t *ret_chunk);
+/* The next absent chunk to load in the background, of the active set or of the `rest`, too; false: there is none. */
+bool cache_next(struct cache *cache, bool rest, uint64_t *ret_chunk);
 
 #endif

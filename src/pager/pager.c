@@ -35,6 +35,9 @@
 
 _Static_assert(2 * CLIENTS + 1 <= STORE_POLLED, "each may be waited for");
 
+/* What is loaded before somebody waits for it. */
+enum load { LOAD_NOTHING, LOAD_ACTIVE, LOAD_REST, LOAD_ALL };
+
 struct client {
 	int fd, uffd; /* -1: free; not watched yet */
 	struct cache *cache;
@@ -45,7 +48,7 @@ struct client {
 	} *waiters;
 	size_t waiting, room;
 	uint64_t faults;
-	bool load;
+	enum load load;
 	bool opening; /* the manifest is being read again for it */
 	struct pager_report told;
 };
@@ -325,12 +328,19 @@ static void fetch_wanted(struct pager *p)
 	}
 }
 
-static bool is_loaded_ahead(const struct pager *p, const struct cache *cache)
+/* Who wants most of it gets it. */
+static enum load load_of(const struct pager *p, const struct cache *cache)
 {
-	for (size_t i = 0; i < CLIENTS; i++)
-		if (p->clients[i].cache == cache && (p->clients[i].load || !p->on_demand_only))
-			return true;
-	return false;
+	enum load most = LOAD_NOTHING;
+
+	for (size_t i = 0; i < CLIENTS; i++) {
+		const struct client *c = &p->clients[i];
+		enum load load = p->on_demand_only && c->load < LOAD_ALL ? LOAD_NOTHING : c->load;
+
+		if (c->cache == cache && load > most)
+			most = load;
+	}
+	return most;
 }
 
 static bool may_fetch_ahead(const struct pager *p)
@@ -352,10 +362,13 @@ static void fetch_ahead(struct pager *p)
 {
 	uint64_t chunk;
 
-	for (struct cache *c = p->caches; c; c = c->next)
-		while (is_loaded_ahead(p, c) && may_fetch_ahead(p) && cache_next(c, &chunk))
+	for (struct cache *c = p->caches; c; c = c->next) {
+		enum load load = load_of(p, c);
+
+		while (load && may_fetch_ahead(p) && cache_next(c, load > LOAD_ACTIVE, &chunk))
 			if (!fetch(p, c, chunk, piece_of(c, chunk, piece_bytes(c)), 0, true))
 				return;
+	}
 }
 
 /* ---- faults ------------------------------------------------------------------------------------ */
@@ -613,7 +626,7 @@ static void do_watch(struct pager *p, struct client *c, const struct pager_reque
 static bool is_valid(const struct pager *p, const struct client *c, const struct pager_request *q, int bytes, unsigned fds)
 {
 	static const unsigned wanted_fds[PAGER_REPORT] = { [PAGER_ADOPT] = PAGER_FDS_ADOPT, [PAGER_WATCH] = 1 };
-	bool needs_cache = q->op == PAGER_WATCH || q->op == PAGER_LOAD;
+	bool needs_cache = q->op >= PAGER_WATCH;
 
 	return bytes == (int)sizeof *q && q->magic == PAGER_MAGIC && q->version == PAGER_VERSION && q->op < PAGER_REPORT &&
 	       memchr(q->source, '\0', sizeof q->source) && !strcmp(q->source, p->source) && q->blocks <= PAGER_BLOCKS &&
@@ -645,7 +658,7 @@ static void on_client(struct pager *p, struct client *c)
 	else if (q.op == PAGER_WATCH)
 		do_watch(p, c, &q, fds[0]);
 	else
-		c->load = true;
+		c->load = q.op == PAGER_LOAD ? LOAD_ALL : q.op == PAGER_LOAD_REST ? LOAD_REST : LOAD_ACTIVE;
 }
 
 static bool may_ask(int fd)
@@ -664,7 +677,7 @@ static void on_connect(struct pager *p)
 	while (i < CLIENTS && p->clients[i].fd >= 0)
 		i++;
 	if (fd >= 0 && i < CLIENTS && may_ask(fd))
-		p->clients[i].fd = fd;
+		p->clients[i] = (struct client){ .fd = fd, .uffd = -1, .load = LOAD_ACTIVE };
 	else if (fd >= 0)
 		close(fd);
 }

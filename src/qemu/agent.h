@@ -121,6 +121,7 @@ void pause_drain(struct pause *pause); /* reads and drops what has come */
 
 /* saver.c: requests of a save, from the service thread; `client` is the connection that they came by. */
 struct control_reply;
+void saver_load(struct agent *agent, int client, struct control_reply *reply);
 void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
 void saver_arm(struct agent *agent, int client, struct control_reply *reply);
@@ -152,6 +153,11 @@ void restorer_load_state(struct agent *agent, struct pause *pause);
 void resume_restored(struct agent *agent, struct pause *pause);
 /* What the pause has drained may have been that the guest runs. */
 void resume_note(struct agent *agent, struct pause *pause);
+/* The rest is loaded so far, by a pager (any thread) or by the process whose reports come at this descriptor (-1: none). */
+void resume_note_rest(struct agent *agent, enum rest_state state, uint64_t pages_all, uint64_t pages_now);
+int resume_rest_fd(const struct agent *agent);
+void resume_rest_said(struct agent *agent);
+void resume_stop_rest(struct agent *agent, struct control_reply *reply);
 /* The descriptor that tells a spare when its keeper is gone, and what to do then; -1: none. */
 int resume_poll_fd(const struct agent *agent);
 void resume_keeper_gone(struct agent *agent, struct pause *pause);
@@ -165,6 +171,12 @@ bool lazy_may_map(void); /* else all has to be loaded before it is read */
 int lazy_mapped(void *hva, size_t bytes);
 int lazy_watch(const struct ram_block *block, uint64_t first_page); /* first_page: of the cache */
 void lazy_load_all(void); /* waits until the cache is whole */
+void lazy_load_rest(void); /* the guest runs: what it has not touched is loaded, too */
+void lazy_stop_rest(void);
+/* All is wanted before anything else but what is waited for; or no more. */
+void lazy_want_all(bool wanted);
+/* Of what VMs map; both are 0 before the pager has said anything. */
+void lazy_count(uint64_t *ret_present, uint64_t *ret_all);
 
 /* hooks.c: sendmsg(2), which guest RAM's descriptors may pass. */
 struct msghdr;

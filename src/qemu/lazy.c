@@ -33,15 +33,25 @@ static struct {
 	const struct agent_pager *pager; /* of the configuration */
 	int uffd;                        /* -1: there is none to be had */
 	struct pager_starter starter;
-	pthread_mutex_t lock; /* protects the next three; held for a send at the most */
+	pthread_mutex_t lock; /* protects the next four; held for a send at the most */
 	int connection;
 	struct pager_request ram; /* what is watched */
-	bool load;
+	enum pager_op load;       /* the last that was said of loading ahead */
+	bool rest;                /* the guest runs, and the rest is loaded for it */
 	_Atomic uint64_t pages_all, pages_present;
 	_Atomic bool reported;
-} lazy = { .uffd = -1, .connection = -1, .lock = PTHREAD_MUTEX_INITIALIZER };
+} lazy = { .uffd = -1, .connection = -1, .load = PAGER_LOAD_ACTIVE, .lock = PTHREAD_MUTEX_INITIALIZER };
 
 /* ---- reports ---------------------------------------------------------------------------------- */
+
+/* [lock] */
+static void note_rest(void)
+{
+	bool loaded = lazy.reported && lazy.pages_present == lazy.pages_all;
+
+	if (lazy.rest)
+		resume_note_rest(lazy.agent, loaded ? REST_LOADED : REST_LOADING, lazy.pages_all, lazy.pages_present);
+}
 
 static void take_report(const struct pager_report *report)
 {
@@ -50,6 +60,9 @@ static void take_report(const struct pager_report *report)
 	lazy.pages_all = report->pages_all;
 	lazy.pages_present = report->pages_present;
 	lazy.reported = true;
+	pthread_mutex_lock(&lazy.lock);
+	note_rest();
+	pthread_mutex_unlock(&lazy.lock);
 	stat_set(&s->source_pages_all, report->pages_all);
 	stat_set(&s->source_pages_now, report->pages_present);
 	stat_set(&s->source_bytes, report->bytes_fetched);
@@ -120,8 +133,8 @@ static int introduce(int fd)
 		r = ask(fd, PAGER_WATCH, &lazy.uffd, 1);
 	if (!r && lazy.ram.blocks)
 		r = await(fd, PAGER_WATCH);
-	if (!r && lazy.load)
-		r = ask(fd, PAGER_LOAD, NULL, 0);
+	if (!r)
+		r = ask(fd, lazy.load, NULL, 0);
 	return r;
 }
 
@@ -263,18 +276,59 @@ int lazy_watch(const struct ram_block *b, uint64_t first_page)
 	return r == -EPIPE || r == -ECONNRESET ? 0 : r;
 }
 
+/* [lock] A connection that is just being lost is found so by the thread, which says it all again. */
+static void load(enum pager_op what)
+{
+	lazy.load = what;
+	if (lazy.connection >= 0)
+		(void)ask(lazy.connection, what, NULL, 0);
+}
+
+void lazy_load_rest(void)
+{
+	pthread_mutex_lock(&lazy.lock);
+	if (lazy.load == PAGER_LOAD_ACTIVE)
+		load(PAGER_LOAD_REST);
+	lazy.rest = true;
+	note_rest();
+	pthread_mutex_unlock(&lazy.lock);
+}
+
+void lazy_stop_rest(void)
+{
+	pthread_mutex_lock(&lazy.lock);
+	load(PAGER_LOAD_ACTIVE);
+	lazy.rest = false;
+	pthread_mutex_unlock(&lazy.lock);
+}
+
+void lazy_want_all(bool wanted)
+{
+	enum pager_op what;
+
+	pthread_mutex_lock(&lazy.lock);
+	what = wanted ? PAGER_LOAD : lazy.rest ? PAGER_LOAD_REST : PAGER_LOAD_ACTIVE;
+	if (lazy.load != what)
+		load(what);
+	pthread_mutex_unlock(&lazy.lock);
+}
+
+void lazy_count(uint64_t *ret_present, uint64_t *ret_all)
+{
+	*ret_present = lazy.reported ? lazy.pages_present : 0;
+	*ret_all = lazy.reported ? lazy.pages_all : 0;
+}
+
 void lazy_load_all(void)
 {
 	uint64_t next_say_us = os_now_us() + SAY_US;
 
-	if (!lazy.load)
+	if (lazy.load != PAGER_LOAD)
 		agent_say("all of the snapshot's RAM is loaded before the guest runs: %s", lazy.uffd == -EPERM
 			  ? "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
 			    "vm.unprivileged_userfaultfd=1)" : "it cannot be mapped while it is loaded");
 	pthread_mutex_lock(&lazy.lock);
-	lazy.load = true;
-	if (lazy.connection >= 0)
-		(void)ask(lazy.connection, PAGER_LOAD, NULL, 0);
+	load(PAGER_LOAD);
 	pthread_mutex_unlock(&lazy.lock);
 	while (!lazy.reported || lazy.pages_present < lazy.pages_all) {
 		usleep(AGAIN_US);

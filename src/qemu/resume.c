@@ -20,9 +20,15 @@ static void set_step(struct agent *a, enum restore_step step, uint64_t us)
 	stat_set(&a->stats->restore_us[step], us);
 }
 
+/* Another process shall load the rest, and say so. */
+static bool rest_is_told(const struct agent *a)
+{
+	return a->config.restore.rest && !a->config.restore.pager.active && !a->stats->is_spare;
+}
+
 static void report(struct agent *a, enum agent_report_kind kind)
 {
-	struct agent_report report = { .kind = kind, .pid = (uint32_t)getpid() };
+	struct agent_report report = { .kind = kind, .pid = (uint32_t)getpid(), .rest = rest_is_told(a) };
 	struct iovec iov = { &report, sizeof report };
 	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
 
@@ -79,6 +85,21 @@ static int resume(struct agent *a, struct pause *p)
 	return r;
 }
 
+/* Who has asked for the restore knows now that all is done but the rest. */
+static void tell(struct agent *a, enum agent_report_kind kind)
+{
+	if (!a->overlays_allowed)
+		a->config.restore.rest = 0; /* nothing is mapped: all was read */
+	if (a->config.restore.rest && a->config.restore.pager.active) {
+		lazy_load_rest();
+		if (!stat_get(&a->stats->restore_us[RESTORE_REST])) /* of a spare, when it began to wait */
+			set_step(a, RESTORE_REST, os_now_us());
+	}
+	report(a, kind);
+	if (!a->stats->is_spare && !rest_is_told(a))
+		end_reports(a);
+}
+
 void resume_restored(struct agent *a, struct pause *p)
 {
 	if (!p || !pause_is_loaded(p))
@@ -87,13 +108,74 @@ void resume_restored(struct agent *a, struct pause *p)
 	if (a->config.restore.then == RESTORE_THEN_WAIT) {
 		prefault(a);
 		a->stats->is_spare = 1;
-		report(a, REPORT_READY);
+		tell(a, REPORT_READY);
 		return;
 	}
 	if (a->config.restore.then == RESTORE_THEN_RUN && resume(a, p))
 		return;
-	report(a, REPORT_READY);
-	end_reports(a);
+	tell(a, REPORT_READY);
+}
+
+/* ---- the rest ------------------------------------------------------------------------------------ */
+
+void resume_note_rest(struct agent *a, enum rest_state state, uint64_t pages_all, uint64_t pages_now)
+{
+	struct vm_stats *s = a->stats;
+
+	stat_set(&s->rest_pages_all_now, pages_all);
+	stat_set(&s->rest_pages_now, pages_now);
+	if (state != REST_LOADING && (s->rest_state == REST_LOADING || s->rest_state == REST_NONE))
+		stat_set(&s->rest_end_us, os_now_us());
+	s->rest_state = state;
+}
+
+static void note_stopped(struct agent *a)
+{
+	struct vm_stats *s = a->stats;
+
+	if (s->rest_state == REST_LOADING)
+		resume_note_rest(a, REST_STOPPED, stat_get(&s->rest_pages_all_now), stat_get(&s->rest_pages_now));
+}
+
+int resume_rest_fd(const struct agent *a)
+{
+	return a->config.restore.active && rest_is_told(a) ? a->config.restore.report_fd : -1;
+}
+
+static bool is_valid(const struct rest_report *r, ssize_t bytes)
+{
+	return bytes == (ssize_t)sizeof *r && r->magic == REST_MAGIC && r->state > REST_NONE && r->state < REST_STATES;
+}
+
+void resume_rest_said(struct agent *a)
+{
+	struct rest_report r;
+	ssize_t n = recv(resume_rest_fd(a), &r, sizeof r, MSG_DONTWAIT | MSG_TRUNC);
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (!is_valid(&r, n)) {
+		note_stopped(a);
+		end_reports(a);
+		return;
+	}
+	if (!stat_get(&a->stats->restore_us[RESTORE_REST]))
+		set_step(a, RESTORE_REST, r.begun_us);
+	resume_note_rest(a, (enum rest_state)r.state, r.pages_all, r.pages_now);
+}
+
+void resume_stop_rest(struct agent *a, struct control_reply *reply)
+{
+	if (a->stats->rest_state != REST_LOADING) {
+		reply->error = -EALREADY;
+		snprintf(reply->text, sizeof reply->text, "nothing of a snapshot is being loaded for it");
+		return;
+	}
+	if (a->config.restore.pager.active)
+		lazy_stop_rest();
+	else
+		end_reports(a); /* which the other side sees */
+	note_stopped(a);
 }
 
 /* ---- spares ------------------------------------------------------------------------------------- */
@@ -143,8 +225,7 @@ void resume_take(struct agent *a, struct pause *p, const char *name, struct cont
 	reply->error = resume(a, p);
 	if (reply->error)
 		snprintf(reply->text, sizeof reply->text, "QEMU could not let it run");
-	report(a, REPORT_TAKEN);
-	end_reports(a);
+	tell(a, REPORT_TAKEN);
 }
 
 /* ---- a restore that came to nothing --------------------------------------------------------------- */

@@ -24,6 +24,7 @@
 
 static struct {
 	int client; /* -1: nobody saves */
+	int loader; /* for whom a pager loads all; -1: nobody */
 	int uffd, runs_fd, copies_fd;
 	uint64_t total_pages;
 	struct control_run *runs;
@@ -34,7 +35,7 @@ static struct {
 	bool taken;                 /* the point in time is over: the other side serves faults */
 	struct seen *seen;
 	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
-} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
+} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .loader = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
 
 static size_t runs_bytes(void)
 {
@@ -347,6 +348,10 @@ static void end(struct agent *a)
 
 bool saver_client_gone(struct agent *a, int client)
 {
+	if (client == saver.loader) {
+		lazy_want_all(false);
+		saver.loader = -1;
+	}
 	if (client != saver.client)
 		return false;
 	agent_say("a save was broken off; the VM is as it was");
@@ -375,7 +380,10 @@ static void describe(struct agent *a, struct control_layout *layout)
 	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 		struct control_volume *to = &layout->volume[layout->volumes];
 
-		if (volume_describe(v, &to->dev, &to->ino, &to->pages, &to->file)) {
+		if (volume_is_cache(v)) {
+			layout->has_cache = volume_overlay_pages(v) > 0;
+			layout->cache_file = layout->has_cache ? volume_index(v) : 0;
+		} else if (volume_describe(v, &to->dev, &to->ino, &to->pages, &to->file)) {
 			snprintf(to->path, sizeof to->path, "%s", volume_path(v));
 			layout->volumes++;
 		}
@@ -385,7 +393,8 @@ static void describe(struct agent *a, struct control_layout *layout)
 static int send_layout(struct agent *a, int client)
 {
 	static struct control_layout layout; /* only this thread */
-	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
+	const struct agent_restore *restore = &a->config.restore;
+	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
 	char control[CMSG_SPACE(sizeof fds)] = { 0 };
 	struct iovec iov = { &layout, sizeof layout };
 	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control };
@@ -401,6 +410,10 @@ static int send_layout(struct agent *a, int client)
 			return -EAGAIN; /* blocks come and go just now */
 		fds[count++] = b->memfd;
 		fds[count++] = b->entries_fd;
+	}
+	if (layout.has_cache) {
+		fds[count++] = restore->ram_fd;
+		fds[count++] = restore->pages_fd;
 	}
 	message.msg_controllen = CMSG_SPACE(count * sizeof fds[0]);
 	c = CMSG_FIRSTHDR(&message);
@@ -427,7 +440,6 @@ static const char *why_not(int r)
 	}
 }
 
-/* A snapshot cannot refer to it: it has no name. */
 static bool maps_cache(struct agent *a)
 {
 	struct volume *v;
@@ -438,12 +450,34 @@ static bool maps_cache(struct agent *a)
 	return false;
 }
 
+/* Before anything is held: it may take its time. */
+void saver_load(struct agent *a, int client, struct control_reply *p)
+{
+	if (!maps_cache(a))
+		return;
+	lazy_count(&p->pages, &p->pages_all);
+	if (!p->pages_all)
+		p->pages_all = 1; /* not known yet */
+	if (p->pages == p->pages_all)
+		return;
+	saver.loader = client;
+	lazy_want_all(true);
+}
+
+/* A snapshot cannot refer to the cache, which has no name; what it stores in place of that must be there. */
+static bool is_whole(struct agent *a)
+{
+	uint64_t present, all;
+
+	lazy_count(&present, &all);
+	return !maps_cache(a) || (all && present == all);
+}
+
 void saver_begin(struct agent *a, int client, struct control_reply *p)
 {
-	if (maps_cache(a)) {
-		p->error = -EBUSY;
-		snprintf(p->text, sizeof p->text, "its RAM comes from a snapshot that is packed or elsewhere; run `latent detach %s` "
-			 "first, which loads all of it", a->config.name);
+	if (!is_whole(a)) {
+		p->error = -EAGAIN;
+		snprintf(p->text, sizeof p->text, "not all of the snapshot that it runs from is loaded yet");
 		return;
 	}
 	if (saver.client >= 0) {

@@ -329,6 +329,9 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_DETACH:
 		do_detach(s, q, p);
 		break;
+	case CONTROL_SAVE_LOAD:
+		saver_load(s->agent, client, p);
+		break;
 	case CONTROL_SAVE_BEGIN:
 		saver_begin(s->agent, client, p);
 		if (!p->error && s->pause)
@@ -348,6 +351,9 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_TAKE:
 		resume_take(s->agent, s->pause, q->path, p);
+		break;
+	case CONTROL_STOP_REST:
+		resume_stop_rest(s->agent, p);
 		break;
 	default:
 		p->error = -EOPNOTSUPP;
@@ -462,7 +468,7 @@ static void tick(struct service *s, uint64_t ticks)
 	refresh(s);
 }
 
-enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_QMP, POLL_KEEPER, POLL_CLIENTS };
+enum { POLL_LISTEN, POLL_SIGNAL, POLL_WAKE, POLL_QMP, POLL_KEEPER, POLL_REST, POLL_CLIENTS };
 
 static void serve(struct service *s)
 {
@@ -475,6 +481,7 @@ static void serve(struct service *s)
 			[POLL_WAKE] = { .fd = s->agent->wake_fd, .events = POLLIN },
 			[POLL_QMP] = { .fd = s->pause ? pause_poll_fd(s->pause) : -1, .events = POLLIN },
 			[POLL_KEEPER] = { .fd = resume_poll_fd(s->agent), .events = POLLIN },
+			[POLL_REST] = { .fd = resume_rest_fd(s->agent), .events = POLLIN },
 		};
 		uint64_t saver_us = saver_tick(), now = os_now_us(), wait_us = now < next_us ? next_us - now + 1000 : 0;
 
@@ -496,6 +503,8 @@ static void serve(struct service *s)
 			on_connect(s);
 		if (p[POLL_KEEPER].revents)
 			resume_keeper_gone(s->agent, s->pause);
+		if (p[POLL_REST].revents)
+			resume_rest_said(s->agent);
 		for (size_t i = 0; i < CLIENTS; i++)
 			if (s->clients[i] >= 0 && p[POLL_CLIENTS + i].revents)
 				on_client(s, &s->clients[i]);

@@ -725,6 +725,18 @@ static int write_manifest(struct save *s, const struct source_progress *progress
 
 /* ---- all of it ------------------------------------------------------------------------------- */
 
+static int connect_agent(struct save *s, struct source_progress *progress)
+{
+	uint64_t begin_us = os_now_us();
+	char path[VMDIR_PATH_BYTES];
+	int r;
+
+	snprintf(path, sizeof path, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
+	r = source_open(path, progress, &s->source, s->why);
+	s->result->load_us = progress->load_now ? os_now_us() - begin_us : 0;
+	return r;
+}
+
 static int connect_vm(struct save *s, struct source_progress *progress)
 {
 	char path[VMDIR_PATH_BYTES];
@@ -743,8 +755,7 @@ static int connect_vm(struct save *s, struct source_progress *progress)
 		r = step(s, "new overlays are made");
 	if (r)
 		return r;
-	snprintf(path, sizeof path, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
-	r = source_begin(path, &s->source, s->why);
+	r = source_begin(s->source, s->why);
 	return r ? r : step(s, "guest RAM is held");
 }
 
@@ -755,6 +766,8 @@ static int save(struct save *s, struct source_progress *progress)
 
 	if (!r)
 		r = maker_begin(s->options->dir, &s->maker, s->why);
+	if (!r)
+		r = connect_agent(s, progress);
 	if (!r)
 		r = connect_vm(s, progress);
 	if (!r)

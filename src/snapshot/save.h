@@ -27,6 +27,7 @@ struct save_options {
 struct save_result {
 	uint64_t pause_us;       /* the guest stood */
 	uint64_t point_us;       /* of that, for the point in time of RAM */
+	uint64_t load_us;        /* before all that: until a pager had loaded what the VM runs from */
 	uint64_t write_us, state_bytes, ram_bytes_written;
 	uint64_t packed_bytes;   /* of `ram.zst`, if that was asked for */
 	uint64_t active_pages, active_written_pages;

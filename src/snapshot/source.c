@@ -20,9 +20,10 @@
 #include <unistd.h>
 
 #define ANSWER_MS 20000
+#define LOAD_AGAIN_US 50000
 #define CHUNK_PAGES 128u
 #define ENTRIES_CHUNK 512u
-#define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS)
+#define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS + 2)
 
 /* What has become of a page that was write-protected. */
 enum page_state { PAGE_FREE, PAGE_PENDING, PAGE_BUSY, PAGE_SAVED };
@@ -51,6 +52,8 @@ struct source {
 	struct control_run *base; /* what base holds; found while the guest runs again */
 	uint8_t *copies;
 	const uint16_t *seen; /* the agent's table */
+	struct snapshot_image origin; /* with a cache: the snapshot that it is of */
+	uint64_t cache_pages;
 	uint64_t total_pages, base_runs, base_room, private_runs, private_pages, base_pages;
 
 	pthread_t server;
@@ -107,7 +110,7 @@ static int check_layout(struct source *s)
 	struct control_layout *l = &s->layout;
 
 	if (!l->blocks || l->blocks > SNAPSHOT_BLOCKS || l->volumes > SNAPSHOT_VOLUMES ||
-	    s->fd_count != CONTROL_FD_BLOCKS + 2 * l->blocks)
+	    l->has_cache > 1 || s->fd_count != CONTROL_FD_BLOCKS + 2 * l->blocks + 2 * l->has_cache)
 		return -EPROTO;
 	for (uint32_t i = 0; i < l->blocks; i++) {
 		struct control_block *b = &l->block[i];
@@ -185,7 +188,8 @@ static int map_blocks(struct source *s)
 /* The kernel would kill it for a cgroup's limit, in the midst of its work. */
 static int check_memory(const struct source *s, char *why)
 {
-	uint64_t bytes = BYTES_BESIDE + s->total_pages * BYTES_PER_PAGE;
+	uint64_t origin = s->layout.has_cache ? sizeof(struct snapshot_page) : 0;
+	uint64_t bytes = BYTES_BESIDE + s->total_pages * (BYTES_PER_PAGE + origin);
 	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
 
 	if (bytes <= room)
@@ -205,13 +209,36 @@ static int take_layout(struct source *s, char *why)
 			return r;
 		r = map_blocks(s);
 	}
+	if (!r && s->layout.has_cache) {
+		r = snapshot_image_read(s->fds[CONTROL_FD_BLOCKS + 2 * s->layout.blocks + 1], &s->origin, why);
+		if (r)
+			return r;
+	}
 	return r ? say(why, r, "what the VM's agent says of guest RAM cannot be used") : 0;
 }
 
-int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES])
+static int wait_loaded(struct source *s, struct source_progress *progress, char *why)
+{
+	struct control_reply reply = { 0 };
+	int r;
+
+	while (!(r = ask(s, CONTROL_SAVE_LOAD, &reply, why)) && reply.pages < reply.pages_all) {
+		progress->load_now = reply.pages;
+		progress->load_all = reply.pages_all;
+		if (progress->stop) {
+			snprintf(why, SNAPSHOT_WHY_BYTES, "a signal ended it, while what the VM runs from was loaded");
+			return -EINTR;
+		}
+		usleep(LOAD_AGAIN_US);
+	}
+	progress->load_all = 0;
+	return r;
+}
+
+int source_open(const char *path, struct source_progress *progress, struct source **ret_source,
+		char why[SNAPSHOT_WHY_BYTES])
 {
 	struct source *s = calloc(1, sizeof *s);
-	struct control_reply reply = { 0 };
 	int r;
 
 	if (!s)
@@ -220,18 +247,23 @@ int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT
 	pthread_mutex_init(&s->lock, NULL);
 	pthread_cond_init(&s->room, NULL);
 	r = s->control = vmdir_connect(path, SOCK_SEQPACKET, ANSWER_MS);
-	if (r < 0) {
+	if (r < 0)
 		say(why, r, "the VM's agent cannot be reached");
-	} else {
-		r = ask(s, CONTROL_SAVE_BEGIN, &reply, why);
-		if (!r)
-			r = take_layout(s, why);
-	}
+	else
+		r = wait_loaded(s, progress, why);
 	if (r)
 		source_end(s);
 	else
 		*ret_source = s;
 	return r;
+}
+
+int source_begin(struct source *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+	int r = ask(s, CONTROL_SAVE_BEGIN, &reply, why);
+
+	return r ? r : take_layout(s, why);
 }
 
 const struct control_layout *source_layout(const struct source *s)
@@ -620,6 +652,11 @@ static int volume_of(const struct source *s, unsigned file)
 	return -1;
 }
 
+static bool is_of_cache(const struct source *s, uint64_t entry)
+{
+	return s->layout.has_cache && entry_source(entry) == ENTRY_OVERLAY && entry_file(entry) == s->layout.cache_file;
+}
+
 /* Unmodified copies of pages of an image: nothing is stored but the place. */
 static int refer_to_volumes(struct writer *w)
 {
@@ -634,6 +671,10 @@ static int refer_to_volumes(struct writer *w)
 				continue;
 			if (entry_is_private(entry)) /* and yet the agent has no copy of it */
 				return -EPROTO;
+			if (is_of_cache(s, entry)) {
+				s->cache_pages++;
+				continue;
+			}
 			volume = volume_of(s, entry_file(entry));
 			if (volume < 0)
 				return -EPROTO;
@@ -642,6 +683,61 @@ static int refer_to_volumes(struct writer *w)
 		}
 	}
 	return 0;
+}
+
+/* A cache that is whole has each page as its snapshot says. */
+static bool is_as_saved(const struct source *s, uint64_t page, const uint8_t *bytes)
+{
+	struct snapshot_page is = snapshot_classify(bytes), *was = snapshot_page_at(&s->origin, page);
+
+	return is.kind == was->kind && is.value == was->value;
+}
+
+/* From there on, at most a chunk, unmodified pages that follow each other in the cache, too. */
+static uint64_t cache_run(const struct source *s, uint32_t block, uint64_t page)
+{
+	const uint64_t *point = s->block[block].point;
+	uint64_t n = 0, pages = s->layout.block[block].pages;
+
+	while (n < CHUNK_PAGES && page + n < pages && is_of_cache(s, point[page + n]) &&
+	       s->block[block].state[page + n] != PAGE_SAVED && entry_file_page(point[page + n]) == entry_file_page(point[page]) + n)
+		n++;
+	return n;
+}
+
+static int write_cache_run(struct writer *w, uint32_t block, uint64_t page, uint64_t pages)
+{
+	static uint8_t copy[CHUNK_PAGES * OS_PAGE_BYTES]; /* one writer */
+	struct source *s = w->source;
+	uint64_t from = entry_file_page(s->block[block].point[page]);
+	int r;
+
+	if (from >= s->origin.pages || pages > s->origin.pages - from)
+		return -EPROTO;
+	r = os_read_all(s->fds[CONTROL_FD_BLOCKS + 2 * s->layout.blocks], copy, os_bytes(pages), os_bytes(from));
+	for (uint64_t i = 0; !r && i < pages; i++)
+		r = is_as_saved(s, from + i, copy + os_bytes(i)) ? 0 : -EBADMSG;
+	return r ? r : store_pages(&w->store, s->block[block].first + page, copy, pages);
+}
+
+/* What the guest has not written of a pager's cache: that only grows, and is whole. */
+static int write_cache(struct writer *w)
+{
+	struct source *s = w->source;
+	int r = 0;
+
+	for (uint32_t i = 0; i < s->layout.blocks && s->cache_pages; i++) {
+		for (uint64_t page = 0, n; !r && page < s->layout.block[i].pages; page += n ? n : 1) {
+			n = cache_run(s, i, page);
+			if (n)
+				r = write_cache_run(w, i, page, n);
+			if (!r && w->progress->stop)
+				r = -EINTR;
+			if (n)
+				keep_rate(w);
+		}
+	}
+	return r;
 }
 
 static int make_image(struct source *s, struct snapshot_image *image)
@@ -659,9 +755,12 @@ static int write_all(struct writer *w)
 {
 	int r = refer_to_volumes(w);
 
+	w->progress->pages_all += w->source->cache_pages;
 	if (!r)
 		r = write_base(w);
-	return r ? r : write_private(w);
+	if (!r)
+		r = write_private(w);
+	return r ? r : write_cache(w);
 }
 
 int source_write(struct source *s, int ram_fd, struct parent *parent, uint64_t limit_bytes_s,
@@ -688,8 +787,9 @@ int source_write(struct source *s, int ram_fd, struct parent *parent, uint64_t l
 		r = -errno;
 	if (r) {
 		snapshot_image_free(&image);
-		snprintf(why, SNAPSHOT_WHY_BYTES, r == -EINTR ? "a signal ended it" : "the contents of RAM cannot be written: %s",
-			 strerror(-r));
+		snprintf(why, SNAPSHOT_WHY_BYTES, r == -EINTR ? "a signal ended it" : r == -EBADMSG ?
+			 "what the VM has mapped of the snapshot that it runs from is not what was saved there" :
+			 "the contents of RAM cannot be written: %s", strerror(-r));
 		return r;
 	}
 	*ret_image = image;
@@ -800,6 +900,7 @@ void source_end(struct source *s)
 		close(s->end_fd);
 	pthread_cond_destroy(&s->room);
 	pthread_mutex_destroy(&s->lock);
+	snapshot_image_free(&s->origin);
 	free(s->runs);
 	free(s->base);
 	free(s);

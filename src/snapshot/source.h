@@ -18,8 +18,12 @@
 
 struct source;
 
-/* Asks the agent on the control socket at `path` to hold guest RAM. */
-int source_begin(const char *path, struct source **ret_source, char why[SNAPSHOT_WHY_BYTES]);
+/* Of the agent on the control socket at `path`. If the VM runs from a pager's cache, it waits for as long as it takes
+ * until all of that is loaded. -EINTR: progress->stop was set meanwhile. */
+int source_open(const char *path, struct source_progress *progress, struct source **ret_source,
+		char why[SNAPSHOT_WHY_BYTES]);
+/* Asks the agent to hold guest RAM. */
+int source_begin(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* From now on it is seen which pages the guest uses. */
 int source_watch(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* Most of the next step's work, while the guest runs. */

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
-#define AGENT_CONFIG_VERSION 3u
+#define AGENT_CONFIG_VERSION 4u
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
@@ -47,6 +47,7 @@ struct agent_restore {
 	} pager;
 	uint32_t then; /* enum agent_restore_then */
 	int32_t report_fd; /* a SOCK_SEQPACKET: struct agent_report goes there; -1: nobody waits */
+	uint32_t rest;     /* when the guest runs, the rest is loaded: by a pager, or by who has the other end of report_fd */
 	/* New disks, which go again if the guest never runs. */
 	int32_t overlays_fd; /* the directory that they are in, or -1 */
 	uint32_t overlays;
@@ -61,8 +62,16 @@ enum agent_report_kind {
 
 struct agent_report {
 	uint32_t kind, pid;
+	uint32_t rest; /* the other side shall load the rest, and tell of it */
 	char name[64];
 	uint64_t step_us[RESTORE_STEPS];
+};
+
+/* From who loads the rest, until one end of the socket is closed. */
+#define REST_MAGIC 0x5352544cu /* "LTRS" */
+struct rest_report {
+	uint32_t magic, state; /* enum rest_state */
+	uint64_t begun_us, pages_all, pages_now;
 };
 
 struct agent_config {

@@ -9,13 +9,15 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 4u
+#define CONTROL_VERSION 5u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
 	CONTROL_DETACH,  /* turn overlays of `path` (empty: all) into plain RAM and map it no more */
 	/*
 	 * A save, in this order, over one connection; its end, by whatever cause, ends the save too.
+	 *   LOAD   asked again until `pages` is `pages_all`: what a pager still has to load of guest RAM comes before all
+	 *          else, but for what is waited for; until the connection ends
 	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
 	 *          a struct control_layout with descriptors.
 	 *   WATCH  from now on it is noted which pages are touched, and when
@@ -24,12 +26,14 @@ enum control_op {
 	 *          protected, or not any more, is. From then on the other side has to serve write faults.
 	 *   END    protection is taken away.
 	 */
+	CONTROL_SAVE_LOAD,
 	CONTROL_SAVE_BEGIN,
 	CONTROL_SAVE_WATCH,
 	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
 	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
+	CONTROL_STOP_REST, /* what the guest has not touched is loaded no more. -EALREADY: nothing was being loaded */
 	CONTROL_OPS
 };
 
@@ -42,7 +46,8 @@ struct control_reply {
 	uint32_t magic, version;
 	int32_t error;         /* 0 or a negative errno */
 	uint32_t reserved;
-	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied */
+	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied; SAVE_LOAD: loaded, */
+	uint64_t pages_all;    /* of so many */
 	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped; SAVE_POINT: its threads */
 	uint64_t private_runs; /* CONTROL_SAVE_POINT: in the table of runs */
 	char text[512];        /* with error: one sentence with the remedy */
@@ -55,6 +60,7 @@ struct control_reply {
 /* Follows the reply to SAVE_BEGIN. */
 struct control_layout {
 	uint32_t blocks, volumes;
+	uint32_t has_cache, cache_file; /* pages are mapped from a pager's cache; cache_file: its index in page entries */
 	struct control_block {
 		char name[64];
 		uint64_t pages, hva, memfd_offset;
@@ -66,7 +72,8 @@ struct control_layout {
 	} volume[32];
 };
 
-/* Its descriptors: these, and for each block its memfd and the table of its page entries. */
+/* Its descriptors: these, for each block its memfd and the table of its page entries, and if there is a cache, that (it
+ * is whole) and the `pages` of the snapshot that it is of. */
 enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */

@@ -20,7 +20,7 @@
 #include <stdint.h>
 
 #define PAGER_MAGIC 0x4750544cu /* "LTPG" */
-#define PAGER_VERSION 1u
+#define PAGER_VERSION 2u
 #define PAGER_SOURCE_BYTES 1024
 #define PAGER_PROGRAM "latent-pager"
 #define PAGER_DIR ".pagers"
@@ -30,7 +30,10 @@ enum pager_op {
 	PAGER_OPEN,   /* `latent restore`: what the VM begins with. The answer comes with descriptors: enum pager_fd */
 	PAGER_ADOPT,  /* an agent whose pager is gone gives its successor cache, pages and index */
 	PAGER_WATCH,  /* guest RAM is there; comes with a userfaultfd, whose faults are served from now on */
-	PAGER_LOAD,   /* all of it is wanted, and soon */
+	/* What is loaded for this VM before somebody waits for it: all, also where LATENT_PREFETCH says nothing shall be; */
+	PAGER_LOAD,
+	PAGER_LOAD_REST,   /* all, for the guest runs; */
+	PAGER_LOAD_ACTIVE, /* the active set, and no more, as from the beginning */
 	PAGER_REPORT, /* of the pager, unasked */
 	PAGER_OPS
 };

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 4u
+#define VM_STATS_VERSION 5u
 #define VM_STATS_VOLUMES 32u
 
 typedef _Atomic uint64_t stat_counter;
@@ -57,7 +57,19 @@ enum restore_step {
 	RESTORE_RAM,      /* guest RAM is mapped */
 	RESTORE_STATE,    /* devices have their state */
 	RESTORE_RESUMED,  /* the guest runs */
+	RESTORE_REST,     /* what it has not touched yet begins to be loaded */
 	RESTORE_STEPS
+};
+
+/* Of what a restored VM has not touched yet, by a pager or a process of the restore's. */
+enum rest_state {
+	REST_NONE, /* nothing is loaded, and never was */
+	REST_LOADING,
+	REST_LOADED,
+	REST_STOPPED, /* by command, or who loaded it was ended */
+	REST_NO_ROOM, /* the host's memory, or the cgroup's, is needed for other things */
+	REST_FAILED,  /* storage failed, or the snapshot is not there any more */
+	REST_STATES
 };
 
 struct volume_stats {
@@ -97,6 +109,9 @@ struct vm_stats {
 	stat_counter source_pages_all, source_pages_now, source_bytes, source_faults, source_wrong, source_pagers_lost;
 	stat_counter source_waiting_now, source_silent_ms_now;
 	stat_counter restore_us[RESTORE_STEPS]; /* CLOCK_MONOTONIC when it was done; 0: not yet, or no restore */
+	_Atomic uint32_t rest_state; /* enum rest_state */
+	stat_counter rest_pages_all_now, rest_pages_now; /* that are stored, and in the host's memory */
+	stat_counter rest_end_us; /* CLOCK_MONOTONIC; 0: it is still being loaded, or never was */
 	_Atomic uint32_t is_spare; /* restored, and waits to be taken */
 	char message[256]; /* the last that the agent has said, or empty */
 	_Atomic uint64_t message_unix_s;

@@ -268,15 +268,6 @@ static int reopen(int vmm_fd)
 	return (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
 }
 
-static bool residency_is_told(int fd, const struct stat *st)
-{
-	char path[32];
-
-	/* mincore(2) since Linux 5.2: for the owner, or who may write the file. */
-	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-	return geteuid() == st->st_uid || !access(path, W_OK);
-}
-
 static void name_volume(struct volume *v, int vmm_fd)
 {
 	char link[32];
@@ -320,7 +311,7 @@ static void prepare_mapping(struct volume *v)
 		set_state(v, VOLUME_NO_LEASE);
 		return;
 	}
-	if (v->pages && residency_is_told(v->fd, &st))
+	if (v->pages && os_residency_is_told(v->fd))
 		v->view = os_view_file(v->fd, os_bytes(v->pages), false);
 	r = track_open(v->all->options.tracks_dir, v->dev, v->ino, v->pages, &v->track);
 	if (r)

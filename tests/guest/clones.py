@@ -18,7 +18,7 @@ from lib.vm import VM
 
 HELD_MIB = 48
 CLONES = 16
-STEPS = ["checks", "overlays", "exec", "ram", "state", "resumed"]
+STEPS = ["checks", "overlays", "exec", "ram", "state", "resumed", "rest"]
 NO_IMAGE, REFUSED, NO_VM = 66, 65, 67
 GA_PORT = "org.qemu.guest_agent.0"
 MAC = "52:54:00:00:00:99"
@@ -129,6 +129,8 @@ def many_clones(test, directory, nonce, generation):
     try:
         test.check_equal([clone.pid for clone in clones], [one["pid"] for one in told], "their processes")
         check_clones(test, clones, nonce, generation)
+        for clone in clones:
+            wait_for(f"{clone.name}: the rest is there", lambda: latent.stat(clone.name)["rest"]["state"] == "loaded")
         test.check_equal(len(list(disks.iterdir())), CLONES, "each has a disk of its own")
         test.check((latent.run_dir() / "web-1/log").exists(), "what QEMU prints is kept")
     finally:
@@ -175,7 +177,8 @@ def one(test, directory, nonce):
     test.check_equal((told["name"], told["pid"]), ("web", process.pid), "the command became the VM")
     check_steps(test, told["steps"], "one")
     guest = Restored("web")
-    test.check_equal(guest.figures["restore"], told["steps"], "latent stat has the same times")
+    wait_for("the rest", lambda: latent.stat("web")["rest"]["state"] == "loaded")
+    test.check_equal(latent.stat("web")["restore"], told["steps"], "latent stat has the same times")
     test.check_equal(guest.sh("cat /run/nonce"), nonce, "it was restored without a command line")
     described = subprocess.run([vm.BUILD_DIR / "latent", "save", "web", directory / "again"], check=False).returncode
     test.check_equal(described, 0, "it can be saved again")
@@ -255,6 +258,7 @@ def spares(test, directory, nonce, generation):
     mine = Restored("mine")
     test.check_equal(mine.sh("cat /run/nonce"), nonce, "it was restored")
     test.check(mine.sh("latent-guest mem check m").startswith("ok"), "its memory is right")
+    wait_for("its rest is there", lambda: latent.stat("mine")["rest"]["state"] == "loaded")
     test.check(mine.qmp("query-vm-generation-id")["guid"] != generation, "it has a generation of its own")
     check_clock(test, mine)
     test.check_equal(json.loads((latent.run_dir() / "mine/vm.json").read_text())["name"], "mine", "vm.json has its name")

@@ -3,6 +3,7 @@
 """Snapshots that cannot be mapped: packed ones, and those on HTTP(S) and S3-compatible stores."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -61,7 +62,8 @@ def wait(what, condition, timeout_s=30):
 def wait_loaded(guest):
     def is_loaded():
         figures = latent.stat(guest)
-        return 0 < figures["source_pages_all"] == figures["source_pages_now"]
+        return 0 < figures["source_pages_all"] == figures["source_pages_now"] and figures["rest"]["state"] == "loaded" and \
+            figures["rest"]["pages_now"] == figures["rest"]["pages_all_now"] == figures["source_pages_all"]
 
     wait("all is loaded", is_loaded, 60)
 
@@ -108,15 +110,18 @@ def packed_here(test, guest, directory, nonce):
     test.check(figures["source_faults"] > 0 and "cached" in [one["state"] for one in figures["volumes"]],
                f"{figures['source_faults']} faults were served, and stat names the cache")
     wait_loaded(guest)
-    answer = latent.command("save", guest.name, directory / "refused")
-    test.check(answer.returncode == NO_ANSWER and "latent detach" in answer.stderr, f"save says: {answer.stderr.strip()}")
+    guest.sh(f"latent-guest mem write m 0 {HELD_PAGES // 8}", timeout=60)
+    figures = save(guest, directory / "again", "--compress")
+    test.check(figures["private_pages"] > HELD_PAGES // 16 and not figures["load_us"] and figures["pages_stored"] > HELD_PAGES // 2,
+               f"saved from the cache: {figures['pages_stored']} pages, {figures['private_pages']} of them copies")
+    check(test, guest, nonce, "saved from the cache")
     latent.run("detach", guest.name)
     check(test, guest, nonce, "detached from the cache")
-    save(guest, directory / "again", "--compress")
     guest.kill9()
     wait("a pager that nobody needs ends", lambda: not latent.pagers(), 20)
     guest.restore(directory / "again")
     check(test, guest, nonce, "packed a second time")
+    spoilt_cache(test, guest, directory)
     guest.kill9()
 
 
@@ -168,10 +173,70 @@ def refused(test, guest, where, what, *words, options=()):
                all(word in answer.stderr for word in words), f"{what}: {answer.stderr.strip()}")
 
 
+def spoilt_cache(test, guest, directory):
+    """A save compares what it takes from there with what was saved."""
+    wait_loaded(guest)
+    [path] = [fd for pid in latent.pagers() for fd in Path(f"/proc/{pid}/fd").iterdir()
+              if os.readlink(fd).startswith("/memfd:latent-cache")][:1]
+    guest.qmp("stop")
+    with open(path, "r+b", buffering=0) as cache:
+        for megabyte in range(vm.parse_bytes(guest.mem) >> 20):
+            os.pwrite(cache.fileno(), b"\x55\xaa", megabyte << 20)
+    answer = latent.command("save", guest.name, directory / "spoilt")
+    test.check(answer.returncode == NO_ANSWER and "not what was saved" in answer.stderr and
+               not (directory / "spoilt").exists(), f"a cache with other contents: {answer.stderr.strip()}")
+
+
+def physical_memory(guest):
+    """All of guest RAM below the PCI hole, as QEMU sees it."""
+    path = guest.dir / "ram.bin"
+    guest.qmp("pmemsave", val=0, size=vm.parse_bytes(guest.mem), filename=str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.unlink()
+    return digest
+
+
+def saved_early(test, guest, directory, nonce):
+    """What is missing is loaded first, while the guest runs; what comes of it is the stopped VM, page by page."""
+    with store.Store(directory, mbit_s=200) as there:
+        fetch(guest, there, directory, options=["--no-rest"])
+        check_nonce(test, guest, nonce)
+        guest.sh(f"latent-guest mem write m {HELD_PAGES // 2} {HELD_PAGES // 8}", timeout=60)
+        there.silent.set()
+        process = subprocess.Popen([vm.BUILD_DIR / "latent", "save", guest.name, directory / "silent"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait("stat tells of the silence", lambda: latent.stat(guest)["source_silent_ms_now"] > 1000)
+        test.check(process.poll() is None and guest.qmp("query-status")["status"] == "running",
+                   "a store that says nothing: the save waits, and the guest runs")
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=20)[1]
+        test.check(process.returncode == NO_ANSWER and "loaded" in error and not (directory / "silent").exists(),
+                   f"Ctrl-C: {error.strip()}")
+        there.silent.clear()
+        time.sleep(1)  # what was asked for comes yet
+        stays_away(test, guest, "after Ctrl-C as before", "none")
+        guest.qmp("stop")
+        figures = save(guest, directory / "paused", "--parent", directory / "plain")
+        test.check(figures["load_us"] > 0 and figures["pages_in_snapshots"] > HELD_PAGES // 4,
+                   f"it was loaded in {figures['load_us'] / 1e6:.1f} s; {figures['pages_in_snapshots']} pages are the parent's, "
+                   f"{figures['pages_stored']} are stored")
+        paths = [one["path"] for one in json.loads((directory / "paused/manifest.json").read_text())["volumes"]]
+        test.check(not any("latent-cache" in path for path in paths), f"it refers to files: {paths}")
+        saved = physical_memory(guest)
+    guest.kill9()
+    test.check(latent.run("verify", directory / "paused").endswith("is whole\n"), "it is whole")
+    guest.restore(directory / "paused")
+    guest.wait_status("paused")
+    test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
+    guest.qmp("cont")
+    check(test, guest, nonce, "saved from a store")
+    guest.kill9()
+
+
 # ---- from a store ----
 
-def fetch(guest, there, directory, name="packed"):
-    guest.restore(f"{there.url}/{name}", "--disks-from", directory / name / "disks")
+def fetch(guest, there, directory, name="packed", options=()):
+    guest.restore(f"{there.url}/{name}", *options, "--disks-from", directory / name / "disks")
 
 
 def check_shared(test, *clones):
@@ -201,6 +266,38 @@ def clones(test, guest, directory, nonce):
         for clone in (guest, second):
             check(test, clone, nonce, f"{clone.name}, when one has written")
         second.kill9()
+    guest.kill9()
+
+
+def stays_away(test, guest, what, state):
+    """What nobody needs is not loaded."""
+    before = latent.stat(guest)
+    time.sleep(1.5)
+    figures = latent.stat(guest)
+    grown = figures["source_pages_now"] - before["source_pages_now"]
+    test.check(grown < HELD_PAGES // 20 and figures["source_pages_now"] < figures["source_pages_all"] - HELD_PAGES // 4 and
+               figures["rest"]["state"] == state,
+               f"{what}: {figures['source_pages_now']} of {figures['source_pages_all']} pages, {grown} of them just now")
+
+
+def rest(test, guest, directory, nonce):
+    """It is loaded when the guest runs, until somebody stops it, or not at all."""
+    with store.Store(directory, mbit_s=100) as there:
+        fetch(guest, there, directory)
+        check_nonce(test, guest, nonce)
+        steps = {step["step"]: step["us"] for step in latent.stat(guest)["restore"]}
+        test.check(steps["rest"] >= steps["resumed"], f"it begins {steps['rest'] - steps['resumed']} us after the guest runs")
+        test.check_equal(latent.stat(guest)["rest"]["state"], "loading", "stat has it as of any snapshot")
+        latent.run("stop-rest", guest.name)
+        time.sleep(0.5)  # what was on its way
+        stays_away(test, guest, "stopped", "stopped")
+        there.line.bytes_s *= 10
+        check(test, guest, nonce, "stopped")
+        guest.kill9()
+        fetch(guest, there, directory, "plain", ["--no-rest"])
+        check_nonce(test, guest, nonce)
+        time.sleep(0.5)
+        stays_away(test, guest, "--no-rest", "none")
     guest.kill9()
 
 
@@ -369,6 +466,8 @@ def body(test):
             without_userfaultfd(test, guest, directory, nonce)
             damaged_here(test, guest, directory)
             clones(test, guest, directory, nonce)
+            rest(test, guest, directory, nonce)
+            saved_early(test, guest, directory, nonce)
             described(test, directory, nonce)
             killed_pagers(test, guest, directory, nonce)
             bad_answers(test, guest, directory, nonce)

@@ -708,6 +708,35 @@ static void test_memory_room(void **state)
 	assert_int_equal(system(command), 0);
 }
 
+static uint64_t spare_of(const char *text)
+{
+	char path[] = "/tmp/test_os.XXXXXX";
+	int fd = mkstemp(path);
+	uint64_t spare;
+
+	assert_true(fd >= 0);
+	assert_int_equal(write(fd, text, strlen(text)), strlen(text));
+	close(fd);
+	spare = os_memory_spare(path);
+	unlink(path);
+	return spare;
+}
+
+static void test_memory_spare(void **state)
+{
+	uint64_t spare = os_memory_spare("/proc/meminfo");
+
+	(void)state;
+	assert_true(spare != UINT64_MAX && spare < 1ull << 60);
+	assert_int_equal(spare_of("MemTotal:  8000 kB\nMemFree:  7 kB\nMemAvailable:  3000 kB\n"), 2000 << 10);
+	assert_int_equal(spare_of("MemTotal:  8000 kB\nMemAvailable:  1000 kB\n"), 0);
+	assert_int_equal(spare_of("MemTotal:  8000 kB\nMemAvailable:  10 kB\n"), 0);
+	assert_true(spare_of("MemTotal:  8000 kB\n") == UINT64_MAX); /* Linux 3.13 */
+	assert_true(spare_of("MemTotal: 99999999999999999999 kB\nMemAvailable: 5 kB\n") == UINT64_MAX);
+	assert_true(spare_of("") == UINT64_MAX);
+	assert_true(os_memory_spare("/nowhere") == UINT64_MAX);
+}
+
 /* ---- probe and self-test -------------------------------------------------------------------- */
 
 static bool kernel_is_at_least(const struct os_features *f, unsigned major, unsigned minor)
@@ -1106,6 +1135,7 @@ int main(void)
 		cmocka_unit_test(test_fault_full),
 		cmocka_unit_test(test_fault_parse_refuses),
 		cmocka_unit_test(test_memory_room),
+		cmocka_unit_test(test_memory_spare),
 		cmocka_unit_test(test_probe),
 		cmocka_unit_test(test_selftest),
 		cmocka_unit_test(test_selftest_leaves_nothing),

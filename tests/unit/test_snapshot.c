@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* What a snapshot stores: equal pages once, what a parent has not at all; and chains joined. */
 #include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/flatten.h"
 #include "snapshot/parent.h"
 #include "snapshot/reader.h"
+#include "snapshot/rest.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -58,6 +60,8 @@ static int tear_down(void **state)
 	(void)state;
 	os_fault_arm(OS_FAULT_WRITE, 0, 0);
 	os_fault_arm(OS_FAULT_SAVE_STEP, 0, 0);
+	os_fault_arm(OS_FAULT_SPARE_MEMORY, 0, 0);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 0, 0);
 	run_command("rm -rf %s", "");
 	return 0;
 }
@@ -703,6 +707,123 @@ static void test_flatten_finds_damage(void **state)
 	assert_int_not_equal(access(in_root("c"), F_OK), 0);
 }
 
+/* ---- the rest ----------------------------------------------------------------------------------- */
+
+static uint64_t in_memory(const char *name, uint64_t page, uint64_t pages)
+{
+	int fd = open(in_root(name), O_RDONLY | O_CLOEXEC);
+	void *view = os_view_file(fd, os_bytes(page + pages), false);
+	uint64_t resident;
+
+	assert_non_null(view);
+	resident = os_resident_pages(view, os_bytes(page), pages);
+	os_unview_file(view, os_bytes(page + pages));
+	close(fd);
+	return resident;
+}
+
+/* False: its file system has it nowhere else. */
+static bool forget(const char *name)
+{
+	int fd = open(in_root(name), O_RDONLY | O_CLOEXEC);
+
+	fsync(fd);
+	posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+	close(fd);
+	return !in_memory(name, 0, 1);
+}
+
+/* Page 11, which is on the image, was touched first. */
+static void make_active(const char *name)
+{
+	const struct active_page list[] = { { .page = 11, .order = 1 }, { .page = 2, .order = 2 } };
+	const int none[SNAPSHOT_VOLUMES] = { 0 };
+	struct reader *r = open_snapshot(name);
+	char path[64];
+	int fd;
+
+	snprintf(path, sizeof path, "%s/" SNAPSHOT_ACTIVE, name);
+	fd = open(in_root(path), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	assert_int_equal(active_write(fd, list, 2, &r->image, -1, none), 0);
+	close(fd);
+	close_snapshot(r);
+}
+
+static struct rest *open_rest(void)
+{
+	struct rest *rest;
+
+	make_chain();
+	make_active("b");
+	assert_int_equal(rest_open(in_root("b"), &rest, why), 0); /* looks at contents of what it refers to */
+	if (!forget("a/ram") || !forget("b/ram") || !forget("image"))
+		skip();
+	return rest;
+}
+
+static struct {
+	unsigned asked, stop_at; /* 0: never */
+	bool in_order;
+} going;
+
+static bool go_on(void *ctx)
+{
+	assert_ptr_equal(ctx, &going);
+	going.asked++;
+	if (going.asked == 2)
+		going.in_order = in_memory("image", 5, 1) == 1 && !in_memory("b/ram", 2, 1) && !in_memory("a/ram", 0, 8);
+	if (going.asked == 3)
+		going.in_order = going.in_order && in_memory("b/ram", 2, 1) == 1 && !in_memory("a/ram", 0, 8);
+	return going.asked != going.stop_at;
+}
+
+static int load(struct rest *rest, unsigned stop_at, struct rest_progress *p)
+{
+	memset(&going, 0, sizeof going);
+	going.stop_at = stop_at;
+	return rest_load(rest, go_on, &going, p);
+}
+
+static void test_rest_is_loaded(void **state)
+{
+	struct rest *rest = open_rest();
+	struct rest_progress p;
+
+	(void)state;
+	assert_int_equal(load(rest, 0, &p), 0);
+	assert_int_equal(p.pages_all, 12);
+	assert_int_equal(p.pages_now, 12);
+	assert_true(going.in_order);
+	assert_int_equal(in_memory("a/ram", 0, 2) + in_memory("a/ram", 3, 5), 7);
+	assert_int_equal(in_memory("b/ram", 2, 1), 1);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 1, EIO); /* what is there is not read again */
+	assert_int_equal(load(rest, 0, &p), 0);
+	rest_close(rest);
+}
+
+static void test_rest_ends_early(void **state)
+{
+	struct rest *rest = open_rest();
+	struct rest_progress p;
+
+	(void)state;
+	assert_int_equal(load(rest, 1, &p), -EINTR);
+	assert_int_equal(p.pages_now, 0);
+	os_fault_arm(OS_FAULT_SPARE_MEMORY, 1, ENOMEM);
+	assert_int_equal(load(rest, 0, &p), -ENOMEM);
+	assert_int_equal(p.pages_now, 0);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 2, EIO);
+	assert_int_equal(load(rest, 0, &p), -EIO);
+	assert_int_equal(p.pages_all, 12);
+	assert_int_equal(p.pages_now, 1);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 0, 0);
+	assert_int_equal(load(rest, 0, &p), 0);
+	rest_close(rest);
+	change_byte("a/ram", 1);
+	assert_int_equal(rest_open(in_root("b"), &rest, why), -ESTALE);
+	assert_int_equal(rest_open(in_root("nothing"), &rest, why), -ENOENT);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -720,6 +841,8 @@ int main(void)
 		TEST(test_flatten_ended),
 		TEST(test_chain_refused),
 		TEST(test_flatten_finds_damage),
+		TEST(test_rest_is_loaded),
+		TEST(test_rest_ends_early),
 	};
 
 	alarm(60);

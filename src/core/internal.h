@@ -57,14 +57,26 @@ static inline void assert_locked(struct ram *ram)
 #endif
 }
 
+/* Without the page's activity, which is another matter. */
 static inline uint64_t entry_get(const struct ram_block *b, uint64_t page)
 {
-	return atomic_load_explicit(&b->entries[page], memory_order_relaxed);
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ~ENTRY_ACTIVITY;
 }
 
+/* Sets the bits of `mask`; others may change the rest of the word at the same time. */
+static inline void entry_change(struct ram_block *b, uint64_t page, uint64_t mask, uint64_t bits)
+{
+	uint64_t old = atomic_load_explicit(&b->entries[page], memory_order_relaxed);
+
+	while (!atomic_compare_exchange_weak_explicit(&b->entries[page], &old, (old & ~mask) | bits, memory_order_relaxed,
+						      memory_order_relaxed))
+		;
+}
+
+/* The page's activity stays. */
 static inline void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
 {
-	atomic_store_explicit(&b->entries[page], entry, memory_order_relaxed);
+	entry_change(b, page, ~ENTRY_ACTIVITY, entry);
 }
 
 static inline void *page_hva(const struct ram_block *b, uint64_t page)

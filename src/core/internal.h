@@ -36,6 +36,8 @@ struct ram {
 	struct ram_counts counts;
 	bool base_held; /* see ram_hold */
 	struct os_pagemap *pagemap; /* used under the lock */
+	int single_uffd;            /* see ram_single_by */
+	bool single_overlays;
 
 	/*
 	 * The mask lock: whoever changes the entry of a page in a watched mapping, or that mapping, has it; behind
@@ -97,7 +99,12 @@ bool within_budget(struct ram *ram, uint64_t more_maps);
 /* [locked, and with the mask lock] ram_map_overlay. */
 int map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, unsigned file, uint64_t file_page);
 
-/* mask.c; with the mask lock */
+/* mask.c */
+
+/* [locked] A watched mapping: see ram_single. */
+int mask_single(struct ram *ram, void *hva, size_t bytes, bool on);
+
+/* With the mask lock: */
 
 /* The page's entry is about to become another one: it needs no contents any more. */
 void mask_forget(struct ram *ram, uint64_t entry);

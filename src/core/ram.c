@@ -30,6 +30,7 @@ int ram_create(uint64_t budget_maps, struct ram **ret_ram)
 	pthread_mutex_init(&ram->lock, NULL);
 	pthread_mutex_init(&ram->mask_lock, NULL);
 	ram->uffd = -1;
+	ram->single_uffd = -1;
 	ram->counts.budget_maps = budget_maps ? budget_maps : os_max_maps() / 2;
 	r = ram_recount_maps(ram);
 	if (r)
@@ -1027,6 +1028,40 @@ void ram_zap_clean_overlays(struct ram *ram)
 	os_zap_many(z.ranges, z.count);
 }
 
+static void note_copied(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct reconcile *c = ctx;
+	uint64_t page = (uint64_t)(hva - c->block->hva) >> OS_PAGE_SHIFT;
+
+	for (uint64_t i = page; i < page + pages; i++)
+		if (entry_source(entry_get(c->block, i)) == ENTRY_OVERLAY)
+			set_private(c->ram, c->block, i, RAM_LOST_COPIED);
+}
+
+static bool is_clean(const struct ram_block *b, uint64_t page)
+{
+	return maps_file(entry_get(b, page));
+}
+
+int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct reconcile c = { .ram = ram, .block = b };
+	uint64_t end = page + pages, last;
+	int r;
+
+	assert_locked(ram);
+	r = os_pagemap_private_runs(ram->pagemap, page_hva(b, page), pages, note_copied, &c);
+	for (; !r && page < end; page = last) {
+		for (last = page; last < end && is_clean(b, last);)
+			last++;
+		if (last > page)
+			r = os_zap(page_hva(b, page), os_bytes(last - page));
+		else
+			last++;
+	}
+	return r;
+}
+
 int ram_recount_maps(struct ram *ram)
 {
 	uint64_t all;
@@ -1038,6 +1073,66 @@ int ram_recount_maps(struct ram *ram)
 	ram->counts.other_maps = all > ram->counts.maps ? all - ram->counts.maps : 0;
 	ram_unlock(ram);
 	return 0;
+}
+
+/* ---- activity ------------------------------------------------------------------------------- */
+
+void ram_set_activity(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t activity)
+{
+	assert_locked(ram);
+	entry_change(b, page, ENTRY_ACTIVITY, activity);
+}
+
+uint64_t ram_activity(const struct ram_block *b, uint64_t page)
+{
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ENTRY_ACTIVITY;
+}
+
+void ram_single_by(struct ram *ram, int uffd, bool overlays)
+{
+	assert_locked(ram);
+	ram->single_uffd = uffd;
+	ram->single_overlays = overlays;
+}
+
+static int single_range(struct ram *ram, struct ram_block *b, const struct ram_range *range)
+{
+	void *hva = page_hva(b, range->page);
+
+	if (range->source == ENTRY_WATCHED)
+		return mask_single(ram, hva, os_bytes(range->pages), true);
+	if (range->source == ENTRY_OVERLAY && !ram->single_overlays)
+		return -EOPNOTSUPP;
+	return os_uffd_register_wp(ram->single_uffd, hva, os_bytes(range->pages));
+}
+
+int ram_single(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	int r = ram->single_uffd < 0 ? -EOPNOTSUPP : 0;
+
+	assert_locked(ram);
+	for (uint64_t end = page + pages; ram->single_uffd >= 0 && page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+		int one = single_range(ram, b, &range);
+
+		r = r ? r : one;
+		page += range.pages;
+	}
+	return r;
+}
+
+void ram_not_single(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	assert_locked(ram);
+	for (uint64_t end = page + pages; ram->single_uffd >= 0 && page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+
+		if (range.source == ENTRY_WATCHED)
+			(void)mask_single(ram, page_hva(b, page), os_bytes(range.pages), false);
+		else if (range.source == ENTRY_BASE || ram->single_overlays)
+			(void)os_uffd_unregister(ram->single_uffd, page_hva(b, page), os_bytes(range.pages));
+		page += range.pages;
+	}
 }
 
 void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts)

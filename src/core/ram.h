@@ -152,6 +152,26 @@ int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64
  * date (ram_for_private) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);
 
+/* [locked; the pages' writers stopped] Takes what the pages' overlays show of their files out of the page table, and no
+ * private copy. */
+int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+
+/*
+ * Looking for what the guest uses (activity/scan.h). Where nobody asks for single pages, the kernel maps up to
+ * 15 others around a page that is touched, and those look used.
+ *
+ * ram_single_by: [locked] `uffd` (for write-protection, of which nobody makes use; borrowed; -1: none any more) is what
+ *     asks for single pages; `overlays`: in overlays, too (WP_ASYNC).
+ * ram_single: [locked] single pages from now on, also in what has been mapped anew since. -errno: not there.
+ * ram_not_single: [locked] as before.
+ * ram_set_activity: [locked] ENTRY_ACTIVITY of the page's entry.
+ */
+void ram_single_by(struct ram *ram, int uffd, bool overlays);
+int ram_single(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+void ram_not_single(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+void ram_set_activity(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t activity);
+uint64_t ram_activity(const struct ram_block *block, uint64_t page); /* any thread */
+
 /* [locked] Would ram_return_base make mappings fewer, or leave their number? */
 bool ram_return_saves_maps(const struct ram_block *block, uint64_t page, uint64_t pages);
 

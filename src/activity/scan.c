@@ -1,0 +1,555 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "activity/scan.h"
+
+#include "os/os.h"
+#include "os/probe.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define UNIT_PAGES SAMPLE_GROUP_PAGES
+#define SLICES 128u       /* a pass has about so many, more if they would take long */
+#define SLICE_US 300u     /* no unit is begun after that */
+#define REST_US 200u      /* between two slices at least: others want the lock */
+#define HELD_POLL_US 100000u
+#define COUNTING_PASS 1u /* the first: it finds out how much there is to sample, and samples nothing */
+#define WP_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
+
+const char *const scan_source_names[SCAN_SOURCES] = { "zap", "zap-frozen", "none" };
+static const uint64_t windows_us[SCAN_WINDOWS] = { 10000000, 60000000, 600000000 };
+
+/* What one pass counts. */
+struct tally {
+	uint64_t pages[ACTIVITIES][LONG_STATES];
+	uint64_t present[ACTIVITIES]; /* that can be sampled */
+	uint64_t by_source[SCAN_SOURCES];
+	uint64_t looked, changed, sampled, refaults, cpu_ns, holds, long_holds, hold_max_us;
+	bool around; /* neighbours could not be kept away somewhere */
+};
+
+/* What is remembered of a block: the pass in which each unit was sampled. */
+struct scan_block {
+	const struct ram_block *block;
+	uint64_t pages;
+	uint64_t *sampled_in;
+};
+
+struct unit_page {
+	enum scan_source source;
+	bool present, due; /* due: it is to be sampled */
+};
+
+struct scan {
+	struct ram *ram;
+	struct scan_freezer freezer;
+	struct os_pagemap *pagemap;
+	int uffd; /* that asks for single pages; -1 */
+	pthread_mutex_t lock; /* protects the next three */
+	struct scan_report report;
+	uint64_t shortest_us, migration_pass_us;
+	bool yielded; /* under the range lock */
+
+	/* Of the thread that steps. */
+	uint64_t pass; /* its number, from 1 */
+	bool runs;     /* it is under way */
+	uint64_t asked_us, period_us, begun_us, next_us; /* next: when there is more to do */
+	uint64_t units, units_done;
+	unsigned slot; /* of the next unit's block, */
+	uint64_t page; /* and its first page */
+	unsigned thin, thin_before; /* before: of the pass before */
+	unsigned minutes;   /* that have begun since the pass before, */
+	uint64_t minute_us; /* and when the last one did */
+	uint64_t since_us;  /* the first samples */
+	struct tally tally;
+	struct scan_block blocks[RAM_BLOCKS];
+	uint8_t flags[UNIT_PAGES];
+	struct unit_page unit[UNIT_PAGES];
+	bool due[ACTIVITIES], was_due[ACTIVITIES]; /* of the unit: in this pass, and in the one before */
+};
+
+static uint64_t cpu_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* ---- single pages ------------------------------------------------------------------------------- */
+
+static void begin_single(struct scan *s)
+{
+	bool async = os_features_get()->uffd_features & OS_UFFD_WP_ASYNC;
+
+	s->uffd = os_uffd_open_unserved(WP_FEATURES | (async ? OS_UFFD_WP_ASYNC : 0));
+	ram_lock(s->ram);
+	ram_single_by(s->ram, s->uffd < 0 ? -1 : s->uffd, async);
+	ram_unlock(s->ram);
+}
+
+static void release_block(struct scan *s, unsigned slot)
+{
+	uint64_t pages = 1;
+
+	for (uint64_t page = 0; pages; page += pages) {
+		const struct ram_block *b;
+
+		ram_lock(s->ram);
+		b = ram_block_at(s->ram, slot);
+		pages = b && page < b->pages ? b->pages - page : 0;
+		pages = pages < UNIT_PAGES ? pages : UNIT_PAGES;
+		ram_not_single(s->ram, ram_block_at(s->ram, slot), page, pages);
+		ram_unlock(s->ram);
+	}
+}
+
+static void end_single(struct scan *s)
+{
+	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
+		release_block(s, slot);
+	ram_lock(s->ram);
+	ram_single_by(s->ram, -1, false);
+	ram_unlock(s->ram);
+	if (s->uffd >= 0)
+		close(s->uffd);
+	s->uffd = -1;
+}
+
+void scan_yield(struct scan *s, bool yield)
+{
+	ram_lock(s->ram);
+	s->yielded = yield;
+	ram_unlock(s->ram);
+	if (yield)
+		for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
+			release_block(s, slot);
+}
+
+/* ---- life --------------------------------------------------------------------------------------- */
+
+int scan_create(struct ram *ram, const struct scan_freezer *freezer, struct scan **ret_scan)
+{
+	struct scan *s = calloc(1, sizeof *s);
+	int r;
+
+	if (!s)
+		return -ENOMEM;
+	s->ram = ram;
+	s->uffd = -1;
+	if (freezer)
+		s->freezer = *freezer;
+	pthread_mutex_init(&s->lock, NULL);
+	r = os_pagemap_open(&s->pagemap);
+	if (r)
+		scan_destroy(s);
+	else
+		*ret_scan = s;
+	return r;
+}
+
+void scan_destroy(struct scan *s)
+{
+	if (!s)
+		return;
+	if (s->asked_us)
+		end_single(s);
+	os_pagemap_close(s->pagemap);
+	for (size_t i = 0; i < RAM_BLOCKS; i++)
+		free(s->blocks[i].sampled_in);
+	pthread_mutex_destroy(&s->lock);
+	free(s);
+}
+
+/* ---- what users set ----------------------------------------------------------------------------- */
+
+void scan_set_period(struct scan *s, uint64_t period_us)
+{
+	pthread_mutex_lock(&s->lock);
+	s->shortest_us = s->report.period_us = period_us;
+	pthread_mutex_unlock(&s->lock);
+}
+
+void scan_set_migration_pass(struct scan *s, uint64_t pass_us)
+{
+	pthread_mutex_lock(&s->lock);
+	s->migration_pass_us = pass_us;
+	pthread_mutex_unlock(&s->lock);
+}
+
+void scan_get_report(struct scan *s, struct scan_report *ret_report)
+{
+	pthread_mutex_lock(&s->lock);
+	*ret_report = s->report;
+	pthread_mutex_unlock(&s->lock);
+}
+
+/* ---- one unit, under the range lock -------------------------------------------------------------- */
+
+static enum scan_source source_of(const struct scan *s, const struct ram_range *range, uint8_t flags)
+{
+	if (range->source != ENTRY_OVERLAY)
+		return SCAN_BASE;
+	if (!(flags & OS_PAGE_FILE) && flags & (OS_PAGE_PRESENT | OS_PAGE_SWAPPED))
+		return SCAN_NOTHING; /* a private copy */
+	return s->freezer.freeze ? SCAN_CLEAN : SCAN_NOTHING;
+}
+
+/* `sampled`: the unit was, in the pass before. */
+static enum seen_use see(const struct scan *s, enum activity now, bool present, bool sampled)
+{
+	if (!sampled)
+		return SEEN_NOTHING;
+	if (!present)
+		return SEEN_UNUSED;
+	return s->was_due[now] ? SEEN_USED : SEEN_NOTHING;
+}
+
+/* What was known of a page of which nothing can be found out any more is old: it is new again. */
+static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t before, bool present, bool sampled)
+{
+	enum seen_use seen = see(s, activity_of(before), present, sampled);
+	uint64_t after = source == SCAN_NOTHING ? 0 : activity_next(before, seen, s->minutes);
+
+	s->tally.changed += activity_class_of(after) != activity_class_of(before);
+	s->tally.pages[activity_of(after)][entry_long(after)]++;
+	s->tally.by_source[source]++;
+	if (source != SCAN_NOTHING) {
+		s->tally.refaults += seen == SEEN_USED;
+		s->tally.present[activity_of(after)] += present;
+	}
+	return after;
+}
+
+/* Writes the entries, and notes for the samples what can be sampled. */
+static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first, const struct ram_range *range, bool sampled)
+{
+	for (uint64_t page = range->page; page < range->page + range->pages; page++) {
+		struct unit_page *u = &s->unit[page - first];
+		uint64_t before = ram_activity(b, page), after;
+		uint8_t flags = s->flags[page - first];
+
+		u->source = source_of(s, range, flags);
+		u->present = flags & OS_PAGE_PRESENT;
+		after = look_at_page(s, u->source, before, u->present, sampled);
+		u->due = u->source != SCAN_NOTHING && u->present && s->due[activity_of(after)];
+		if (after != before)
+			ram_set_activity(s->ram, b, page, after);
+	}
+	s->tally.looked += range->pages;
+}
+
+/* Zaps runs of pages of this source that are due; pages between them that are not there anyway are no bounds. */
+static int sample_runs(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages, enum scan_source source)
+{
+	int r = 0;
+
+	for (uint64_t i = 0, end; !r && i < pages; i = end) {
+		uint64_t last = i;
+
+		end = i + 1;
+		if (!s->unit[i].due || s->unit[i].source != source)
+			continue;
+		for (; end < pages && s->unit[end].source == source && (s->unit[end].due || !s->unit[end].present); end++)
+			if (s->unit[end].due)
+				last = end;
+		r = (source == SCAN_BASE ? ram_zap_base : ram_zap_clean)(s->ram, b, first + i, last + 1 - i);
+		s->tally.sampled += last + 1 - i;
+	}
+	return r;
+}
+
+static bool any_due(const struct scan *s, uint64_t pages, enum scan_source source)
+{
+	for (uint64_t i = 0; i < pages; i++)
+		if (s->unit[i].due && s->unit[i].source == source)
+			return true;
+	return false;
+}
+
+static int sample_clean(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+{
+	int r = s->freezer.freeze(s->freezer.ctx);
+
+	if (r)
+		return r;
+	r = sample_runs(s, b, first, pages, SCAN_CLEAN);
+	s->freezer.thaw(s->freezer.ctx);
+	return r;
+}
+
+/* Takes what is due out of the page table, so that the next look tells. */
+static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+{
+	int single = ram_single(s->ram, b, first, pages), r;
+
+	if (single && single != -EOPNOTSUPP)
+		s->tally.around = true;
+	r = sample_runs(s, b, first, pages, SCAN_BASE);
+	if (!r && any_due(s, pages, SCAN_CLEAN))
+		r = sample_clean(s, b, first, pages);
+	return r;
+}
+
+static void set_due(struct scan *s, uint64_t page)
+{
+	for (unsigned i = 0; i < ACTIVITIES; i++) {
+		s->was_due[i] = activity_is_sampled((enum activity)i, page, s->pass - 1, s->thin_before);
+		s->due[i] = s->pass > COUNTING_PASS && activity_is_sampled((enum activity)i, page, s->pass, s->thin);
+	}
+}
+
+static int do_unit(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+{
+	uint64_t *sampled_in = &s->blocks[s->slot].sampled_in[first / UNIT_PAGES];
+	bool sampled = *sampled_in && *sampled_in == s->pass - 1;
+	int r = os_pagemap_flags(s->pagemap, b->hva + os_bytes(first), pages, s->flags);
+
+	*sampled_in = 0;
+	if (r)
+		return r;
+	set_due(s, first);
+	for (uint64_t page = first; page < first + pages;) {
+		struct ram_range range = ram_range_at(b, page, first + pages);
+
+		look_at_range(s, b, first, &range, sampled);
+		page += range.pages;
+	}
+	if (s->pass == COUNTING_PASS)
+		return 0;
+	r = sample(s, b, first, pages);
+	if (!r)
+		*sampled_in = s->pass;
+	return r;
+}
+
+/* ---- slices ------------------------------------------------------------------------------------- */
+
+/* The block in the slot, with room for what is remembered of it. */
+static struct ram_block *block_of(struct scan *s, unsigned slot)
+{
+	struct ram_block *b = ram_block_at(s->ram, slot);
+	struct scan_block *known = &s->blocks[slot];
+
+	if (!b || (known->block == b && known->pages == b->pages))
+		return b;
+	free(known->sampled_in);
+	known->sampled_in = calloc(b->pages / UNIT_PAGES + 1, sizeof *known->sampled_in);
+	known->block = known->sampled_in ? b : NULL;
+	known->pages = b->pages;
+	return known->sampled_in ? b : NULL;
+}
+
+/* False: the pass is over. */
+static bool next_unit(struct scan *s)
+{
+	while (s->slot < RAM_BLOCKS) {
+		struct ram_block *b = block_of(s, s->slot);
+		uint64_t pages;
+
+		if (b && s->page < b->pages) {
+			pages = b->pages - s->page < UNIT_PAGES ? b->pages - s->page : UNIT_PAGES;
+			(void)do_unit(s, b, s->page, pages);
+			s->page += pages;
+			s->units_done++;
+			return true;
+		}
+		s->slot++;
+		s->page = 0;
+	}
+	return false;
+}
+
+static void note_hold(struct tally *t, uint64_t took_us)
+{
+	t->holds++;
+	t->long_holds += took_us > SCAN_HOLD_MAX_US;
+	if (took_us > t->hold_max_us)
+		t->hold_max_us = took_us;
+}
+
+enum slice_end { SLICE_MORE, SLICE_LAST, SLICE_HELD };
+
+static enum slice_end do_slice(struct scan *s)
+{
+	uint64_t begin_us, begin_ns = cpu_ns(), units = s->units / SLICES + 1;
+	enum slice_end end = SLICE_MORE;
+
+	ram_lock(s->ram);
+	begin_us = os_now_us();
+	if (s->yielded || ram_is_held(s->ram))
+		end = SLICE_HELD;
+	for (; end == SLICE_MORE && units && os_now_us() - begin_us < SLICE_US; units--)
+		if (!next_unit(s))
+			end = SLICE_LAST;
+	note_hold(&s->tally, os_now_us() - begin_us);
+	ram_unlock(s->ram);
+	s->tally.cpu_ns += cpu_ns() - begin_ns;
+	return end;
+}
+
+/* ---- passes ------------------------------------------------------------------------------------- */
+
+static uint64_t count_units(struct scan *s)
+{
+	uint64_t units = 0;
+
+	ram_lock(s->ram);
+	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++) {
+		const struct ram_block *b = ram_block_at(s->ram, slot);
+
+		units += b ? (b->pages + UNIT_PAGES - 1) / UNIT_PAGES : 0;
+	}
+	ram_unlock(s->ram);
+	return units;
+}
+
+static void begin_pass(struct scan *s, uint64_t shortest_us)
+{
+	uint64_t now = os_now_us();
+
+	s->runs = true;
+	s->begun_us = now;
+	s->asked_us = shortest_us;
+	if (++s->pass == COUNTING_PASS)
+		s->minute_us = now;
+	if (s->pass == COUNTING_PASS + 1)
+		s->since_us = now;
+	s->minutes = (unsigned)((now - s->minute_us) / LONG_UNIT_US);
+	s->minute_us += s->minutes * LONG_UNIT_US;
+	s->units = count_units(s);
+	s->units_done = 0;
+	s->slot = 0;
+	s->page = 0;
+	memset(&s->tally, 0, sizeof s->tally);
+}
+
+static uint64_t pages_in_use(const struct scan *s, enum scan_window window)
+{
+	uint64_t pages = 0;
+
+	if (s->pass <= COUNTING_PASS + 1 || os_now_us() - s->since_us < windows_us[window])
+		return SCAN_UNKNOWN;
+	for (unsigned i = 0; i < ACTIVITIES; i++)
+		for (unsigned k = 0; k < LONG_STATES; k++)
+			if (activity_used_within(entry_activity(i, k), windows_us[window], s->period_us))
+				pages += s->tally.pages[i][k];
+	return pages;
+}
+
+/* With the lock of the report. */
+static void report_pass(struct scan *s)
+{
+	struct scan_report *to = &s->report;
+	const struct tally *t = &s->tally;
+	bool async = os_features_get()->uffd_features & OS_UFFD_WP_ASYNC, single = s->uffd >= 0 && !t->around;
+
+	to->passes++;
+	memset(to->pages, 0, sizeof to->pages);
+	for (unsigned i = 0; i < ACTIVITIES; i++)
+		for (unsigned k = 0; k < LONG_STATES; k++)
+			to->pages[activity_states[i].class] += t->pages[i][k];
+	memcpy(to->by_source, t->by_source, sizeof to->by_source);
+	for (unsigned i = 0; i < SCAN_SOURCES; i++)
+		to->granularity_pages[i] = single && (i != SCAN_CLEAN || async) ? 1 : SCAN_AROUND_PAGES;
+	for (unsigned i = 0; i < SCAN_WINDOWS; i++)
+		to->in_use[i] = pages_in_use(s, (enum scan_window)i);
+	to->sampled += t->sampled;
+	to->refaults += t->refaults;
+	to->cpu_ns += t->cpu_ns;
+	to->pass_cpu_ns = t->cpu_ns;
+	to->holds += t->holds;
+	to->long_holds += t->long_holds;
+	if (t->hold_max_us > to->hold_max_us)
+		to->hold_max_us = t->hold_max_us;
+	to->paused = false;
+}
+
+static void end_pass(struct scan *s)
+{
+	struct scan_activity activity = {
+		.shortest_us = s->asked_us, .period_us = s->period_us, .looked = s->tally.looked, .changed = s->tally.changed,
+	};
+
+	s->runs = false;
+	pthread_mutex_lock(&s->lock);
+	activity.migration_pass_us = s->migration_pass_us;
+	if (s->pass > COUNTING_PASS)
+		report_pass(s);
+	s->period_us = s->pass > COUNTING_PASS + 1 ? scan_next_period_us(&activity) : s->asked_us;
+	if (s->report.period_us) /* else it was turned off meanwhile */
+		s->report.period_us = s->period_us;
+	s->thin_before = s->thin;
+	s->report.thin = s->thin = scan_thin(s->tally.present, s->period_us);
+	pthread_mutex_unlock(&s->lock);
+}
+
+/* What was sampled says nothing any more: the next pass has another number than the one that follows. */
+static void break_off(struct scan *s)
+{
+	s->runs = false;
+	if (s->pass)
+		s->pass++;
+}
+
+static void note_pause(struct scan *s)
+{
+	pthread_mutex_lock(&s->lock);
+	s->report.paused = true;
+	pthread_mutex_unlock(&s->lock);
+}
+
+/* A pass is spread over its period; the one that only counts is not. */
+static uint64_t rest_us(const struct scan *s, uint64_t units_done)
+{
+	uint64_t due, now = os_now_us();
+
+	if (s->pass == COUNTING_PASS || !s->units)
+		return REST_US;
+	due = s->begun_us + (uint64_t)((double)s->period_us * (double)units_done / (double)s->units);
+	return due > now + REST_US ? due - now : REST_US;
+}
+
+static void change_period(struct scan *s, uint64_t shortest_us)
+{
+	break_off(s);
+	if (!s->asked_us)
+		begin_single(s);
+	else if (!shortest_us)
+		end_single(s);
+	s->period_us = s->asked_us = shortest_us;
+	s->next_us = 0;
+}
+
+uint64_t scan_step(struct scan *s)
+{
+	uint64_t shortest_us, now = os_now_us();
+
+	pthread_mutex_lock(&s->lock);
+	shortest_us = s->shortest_us;
+	pthread_mutex_unlock(&s->lock);
+	if (s->asked_us != shortest_us)
+		change_period(s, shortest_us);
+	if (!shortest_us)
+		return UINT64_MAX;
+	if (now < s->next_us)
+		return s->next_us - now;
+	if (!s->runs)
+		begin_pass(s, shortest_us);
+	switch (do_slice(s)) {
+	case SLICE_HELD:
+		break_off(s);
+		note_pause(s);
+		s->next_us = now + HELD_POLL_US;
+		break;
+	case SLICE_LAST:
+		s->next_us = now + rest_us(s, s->units);
+		end_pass(s);
+		break;
+	default:
+		s->next_us = now + rest_us(s, s->units_done);
+	}
+	return s->next_us - now;
+}

@@ -11,10 +11,15 @@
  * a page may be. Only settling, and mapping anew over pages that have a writer, stop the writers (the
  * rules in core/ram.h); readers never stop. While a privatize runs, everything goes on but the mapping
  * of that file.
+ *
+ * A scan (activity/scan.h) goes on all the time, as fast as it can: it zaps base under the writers, and clean pages of
+ * overlays with all threads stopped.
  */
+#include "activity/scan.h"
 #include "ram_rig.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <sys/resource.h>
 #include <time.h>
@@ -156,6 +161,42 @@ static void *reconcile_always(void *arg)
 			run.wrong_words++;
 		nanosleep(&pause, NULL);
 	}
+	return NULL;
+}
+
+static int freeze(void *ctx)
+{
+	(void)ctx;
+	return os_freeze(SIGRTMAX - 4, 1000);
+}
+
+static void thaw(void *ctx)
+{
+	(void)ctx;
+	os_thaw();
+}
+
+#define SCAN_US 1000u /* a period; much less than any user's */
+
+static void *scan_always(void *arg)
+{
+	struct scan_freezer freezer = { freeze, thaw, NULL };
+	struct scan *scan;
+
+	os_never_freeze(gettid());
+	if (scan_create(rig.ram, &freezer, &scan)) {
+		run.wrong_words++;
+		return NULL;
+	}
+	scan_set_period(scan, SCAN_US);
+	while (!run.stop) {
+		uint64_t us = scan_step(scan);
+		struct timespec pause = { 0, us < SCAN_US ? (long)us * 1000 : SCAN_US * 1000 };
+
+		nanosleep(&pause, NULL);
+	}
+	scan_get_report(scan, arg);
+	scan_destroy(scan);
 	return NULL;
 }
 
@@ -336,7 +377,8 @@ static void set_up_regions(void)
 
 static void test_guest_runs_while_mappings_change(void **state)
 {
-	pthread_t threads[WRITERS + READERS + 2];
+	pthread_t threads[WRITERS + READERS + 3];
+	struct scan_report scanned = { 0 };
 	unsigned n = 0, rounds = 0;
 	double end = now_s() + RUN_S;
 
@@ -348,6 +390,7 @@ static void test_guest_runs_while_mappings_change(void **state)
 		assert_int_equal(pthread_create(&threads[n++], NULL, read_pages, (void *)i), 0);
 	assert_int_equal(pthread_create(&threads[n++], NULL, reconcile_always, NULL), 0);
 	assert_int_equal(pthread_create(&threads[n++], NULL, privatize_when_wanted, NULL), 0);
+	assert_int_equal(pthread_create(&threads[n++], NULL, scan_always, &scanned), 0);
 	while (now_s() < end)
 		change_mappings(rounds++);
 	run.stop = true;
@@ -359,6 +402,9 @@ static void test_guest_runs_while_mappings_change(void **state)
 	if (run.wrong_words)
 		fail_msg("first: page %" PRIu64 " held %" PRIx64, run.first_wrong_page, run.first_wrong);
 	assert_true(rounds > 10);
+	print_message("%" PRIu64 " passes of the scan, %" PRIu64 " pages zapped, %" PRIu64 " came back\n", scanned.passes,
+		      scanned.sampled, scanned.refaults);
+	assert_true(scanned.passes > 10 && scanned.refaults > 100 && scanned.by_source[SCAN_CLEAN]);
 	rig_close(&rig);
 }
 

@@ -273,6 +273,8 @@ static int sample_clean(struct scan *s, struct ram_block *b, uint64_t first, uin
 {
 	int r = s->freezer.freeze(s->freezer.ctx);
 
+	if (r == -EBUSY)
+		s->freezer.freeze = NULL;
 	if (r)
 		return r;
 	r = sample_runs(s, b, first, pages, SCAN_CLEAN);

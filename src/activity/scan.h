@@ -42,14 +42,15 @@ struct scan_report {
 	uint64_t by_source[SCAN_SOURCES];
 	uint64_t granularity_pages[SCAN_SOURCES]; /* 1, or SCAN_AROUND_PAGES */
 	uint64_t in_use[SCAN_WINDOWS]; /* pages; SCAN_UNKNOWN: the scan is younger than that */
-	uint64_t sampled, refaults; /* pages taken out of the page table; of these, those that came back */
+	uint64_t sampled, refaults; /* pages taken out of the page table; pages that came (back) there */
 	uint64_t cpu_ns, pass_cpu_ns; /* pass: of the last one */
 	uint64_t hold_max_us, holds, long_holds; /* of the range lock; long: over SCAN_HOLD_MAX_US */
 	unsigned thin;        /* see scan_thin */
 	bool paused;          /* guest RAM is being saved */
 };
 
-/* Stops all that may write guest RAM for a moment; called with the range lock. NULL functions: cannot be done. */
+/* Stops all that may write guest RAM for a moment; called with the range lock. -EBUSY: that cannot be done, and never
+ * will be; NULL functions: the same. */
 struct scan_freezer {
 	int (*freeze)(void *ctx);
 	void (*thaw)(void *ctx);

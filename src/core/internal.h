@@ -10,6 +10,7 @@
 
 struct ram_file {
 	bool used;
+	bool watched;           /* see ram_file_is_watched */
 	bool copy_only;         /* masked pages of it are copied from now on, and not mapped */
 	int fd;
 	uint64_t pages;

@@ -374,6 +374,12 @@ int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_obser
 	return -ENOSPC;
 }
 
+void ram_file_is_watched(struct ram *ram, unsigned file)
+{
+	assert_locked(ram);
+	ram->files[file].watched = true;
+}
+
 void ram_drop_file(struct ram *ram, unsigned file)
 {
 	assert_locked(ram);
@@ -1095,14 +1101,19 @@ void ram_single_by(struct ram *ram, int uffd, bool overlays)
 	ram->single_overlays = overlays;
 }
 
+static bool may_single(const struct ram *ram, const struct ram_range *overlay)
+{
+	return ram->single_overlays && !ram->files[overlay->file].watched;
+}
+
 static int single_range(struct ram *ram, struct ram_block *b, const struct ram_range *range)
 {
 	void *hva = page_hva(b, range->page);
 
 	if (range->source == ENTRY_WATCHED)
 		return mask_single(ram, hva, os_bytes(range->pages), true);
-	if (range->source == ENTRY_OVERLAY && !ram->single_overlays)
-		return -EOPNOTSUPP;
+	if (range->source == ENTRY_OVERLAY && !may_single(ram, range))
+		return ram->single_overlays ? -EBUSY : -EOPNOTSUPP;
 	return os_uffd_register_wp(ram->single_uffd, hva, os_bytes(range->pages));
 }
 
@@ -1129,7 +1140,7 @@ void ram_not_single(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 
 		if (range.source == ENTRY_WATCHED)
 			(void)mask_single(ram, page_hva(b, page), os_bytes(range.pages), false);
-		else if (range.source == ENTRY_BASE || ram->single_overlays)
+		else if (range.source == ENTRY_BASE || may_single(ram, &range))
 			(void)os_uffd_unregister(ram->single_uffd, page_hva(b, page), os_bytes(range.pages));
 		page += range.pages;
 	}

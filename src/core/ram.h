@@ -117,6 +117,8 @@ int ram_for_file_part(struct ram *ram, uint64_t offset, uint64_t bytes,
 /* [locked] A file that may be mapped; `fd` is borrowed until it is dropped. The file must not change
  * while it is added (see volume/). Returns its index, or -ENOSPC. */
 int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_observer *observer);
+/* [locked] What is mapped of it has a userfaultfd of its own, which ram_single leaves alone. */
+void ram_file_is_watched(struct ram *ram, unsigned file);
 /* [locked] No overlay of it may be left. */
 void ram_drop_file(struct ram *ram, unsigned file);
 

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 4u
+#define CONTROL_VERSION 5u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -30,6 +30,7 @@ enum control_op {
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
 	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
+	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0: no more */
 	CONTROL_OPS
 };
 

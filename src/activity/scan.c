@@ -27,6 +27,7 @@ struct tally {
 	uint64_t present[ACTIVITIES]; /* that can be sampled */
 	uint64_t by_source[SCAN_SOURCES];
 	uint64_t looked, changed, sampled, refaults, cpu_ns, holds, long_holds, hold_max_us;
+	uint64_t hold_max_cpu_us;
 	bool around; /* neighbours could not be kept away somewhere */
 };
 
@@ -364,31 +365,33 @@ static bool next_unit(struct scan *s)
 	return false;
 }
 
-static void note_hold(struct tally *t, uint64_t took_us)
+static void note_hold(struct tally *t, uint64_t took_us, uint64_t took_cpu_us)
 {
 	t->holds++;
 	t->long_holds += took_us > SCAN_HOLD_MAX_US;
-	if (took_us > t->hold_max_us)
-		t->hold_max_us = took_us;
+	t->hold_max_us = took_us > t->hold_max_us ? took_us : t->hold_max_us;
+	t->hold_max_cpu_us = took_cpu_us > t->hold_max_cpu_us ? took_cpu_us : t->hold_max_cpu_us;
 }
 
 enum slice_end { SLICE_MORE, SLICE_LAST, SLICE_HELD };
 
 static enum slice_end do_slice(struct scan *s)
 {
-	uint64_t begin_us, begin_ns = cpu_ns(), units = s->units / SLICES + 1;
+	uint64_t begin_us, begin_ns, units = s->units / SLICES + 1;
 	enum slice_end end = SLICE_MORE;
 
 	ram_lock(s->ram);
 	begin_us = os_now_us();
+	begin_ns = cpu_ns();
 	if (s->yielded || ram_is_held(s->ram))
 		end = SLICE_HELD;
 	for (; end == SLICE_MORE && units && os_now_us() - begin_us < SLICE_US; units--)
 		if (!next_unit(s))
 			end = SLICE_LAST;
-	note_hold(&s->tally, os_now_us() - begin_us);
+	begin_ns = cpu_ns() - begin_ns;
+	note_hold(&s->tally, os_now_us() - begin_us, begin_ns / 1000);
 	ram_unlock(s->ram);
-	s->tally.cpu_ns += cpu_ns() - begin_ns;
+	s->tally.cpu_ns += begin_ns;
 	return end;
 }
 
@@ -466,6 +469,8 @@ static void report_pass(struct scan *s)
 	to->long_holds += t->long_holds;
 	if (t->hold_max_us > to->hold_max_us)
 		to->hold_max_us = t->hold_max_us;
+	if (t->hold_max_cpu_us > to->hold_max_cpu_us)
+		to->hold_max_cpu_us = t->hold_max_cpu_us;
 	to->paused = false;
 }
 

@@ -54,6 +54,7 @@ static void publish(struct scan_stats *to, const struct scan_report *r)
 	stat_set(&to->cpu_ns, r->cpu_ns);
 	stat_set(&to->pass_cpu_ns_now, r->pass_cpu_ns);
 	stat_set(&to->hold_max_us, r->hold_max_us);
+	stat_set(&to->hold_max_cpu_us, r->hold_max_cpu_us);
 	stat_set(&to->holds, r->holds);
 	stat_set(&to->long_holds, r->long_holds);
 	for (size_t i = 0; i < VM_STATS_CLASSES; i++)

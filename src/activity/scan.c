@@ -27,7 +27,7 @@ struct tally {
 	uint64_t present[ACTIVITIES]; /* that can be sampled */
 	uint64_t by_source[SCAN_SOURCES];
 	uint64_t looked, changed, sampled, refaults, cpu_ns, holds, long_holds, hold_max_us;
-	uint64_t hold_max_cpu_us;
+	uint64_t hold_max_cpu_us, settled, frozen_us;
 	bool around; /* neighbours could not be kept away somewhere */
 };
 
@@ -40,7 +40,7 @@ struct scan_block {
 
 struct unit_page {
 	enum scan_source source;
-	bool present, due; /* due: it is to be sampled */
+	bool present, copy, due; /* copy: a private one, in memory; due: it is to be sampled */
 };
 
 struct scan {
@@ -189,13 +189,16 @@ void scan_get_report(struct scan *s, struct scan_report *ret_report)
 
 /* ---- one unit, under the range lock -------------------------------------------------------------- */
 
-static enum scan_source source_of(const struct scan *s, const struct ram_range *range, uint8_t flags)
+static bool is_copy(const struct ram_range *range, uint8_t flags)
+{
+	return range->source == ENTRY_OVERLAY && !(flags & OS_PAGE_FILE) && flags & (OS_PAGE_PRESENT | OS_PAGE_SWAPPED);
+}
+
+static enum scan_source source_of(const struct scan *s, const struct ram_range *range, bool copy)
 {
 	if (range->source != ENTRY_OVERLAY)
 		return SCAN_BASE;
-	if (!(flags & OS_PAGE_FILE) && flags & (OS_PAGE_PRESENT | OS_PAGE_SWAPPED))
-		return SCAN_NOTHING; /* a private copy */
-	return s->freezer.freeze ? SCAN_CLEAN : SCAN_NOTHING;
+	return copy || !s->freezer.freeze ? SCAN_NOTHING : SCAN_CLEAN;
 }
 
 /* `sampled`: the unit was, in the pass before. */
@@ -232,8 +235,9 @@ static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first, c
 		uint64_t before = ram_activity(b, page), after;
 		uint8_t flags = s->flags[page - first];
 
-		u->source = source_of(s, range, flags);
 		u->present = flags & OS_PAGE_PRESENT;
+		u->copy = u->present && is_copy(range, flags);
+		u->source = source_of(s, range, is_copy(range, flags));
 		after = look_at_page(s, u->source, before, u->present, sampled);
 		u->due = u->source != SCAN_NOTHING && u->present && s->due[activity_of(after)];
 		if (after != before)
@@ -270,16 +274,39 @@ static bool any_due(const struct scan *s, uint64_t pages, enum scan_source sourc
 	return false;
 }
 
-static int sample_clean(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+/* The first run of copies from `*at` on that is long enough to be settled; false: there is none. */
+static bool next_copies(const struct scan *s, uint64_t pages, uint64_t *at, uint64_t *ret_pages)
 {
+	uint64_t run = 0, i = *at;
+
+	for (; i < pages && (s->unit[i].copy || run < SCAN_SETTLE_PAGES); i++)
+		run = s->unit[i].copy ? run + 1 : 0;
+	*at = i - run;
+	*ret_pages = run;
+	return run >= SCAN_SETTLE_PAGES;
+}
+
+/* A failure leaves them where they are. Copies that are swapped out are not waited for. */
+static void settle_copies(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+{
+	for (uint64_t at = 0, run; next_copies(s, pages, &at, &run); at += run)
+		(void)ram_settle_copies(s->ram, b, first + at, run, SCAN_SETTLE_PAGES, &s->tally.settled);
+}
+
+/* What needs that nobody writes. */
+static int sample_frozen(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+{
+	uint64_t begin_us = os_now_us();
 	int r = s->freezer.freeze(s->freezer.ctx);
 
 	if (r == -EBUSY)
 		s->freezer.freeze = NULL;
 	if (r)
 		return r;
+	settle_copies(s, b, first, pages);
 	r = sample_runs(s, b, first, pages, SCAN_CLEAN);
 	s->freezer.thaw(s->freezer.ctx);
+	s->tally.frozen_us += os_now_us() - begin_us;
 	return r;
 }
 
@@ -287,12 +314,13 @@ static int sample_clean(struct scan *s, struct ram_block *b, uint64_t first, uin
 static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
 {
 	int single = ram_single(s->ram, b, first, pages), r;
+	uint64_t at = 0, run;
 
 	if (single && single != -EOPNOTSUPP)
 		s->tally.around = true;
 	r = sample_runs(s, b, first, pages, SCAN_BASE);
-	if (!r && any_due(s, pages, SCAN_CLEAN))
-		r = sample_clean(s, b, first, pages);
+	if (!r && s->freezer.freeze && (next_copies(s, pages, &at, &run) || any_due(s, pages, SCAN_CLEAN)))
+		r = sample_frozen(s, b, first, pages);
 	return r;
 }
 
@@ -463,6 +491,8 @@ static void report_pass(struct scan *s)
 		to->in_use[i] = pages_in_use(s, (enum scan_window)i);
 	to->sampled += t->sampled;
 	to->refaults += t->refaults;
+	to->settled += t->settled;
+	to->frozen_us += t->frozen_us;
 	to->cpu_ns += t->cpu_ns;
 	to->pass_cpu_ns = t->cpu_ns;
 	to->holds += t->holds;

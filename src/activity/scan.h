@@ -21,11 +21,14 @@
 enum scan_source {
 	SCAN_BASE,   /* base: zapped while the guest runs */
 	SCAN_CLEAN,  /* pages of a file in an overlay: zapped with all that may write them stopped for a moment */
-	SCAN_NOTHING,/* private copies, which a zap would lose; and SCAN_CLEAN where nobody can be stopped */
+	SCAN_NOTHING,/* private copies, which a zap would lose; and SCAN_CLEAN where nobody can be stopped. Where somebody
+		      * can, runs of SCAN_SETTLE_PAGES copies are moved to base, and are few */
 	SCAN_SOURCES
 };
 
 extern const char *const scan_source_names[SCAN_SOURCES];
+
+#define SCAN_SETTLE_PAGES 16u
 
 /* Pages that a single touch makes look used, where neighbours cannot be told apart. */
 #define SCAN_AROUND_PAGES 16u
@@ -43,6 +46,8 @@ struct scan_report {
 	uint64_t granularity_pages[SCAN_SOURCES]; /* 1, or SCAN_AROUND_PAGES */
 	uint64_t in_use[SCAN_WINDOWS]; /* pages; SCAN_UNKNOWN: the scan is younger than that */
 	uint64_t sampled, refaults; /* pages taken out of the page table; pages that came (back) there */
+	uint64_t settled;     /* copies that were moved to base */
+	uint64_t frozen_us;   /* for which all that writes guest RAM was stopped */
 	uint64_t cpu_ns, pass_cpu_ns; /* pass: of the last one */
 	uint64_t hold_max_us, holds, long_holds; /* of the range lock; long: over SCAN_HOLD_MAX_US */
 	uint64_t hold_max_cpu_us; /* without the time in which another thread had the processor */

@@ -86,6 +86,8 @@ void stat_print_scan(const struct vm_stats *stats)
 	printf("  passes %ju; processor time of the last %.1f ms, of all %.1f s; pages sampled %ju, brought back %ju\n",
 	       (uintmax_t)stat_get(&scan->passes), (double)stat_get(&scan->pass_cpu_ns_now) / 1e6,
 	       (double)stat_get(&scan->cpu_ns) / 1e9, (uintmax_t)stat_get(&scan->sampled), (uintmax_t)stat_get(&scan->refaults));
+	printf("  copies of image pages moved to its own memory %ju; the guest stood for %.1f ms in all\n",
+	       (uintmax_t)stat_get(&scan->settled), (double)stat_get(&scan->frozen_us) / 1e3);
 	printf("  longest hold of guest RAM's lock %.2f ms, of processor time %.2f ms; over %u ms %ju of %ju\n",
 	       (double)stat_get(&scan->hold_max_us) / 1e3, (double)stat_get(&scan->hold_max_cpu_us) / 1e3, SCAN_HOLD_MAX_US / 1000, (uintmax_t)stat_get(&scan->long_holds),
 	       (uintmax_t)stat_get(&scan->holds));
@@ -133,6 +135,8 @@ struct json_object *stat_scan_to_json(const struct scan_stats *scan)
 	add(json, "pass_cpu_ns_now", &scan->pass_cpu_ns_now);
 	add(json, "pages_sampled", &scan->sampled);
 	add(json, "pages_brought_back", &scan->refaults);
+	add(json, "copies_settled", &scan->settled);
+	add(json, "frozen_us", &scan->frozen_us);
 	add(json, "thinned_now", &scan->thin_now);
 	add(json, "hold_max_us", &scan->hold_max_us);
 	add(json, "hold_max_cpu_us", &scan->hold_max_cpu_us);

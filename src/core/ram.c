@@ -1049,14 +1049,21 @@ static bool is_clean(const struct ram_block *b, uint64_t page)
 	return maps_file(entry_get(b, page));
 }
 
-int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+/* The private flags of the pages, brought up to date. */
+static int update_private(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	struct reconcile c = { .ram = ram, .block = b };
+
+	return os_pagemap_private_runs(ram->pagemap, page_hva(b, page), pages, note_copied, &c);
+}
+
+int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
 	uint64_t end = page + pages, last;
 	int r;
 
 	assert_locked(ram);
-	r = os_pagemap_private_runs(ram->pagemap, page_hva(b, page), pages, note_copied, &c);
+	r = update_private(ram, b, page, pages);
 	for (; !r && page < end; page = last) {
 		for (last = page; last < end && is_clean(b, last);)
 			last++;
@@ -1064,6 +1071,36 @@ int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t 
 			r = os_zap(page_hva(b, page), os_bytes(last - page));
 		else
 			last++;
+	}
+	return r;
+}
+
+/* The private copies from `page` on, in one mapping. */
+static struct ram_range copies_at(const struct ram_block *b, uint64_t page, uint64_t end)
+{
+	struct ram_range range = ram_range_at(b, page, end);
+	uint64_t pages = 0;
+
+	while (pages < range.pages && entry_is_private(entry_get(b, page + pages)))
+		pages++;
+	range.pages = pages;
+	return range;
+}
+
+int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, uint64_t least,
+		      uint64_t *ret_settled)
+{
+	uint64_t end = page + pages;
+	int r;
+
+	assert_locked(ram);
+	r = update_private(ram, b, page, pages);
+	while (!r && page < end) {
+		struct ram_range copies = copies_at(b, page, end);
+
+		if (copies.pages >= least && may_return(ram, b, &copies))
+			r = settle_range(ram, b, &copies, ret_settled);
+		page += copies.pages ? copies.pages : 1;
 	}
 	return r;
 }

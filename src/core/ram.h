@@ -158,6 +158,11 @@ void ram_zap_clean_overlays(struct ram *ram);
  * private copy. */
 int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
+/* [locked; the pages' writers stopped] Settles runs of private copies of at least `least` pages, where the budget of
+ * mappings allows it. `*ret_settled` grows by the pages, also on failure. */
+int ram_settle_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages, uint64_t least,
+		      uint64_t *ret_settled);
+
 /*
  * Looking for what the guest uses (activity/scan.h). Where nobody asks for single pages, the kernel maps up to
  * 15 others around a page that is touched, and those look used.

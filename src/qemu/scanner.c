@@ -51,6 +51,8 @@ static void publish(struct scan_stats *to, const struct scan_report *r)
 	stat_set(&to->sampled, r->sampled);
 	stat_set(&to->refaults, r->refaults);
 	stat_set(&to->thin_now, r->thin);
+	stat_set(&to->settled, r->settled);
+	stat_set(&to->frozen_us, r->frozen_us);
 	stat_set(&to->cpu_ns, r->cpu_ns);
 	stat_set(&to->pass_cpu_ns_now, r->pass_cpu_ns);
 	stat_set(&to->hold_max_us, r->hold_max_us);

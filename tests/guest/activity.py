@@ -84,6 +84,8 @@ def restored(test, guest, areas, snapshot):
     for source in figures["sources"]:
         test.say(str(source))
     check_scores(test, areas, "restored", ("base", "clean"))
+    test.check(figures["copies_settled"] > 0.9 * areas.pages, f"{figures['copies_settled']} copies became base")
+    test.say(f"the guest stood for {figures['frozen_us'] / 1e3:.1f} ms in {figures['passes']} passes")
     test.check(areas.check(), "the guest's memory is right")
 
 

@@ -231,6 +231,37 @@ static void test_overlay(void **state)
 		fail_msg("%s", why);
 }
 
+/* Copies in a row become base, where they can be looked at; nothing of them is lost. */
+static void test_copies(void **state)
+{
+	uint64_t first = OVERLAY_PAGE + 20, last = OVERLAY_PAGE + OVERLAY_PAGES - 1;
+	const char *why;
+
+	(void)state;
+	for (uint64_t i = first; i <= last; i++)
+		rig_write(rig_hva(&rig, 0, i), 900 + i);
+	begin();
+	for (unsigned i = 0; i < 4; i++) {
+		touch(first + 4, 1);
+		finish_pass();
+	}
+	assert_int_equal(report().settled, last + 1 - first);
+	assert_true(report().frozen_us > 0);
+	for (uint64_t i = first; i <= last; i++) {
+		assert_int_equal(entry_source(rig_entry(&rig, 0, i)), ENTRY_BASE);
+		if (i == first + 4)
+			assert_int_equal(class_at(i), CLASS_HOT);
+		else
+			assert_true(class_at(i) >= CLASS_COLD);
+		assert_true(rig_holds(rig_hva(&rig, 0, i), 900 + i));
+	}
+	assert_int_equal(entry_source(rig_entry(&rig, 0, COPIED_PAGE)), ENTRY_OVERLAY); /* it stands alone */
+	assert_int_equal(ram_reconcile(rig.ram), 0);
+	why = rig_check(&rig, true, NULL);
+	if (why)
+		fail_msg("%s", why);
+}
+
 /* Nobody can be stopped, or it fails: nothing is known of overlays, and base goes on. */
 static void test_no_freezing(void **state)
 {
@@ -395,6 +426,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_hot_cools, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_hot_is_sampled_seldom, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_overlay, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_copies, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_no_freezing, NULL, tear_down),
 		cmocka_unit_test_setup_teardown(test_held, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_yield, set_up, tear_down),

@@ -73,6 +73,9 @@ class Score:
         self.so += so
         self.both += called and so
 
+    def merge(self, other):
+        self.called, self.so, self.both = self.called + other.called, self.so + other.so, self.both + other.both
+
     @property
     def precision(self):
         return self.both / self.called if self.called else 0.0

@@ -11,8 +11,11 @@
 #include <unistd.h>
 
 #define UNIT_PAGES SAMPLE_GROUP_PAGES
-#define SLICES 128u       /* a pass has about so many, more if they would take long */
-#define SLICE_US 300u     /* no unit is begun after that */
+#define SLICES 32u        /* a pass has about so many, more if they would take long */
+#define SLICE_US 300u     /* no unit is begun after that, */
+#define FROZEN_RUNS 256u  /* and no more is done with everybody stopped: so many runs, */
+#define SETTLE_PAGES 256u /* and copies settled */
+#define SPARED_SLICES 8u  /* that try to stop nobody, after that has failed */
 #define REST_US 200u      /* between two slices at least: others want the lock */
 #define HELD_POLL_US 100000u
 #define COUNTING_PASS 1u /* the first: it finds out how much there is to sample, and samples nothing */
@@ -43,6 +46,14 @@ struct unit_page {
 	bool present, copy, due; /* copy: a private one, in memory; due: it is to be sampled */
 };
 
+/* What is to be done with everybody stopped: a zap, or copies to be settled. */
+struct frozen_run {
+	struct ram_block *block;
+	uint64_t page, pages;
+	uint64_t *sampled_in; /* of its unit: 0 if it could not be done */
+	bool settle;
+};
+
 struct scan {
 	struct ram *ram;
 	struct scan_freezer freezer;
@@ -68,6 +79,10 @@ struct scan {
 	struct scan_block blocks[RAM_BLOCKS];
 	uint8_t flags[UNIT_PAGES];
 	struct unit_page unit[UNIT_PAGES];
+	struct frozen_run frozen[FROZEN_RUNS]; /* of the slice */
+	size_t frozen_count;
+	uint64_t settle_pages;
+	unsigned spared_slices;
 	bool due[ACTIVITIES], was_due[ACTIVITIES]; /* of the unit: in this pass, and in the one before */
 };
 
@@ -246,35 +261,26 @@ static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first, c
 	s->tally.looked += range->pages;
 }
 
-/* Zaps runs of pages of this source that are due; pages between them that are not there anyway are no bounds. */
-static int sample_runs(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages, enum scan_source source)
+/* The next run of pages of this source that are due, from `*at` on; pages between them that are not there anyway are no
+ * bounds. False: there is none. */
+static bool next_due(const struct scan *s, uint64_t pages, enum scan_source source, uint64_t *at, uint64_t *ret_pages)
 {
-	int r = 0;
+	uint64_t first = *at, last, end;
 
-	for (uint64_t i = 0, end; !r && i < pages; i = end) {
-		uint64_t last = i;
-
-		end = i + 1;
-		if (!s->unit[i].due || s->unit[i].source != source)
-			continue;
-		for (; end < pages && s->unit[end].source == source && (s->unit[end].due || !s->unit[end].present); end++)
-			if (s->unit[end].due)
-				last = end;
-		r = (source == SCAN_BASE ? ram_zap_base : ram_zap_clean)(s->ram, b, first + i, last + 1 - i);
-		s->tally.sampled += last + 1 - i;
-	}
-	return r;
+	while (first < pages && (!s->unit[first].due || s->unit[first].source != source))
+		first++;
+	if (first == pages)
+		return false;
+	last = end = first;
+	for (; end < pages && s->unit[end].source == source && (s->unit[end].due || !s->unit[end].present); end++)
+		if (s->unit[end].due)
+			last = end;
+	*at = first;
+	*ret_pages = last + 1 - first;
+	return true;
 }
 
-static bool any_due(const struct scan *s, uint64_t pages, enum scan_source source)
-{
-	for (uint64_t i = 0; i < pages; i++)
-		if (s->unit[i].due && s->unit[i].source == source)
-			return true;
-	return false;
-}
-
-/* The first run of copies from `*at` on that is long enough to be settled; false: there is none. */
+/* The next run of copies from `*at` on that is long enough to be settled; false: there is none. */
 static bool next_copies(const struct scan *s, uint64_t pages, uint64_t *at, uint64_t *ret_pages)
 {
 	uint64_t run = 0, i = *at;
@@ -286,42 +292,85 @@ static bool next_copies(const struct scan *s, uint64_t pages, uint64_t *at, uint
 	return run >= SCAN_SETTLE_PAGES;
 }
 
-/* A failure leaves them where they are. Copies that are swapped out are not waited for. */
-static void settle_copies(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+/* To be done at the end of the slice, when nobody writes. -ENOSPC: too much for one slice. */
+static int add_frozen(struct scan *s, const struct frozen_run *run)
 {
-	for (uint64_t at = 0, run; next_copies(s, pages, &at, &run); at += run)
-		(void)ram_settle_copies(s->ram, b, first + at, run, SCAN_SETTLE_PAGES, &s->tally.settled);
+	if (s->frozen_count == FROZEN_RUNS || (run->settle && s->settle_pages + run->pages > SETTLE_PAGES))
+		return -ENOSPC;
+	s->settle_pages += run->settle ? run->pages : 0;
+	s->frozen[s->frozen_count++] = *run;
+	return 0;
 }
 
-/* What needs that nobody writes. */
-static int sample_frozen(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
+/* Takes what is due out of the page table, or notes it, so that the next look tells. */
+static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages, uint64_t *sampled_in)
 {
-	uint64_t begin_us = os_now_us();
-	int r = s->freezer.freeze(s->freezer.ctx);
-
-	if (r == -EBUSY)
-		s->freezer.freeze = NULL;
-	if (r)
-		return r;
-	settle_copies(s, b, first, pages);
-	r = sample_runs(s, b, first, pages, SCAN_CLEAN);
-	s->freezer.thaw(s->freezer.ctx);
-	s->tally.frozen_us += os_now_us() - begin_us;
-	return r;
-}
-
-/* Takes what is due out of the page table, so that the next look tells. */
-static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
-{
-	int single = ram_single(s->ram, b, first, pages), r;
-	uint64_t at = 0, run;
+	struct frozen_run frozen = { .block = b, .sampled_in = sampled_in };
+	int single = ram_single(s->ram, b, first, pages), r = 0;
+	uint64_t at, run;
 
 	if (single && single != -EOPNOTSUPP)
 		s->tally.around = true;
-	r = sample_runs(s, b, first, pages, SCAN_BASE);
-	if (!r && s->freezer.freeze && (next_copies(s, pages, &at, &run) || any_due(s, pages, SCAN_CLEAN)))
-		r = sample_frozen(s, b, first, pages);
+	for (at = 0; !r && next_due(s, pages, SCAN_BASE, &at, &run); at += run) {
+		r = ram_zap_base(s->ram, b, first + at, run);
+		s->tally.sampled += run;
+	}
+	for (at = 0; !r && next_due(s, pages, SCAN_CLEAN, &at, &run); at += run) {
+		frozen.page = first + at;
+		frozen.pages = run;
+		r = add_frozen(s, &frozen);
+	}
+	frozen.settle = true;
+	for (at = 0; s->freezer.freeze && next_copies(s, pages, &at, &run); at += run) {
+		frozen.page = first + at;
+		frozen.pages = run < SETTLE_PAGES ? run : SETTLE_PAGES;
+		(void)add_frozen(s, &frozen); /* what is too much has its turn in the next pass */
+	}
 	return r;
+}
+
+static int do_frozen_run(struct scan *s, const struct frozen_run *run)
+{
+	if (run->settle) { /* a failure leaves them where they are */
+		(void)ram_settle_copies(s->ram, run->block, run->page, run->pages, SCAN_SETTLE_PAGES, &s->tally.settled);
+		return 0;
+	}
+	s->tally.sampled += run->pages;
+	return ram_zap_clean(s->ram, run->block, run->page, run->pages);
+}
+
+/* A thread that waits for storage may keep all others waiting: that is not tried time and again. */
+static int freeze(struct scan *s)
+{
+	int r;
+
+	if (s->spared_slices) {
+		s->spared_slices--;
+		return -EAGAIN;
+	}
+	r = s->freezer.freeze(s->freezer.ctx);
+	if (r == -EBUSY)
+		s->freezer.freeze = NULL;
+	if (r)
+		s->spared_slices = SPARED_SLICES;
+	return r;
+}
+
+/* What needs that nobody writes, for all units of a slice at once: to stop everybody takes longer than the work. */
+static void do_frozen(struct scan *s)
+{
+	uint64_t begin_us = os_now_us();
+	int stopped = s->frozen_count ? freeze(s) : 0;
+
+	for (size_t i = 0; i < s->frozen_count; i++)
+		if (stopped || do_frozen_run(s, &s->frozen[i]))
+			*s->frozen[i].sampled_in = 0;
+	if (s->frozen_count && !stopped) {
+		s->freezer.thaw(s->freezer.ctx);
+		s->tally.frozen_us += os_now_us() - begin_us;
+	}
+	s->frozen_count = 0;
+	s->settle_pages = 0;
 }
 
 static void set_due(struct scan *s, uint64_t page)
@@ -350,7 +399,7 @@ static int do_unit(struct scan *s, struct ram_block *b, uint64_t first, uint64_t
 	}
 	if (s->pass == COUNTING_PASS)
 		return 0;
-	r = sample(s, b, first, pages);
+	r = sample(s, b, first, pages, sampled_in);
 	if (!r)
 		*sampled_in = s->pass;
 	return r;
@@ -416,6 +465,7 @@ static enum slice_end do_slice(struct scan *s)
 	for (; end == SLICE_MORE && units && os_now_us() - begin_us < SLICE_US; units--)
 		if (!next_unit(s))
 			end = SLICE_LAST;
+	do_frozen(s);
 	begin_ns = cpu_ns() - begin_ns;
 	note_hold(&s->tally, os_now_us() - begin_us, begin_ns / 1000);
 	ram_unlock(s->ram);

@@ -15,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FREEZE_MS 50 /* a thread that does not stop sooner is not worth waiting for */
+#define FREEZE_MS 5 /* a thread that does not stop sooner is not worth waiting for: the guest stands meanwhile */
 
 _Static_assert(ACTIVITY_CLASSES == VM_STATS_CLASSES && SCAN_SOURCES == VM_STATS_SCAN_SOURCES &&
 	       SCAN_WINDOWS == VM_STATS_WINDOWS && SCAN_UNKNOWN == UINT64_MAX, "the layout of the statistics");

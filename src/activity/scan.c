@@ -18,7 +18,7 @@
 #define SPARED_SLICES 8u  /* that try to stop nobody, after that has failed */
 #define REST_US 200u      /* between two slices at least: others want the lock */
 #define HELD_POLL_US 100000u
-#define COUNTING_PASS 1u /* the first: it finds out how much there is to sample, and samples nothing */
+#define COUNTING_PASS 1u /* the first: makes all new, and finds out how much there is to sample */
 #define WP_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
 
 const char *const scan_source_names[SCAN_SOURCES] = { "zap", "zap-frozen", "none" };
@@ -184,7 +184,7 @@ void scan_destroy(struct scan *s)
 void scan_set_period(struct scan *s, uint64_t period_us)
 {
 	pthread_mutex_lock(&s->lock);
-	s->shortest_us = s->report.period_us = period_us;
+	s->shortest_us = s->report.shortest_us = s->report.period_us = period_us;
 	pthread_mutex_unlock(&s->lock);
 }
 
@@ -226,11 +226,12 @@ static enum seen_use see(const struct scan *s, enum activity now, bool present, 
 	return s->was_due[now] ? SEEN_USED : SEEN_NOTHING;
 }
 
-/* What was known of a page of which nothing can be found out any more is old: it is new again. */
+/* A page of which nothing can be found out any more is new again, for what was known of it is old. */
 static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t before, bool present, bool sampled)
 {
 	enum seen_use seen = see(s, activity_of(before), present, sampled);
-	uint64_t after = source == SCAN_NOTHING ? 0 : activity_next(before, seen, s->minutes);
+	bool anew = source == SCAN_NOTHING || s->pass == COUNTING_PASS;
+	uint64_t after = anew ? 0 : activity_next(before, seen, s->minutes);
 
 	s->tally.changed += activity_class_of(after) != activity_class_of(before);
 	s->tally.pages[activity_of(after)][entry_long(after)]++;
@@ -577,8 +578,7 @@ static void end_pass(struct scan *s)
 static void break_off(struct scan *s)
 {
 	s->runs = false;
-	if (s->pass)
-		s->pass++;
+	s->pass = s->pass > COUNTING_PASS ? s->pass + 1 : 0;
 }
 
 static void note_pause(struct scan *s)
@@ -599,9 +599,11 @@ static uint64_t rest_us(const struct scan *s, uint64_t units_done)
 	return due > now + REST_US ? due - now : REST_US;
 }
 
+/* Looks of another period, or from before a time in which nobody looked, do not go with those to come: it is all new. */
 static void change_period(struct scan *s, uint64_t shortest_us)
 {
-	break_off(s);
+	s->runs = false;
+	s->pass = 0;
 	if (!s->asked_us)
 		begin_single(s);
 	else if (!shortest_us)

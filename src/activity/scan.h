@@ -40,6 +40,7 @@ enum scan_window { SCAN_WINDOW_10S, SCAN_WINDOW_1M, SCAN_WINDOW_10M, SCAN_WINDOW
 /* As of the end of the last pass; times are sums since the scan was made. */
 struct scan_report {
 	uint64_t period_us;   /* now; 0: off */
+	uint64_t shortest_us; /* what was asked for */
 	uint64_t passes;      /* that were finished */
 	uint64_t pages[ACTIVITY_CLASSES];
 	uint64_t by_source[SCAN_SOURCES];
@@ -70,7 +71,7 @@ int scan_create(struct ram *ram, const struct scan_freezer *freezer, struct scan
 void scan_destroy(struct scan *scan); /* NULL is allowed; nobody steps */
 
 /* Looks at each page once in `period_us` from now on, or a few times less often while little changes
- * (scan_next_period_us). 0: no more. Takes effect at the next scan_step, and waits for nothing. */
+ * (scan_next_period_us); all pages are new then. 0: no more, and states stay as they are. Takes effect at the next scan_step, and waits for nothing. */
 void scan_set_period(struct scan *scan, uint64_t period_us);
 /* The time that the next pass of a migration will take; 0: there is none any more. */
 void scan_set_migration_pass(struct scan *scan, uint64_t pass_us);

@@ -46,13 +46,13 @@ uint64_t activity_next(uint64_t entry, enum seen_use seen, unsigned units)
 
 static uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
-uint64_t activity_unused_us(uint64_t entry, uint64_t period_us)
+uint64_t activity_unused_us(uint64_t entry, uint64_t shortest_us)
 {
 	unsigned looks = activity_states[activity_of(entry)].unused_looks, units = entry_long(entry);
 
 	/* Between the first of n looks and the last lie n - 1 periods; between the first of n minutes' beginnings and
 	 * the last n - 1 minutes. */
-	return larger(looks ? (looks - 1) * period_us : 0, units > 2 ? (units - 2) * LONG_UNIT_US : 0);
+	return larger(looks ? (looks - 1) * shortest_us : 0, units > 2 ? (units - 2) * LONG_UNIT_US : 0);
 }
 
 bool activity_used_within(uint64_t entry, uint64_t window_us, uint64_t period_us)

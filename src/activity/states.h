@@ -90,8 +90,9 @@ static inline enum activity_class activity_class_of(uint64_t entry)
 	return activity_states[activity_of(entry)].class;
 }
 
-/* The page was not used for at least so long, as far as anybody looked; `period_us`: between two looks. */
-uint64_t activity_unused_us(uint64_t entry, uint64_t period_us);
+/* The page was not used for at least so long. `shortest_us`: no two looks had less between them (struct scan_report; 0
+ * during a migration, when only minutes count). */
+uint64_t activity_unused_us(uint64_t entry, uint64_t shortest_us);
 
 /* Was the page used within the last `window_us`? Looks are counted where six of them are as long as the window, and
  * minutes else. A new page: no. */

@@ -119,6 +119,7 @@ struct json_object *stat_scan_to_json(const struct scan_stats *scan)
 	struct json_object *json = json_object_new_object(), *classes = json_object_new_object();
 
 	add(json, "period_us_now", &scan->period_us_now);
+	add(json, "shortest_us_now", &scan->shortest_us_now);
 	json_object_object_add(json, "paused_now", json_object_new_boolean(stat_get(&scan->paused_now) != 0));
 	for (unsigned i = 0; i < ACTIVITY_CLASSES; i++)
 		add(classes, activity_class_names[i], &scan->pages_now[i]);

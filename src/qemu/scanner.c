@@ -46,6 +46,7 @@ static void thaw(void *ctx)
 static void publish(struct scan_stats *to, const struct scan_report *r)
 {
 	stat_set(&to->period_us_now, r->period_us);
+	stat_set(&to->shortest_us_now, r->shortest_us);
 	stat_set(&to->paused_now, r->paused);
 	stat_set(&to->passes, r->passes);
 	stat_set(&to->sampled, r->sampled);

@@ -82,6 +82,7 @@ struct volume_stats {
 /* What the guest uses, as of the end of the last pass; see struct scan_report of activity/scan.h. */
 struct scan_stats {
 	stat_counter period_us_now; /* 0: off */
+	stat_counter shortest_us_now; /* the period that was asked for */
 	stat_counter paused_now, passes, sampled, refaults, thin_now;
 	stat_counter cpu_ns, pass_cpu_ns_now, hold_max_us, hold_max_cpu_us, holds, long_holds, settled, frozen_us;
 	stat_counter pages_now[VM_STATS_CLASSES], by_source_now[VM_STATS_SCAN_SOURCES];

@@ -178,6 +178,18 @@ static void thaw(void *ctx)
 	os_thaw();
 }
 
+/* Under the thread sanitizer a signal waits until its thread calls something: nobody can be stopped. */
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define NO_FREEZING
+#endif
+#endif
+#ifdef NO_FREEZING
+static const bool can_freeze = false;
+#else
+static const bool can_freeze = true;
+#endif
+
 #define SCAN_US 1000u /* a period; much less than any user's */
 
 static void *scan_always(void *arg)
@@ -186,7 +198,7 @@ static void *scan_always(void *arg)
 	struct scan *scan;
 
 	os_never_freeze(gettid());
-	if (scan_create(rig.ram, &freezer, &scan)) {
+	if (scan_create(rig.ram, can_freeze ? &freezer : NULL, &scan)) {
 		run.wrong_words++;
 		return NULL;
 	}
@@ -413,7 +425,8 @@ static void test_guest_runs_while_mappings_change(void **state)
 	assert_true(rounds > 10);
 	print_message("%" PRIu64 " passes of the scan, %" PRIu64 " pages zapped, %" PRIu64 " came back\n", scanned.passes,
 		      scanned.sampled, scanned.refaults);
-	assert_true(scanned.passes > 10 && scanned.refaults > 100 && scanned.by_source[SCAN_CLEAN] && scanned.settled);
+	assert_true(scanned.passes > 10 && scanned.refaults > 100);
+	assert_true(!can_freeze || (scanned.by_source[SCAN_CLEAN] && scanned.settled));
 	rig_close(&rig);
 }
 

@@ -17,6 +17,7 @@
 #define SETTLE_PAGES 256u /* and copies settled */
 #define SPARED_SLICES 8u  /* that try to stop nobody, after that has failed */
 #define REST_US 200u      /* between two slices at least: others want the lock */
+#define REST_FACTOR 4u    /* and so many times as long as everybody was stopped: the guest goes on meanwhile */
 #define HELD_POLL_US 100000u
 #define COUNTING_PASS 1u /* the first: makes all new, and finds out how much there is to sample */
 #define WP_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
@@ -48,6 +49,7 @@ struct unit_page {
 
 /* What is to be done with everybody stopped: a zap, or copies to be settled. */
 struct frozen_run {
+	unsigned slot; /* of the block */
 	struct ram_block *block;
 	uint64_t page, pages;
 	uint64_t *sampled_in; /* of its unit: 0 if it could not be done */
@@ -58,30 +60,30 @@ struct scan {
 	struct ram *ram;
 	struct scan_freezer freezer;
 	struct os_pagemap *pagemap;
-	int uffd; /* that asks for single pages; -1 */
+	int uffd;             /* that asks for single pages; -1 */
 	pthread_mutex_t lock; /* protects the next three */
 	struct scan_report report;
 	uint64_t shortest_us, migration_pass_us;
 	bool yielded; /* under the range lock */
 
 	/* Of the thread that steps. */
-	uint64_t pass; /* its number, from 1 */
-	bool runs;     /* it is under way */
+	uint64_t pass;                                   /* its number, from 1 */
+	bool runs;                                       /* it is under way */
 	uint64_t asked_us, period_us, begun_us, next_us; /* next: when there is more to do */
 	uint64_t units, units_done;
-	unsigned slot; /* of the next unit's block, */
-	uint64_t page; /* and its first page */
+	unsigned slot;              /* of the next unit's block, */
+	uint64_t page;              /* and its first page */
 	unsigned thin, thin_before; /* before: of the pass before */
-	unsigned minutes;   /* that have begun since the pass before, */
-	uint64_t minute_us; /* and when the last one did */
-	uint64_t since_us;  /* the first samples */
+	unsigned minutes;           /* that have begun since the pass before, */
+	uint64_t minute_us;         /* and when the last one did */
+	uint64_t since_us;          /* the first samples */
 	struct tally tally;
 	struct scan_block blocks[RAM_BLOCKS];
 	uint8_t flags[UNIT_PAGES];
 	struct unit_page unit[UNIT_PAGES];
 	struct frozen_run frozen[FROZEN_RUNS]; /* of the slice */
 	size_t frozen_count;
-	uint64_t settle_pages;
+	uint64_t settle_pages, stopped_us; /* of the slice */
 	unsigned spared_slices;
 	bool due[ACTIVITIES], was_due[ACTIVITIES]; /* of the unit: in this pass, and in the one before */
 };
@@ -206,7 +208,8 @@ void scan_get_report(struct scan *s, struct scan_report *ret_report)
 
 static bool is_copy(const struct ram_range *range, uint8_t flags)
 {
-	return range->source == ENTRY_OVERLAY && !(flags & OS_PAGE_FILE) && flags & (OS_PAGE_PRESENT | OS_PAGE_SWAPPED);
+	return range->source == ENTRY_OVERLAY && !(flags & OS_PAGE_FILE) &&
+	       flags & (OS_PAGE_PRESENT | OS_PAGE_SWAPPED);
 }
 
 static enum scan_source source_of(const struct scan *s, const struct ram_range *range, bool copy)
@@ -227,7 +230,8 @@ static enum seen_use see(const struct scan *s, enum activity now, bool present, 
 }
 
 /* A page of which nothing can be found out any more is new again, for what was known of it is old. */
-static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t before, bool present, bool sampled)
+static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t before, bool present,
+			     bool sampled)
 {
 	enum seen_use seen = see(s, activity_of(before), present, sampled);
 	bool anew = source == SCAN_NOTHING || s->pass == COUNTING_PASS;
@@ -244,7 +248,8 @@ static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t b
 }
 
 /* Writes the entries, and notes for the samples what can be sampled. */
-static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first, const struct ram_range *range, bool sampled)
+static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first,
+			  const struct ram_range *range, bool sampled)
 {
 	for (uint64_t page = range->page; page < range->page + range->pages; page++) {
 		struct unit_page *u = &s->unit[page - first];
@@ -262,9 +267,10 @@ static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first, c
 	s->tally.looked += range->pages;
 }
 
-/* The next run of pages of this source that are due, from `*at` on; pages between them that are not there anyway are no
- * bounds. False: there is none. */
-static bool next_due(const struct scan *s, uint64_t pages, enum scan_source source, uint64_t *at, uint64_t *ret_pages)
+/* The next run of pages of this source that are due, from `*at` on; pages between them that are not
+ * there anyway are no bounds. False: there is none. */
+static bool next_due(const struct scan *s, uint64_t pages, enum scan_source source, uint64_t *at,
+		     uint64_t *ret_pages)
 {
 	uint64_t first = *at, last, end;
 
@@ -273,7 +279,9 @@ static bool next_due(const struct scan *s, uint64_t pages, enum scan_source sour
 	if (first == pages)
 		return false;
 	last = end = first;
-	for (; end < pages && s->unit[end].source == source && (s->unit[end].due || !s->unit[end].present); end++)
+	for (;
+	     end < pages && s->unit[end].source == source && (s->unit[end].due || !s->unit[end].present);
+	     end++)
 		if (s->unit[end].due)
 			last = end;
 	*at = first;
@@ -293,10 +301,10 @@ static bool next_copies(const struct scan *s, uint64_t pages, uint64_t *at, uint
 	return run >= SCAN_SETTLE_PAGES;
 }
 
-/* To be done at the end of the slice, when nobody writes. -ENOSPC: too much for one slice. */
+/* To be done at the end of the slice, when nobody writes. -ENOSPC: too much. */
 static int add_frozen(struct scan *s, const struct frozen_run *run)
 {
-	if (s->frozen_count == FROZEN_RUNS || (run->settle && s->settle_pages + run->pages > SETTLE_PAGES))
+	if (s->frozen_count == FROZEN_RUNS)
 		return -ENOSPC;
 	s->settle_pages += run->settle ? run->pages : 0;
 	s->frozen[s->frozen_count++] = *run;
@@ -304,9 +312,10 @@ static int add_frozen(struct scan *s, const struct frozen_run *run)
 }
 
 /* Takes what is due out of the page table, or notes it, so that the next look tells. */
-static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages, uint64_t *sampled_in)
+static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages,
+		  uint64_t *sampled_in)
 {
-	struct frozen_run frozen = { .block = b, .sampled_in = sampled_in };
+	struct frozen_run frozen = { .slot = s->slot, .block = b, .sampled_in = sampled_in };
 	int single = ram_single(s->ram, b, first, pages), r = 0;
 	uint64_t at, run;
 
@@ -324,20 +333,62 @@ static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t 
 	frozen.settle = true;
 	for (at = 0; s->freezer.freeze && next_copies(s, pages, &at, &run); at += run) {
 		frozen.page = first + at;
-		frozen.pages = run < SETTLE_PAGES ? run : SETTLE_PAGES;
+		frozen.pages = run;
 		(void)add_frozen(s, &frozen); /* what is too much has its turn in the next pass */
 	}
 	return r;
 }
 
-static int do_frozen_run(struct scan *s, const struct frozen_run *run)
+/* Some of the copies; a failure leaves them where they are. True: there are more. */
+static bool settle_some(struct scan *s, struct frozen_run *run, uint64_t *budget_pages)
 {
-	if (run->settle) { /* a failure leaves them where they are */
-		(void)ram_settle_copies(s->ram, run->block, run->page, run->pages, SCAN_SETTLE_PAGES, &s->tally.settled);
-		return 0;
-	}
+	uint64_t pages = run->pages < *budget_pages ? run->pages : *budget_pages;
+
+	(void)ram_settle_copies(s->ram, run->block, run->page, pages, &s->tally.settled);
+	run->page += pages;
+	run->pages -= pages;
+	*budget_pages -= pages;
+	return run->pages;
+}
+
+static void zap_frozen(struct scan *s, const struct frozen_run *run)
+{
 	s->tally.sampled += run->pages;
-	return ram_zap_clean(s->ram, run->block, run->page, run->pages);
+	if (ram_zap_clean(s->ram, run->block, run->page, run->pages))
+		*run->sampled_in = 0;
+}
+
+/* The block may have gone since an earlier slice. */
+static bool is_there(const struct scan *s, const struct frozen_run *run)
+{
+	return ram_block_at(s->ram, run->slot) == run->block && s->blocks[run->slot].block == run->block;
+}
+
+/* What is left has copies to settle, in the next slice. */
+static void do_frozen_runs(struct scan *s)
+{
+	uint64_t budget_pages = SETTLE_PAGES;
+	size_t left = 0;
+
+	for (size_t i = 0; i < s->frozen_count; i++) {
+		struct frozen_run *run = &s->frozen[i];
+
+		if (!is_there(s, run))
+			continue;
+		if (!run->settle)
+			zap_frozen(s, run);
+		else if (!budget_pages || settle_some(s, run, &budget_pages))
+			s->frozen[left++] = *run;
+	}
+	s->frozen_count = left;
+}
+
+static void give_up_frozen(struct scan *s)
+{
+	for (size_t i = 0; i < s->frozen_count; i++)
+		if (is_there(s, &s->frozen[i]))
+			*s->frozen[i].sampled_in = 0;
+	s->frozen_count = 0;
 }
 
 /* A thread that waits for storage may keep all others waiting: that is not tried time and again. */
@@ -357,28 +408,31 @@ static int freeze(struct scan *s)
 	return r;
 }
 
-/* What needs that nobody writes, for all units of a slice at once: to stop everybody takes longer than the work. */
+/* What needs that nobody writes, for all units of a slice at once: to stop everybody takes longer than
+ * the work. */
 static void do_frozen(struct scan *s)
 {
 	uint64_t begin_us = os_now_us();
-	int stopped = s->frozen_count ? freeze(s) : 0;
 
-	for (size_t i = 0; i < s->frozen_count; i++)
-		if (stopped || do_frozen_run(s, &s->frozen[i]))
-			*s->frozen[i].sampled_in = 0;
-	if (s->frozen_count && !stopped) {
-		s->freezer.thaw(s->freezer.ctx);
-		s->tally.frozen_us += os_now_us() - begin_us;
+	s->settle_pages = s->stopped_us = 0;
+	if (!s->frozen_count)
+		return;
+	if (freeze(s)) {
+		give_up_frozen(s);
+		return;
 	}
-	s->frozen_count = 0;
-	s->settle_pages = 0;
+	do_frozen_runs(s);
+	s->freezer.thaw(s->freezer.ctx);
+	s->stopped_us = os_now_us() - begin_us;
+	s->tally.frozen_us += s->stopped_us;
 }
 
 static void set_due(struct scan *s, uint64_t page)
 {
 	for (unsigned i = 0; i < ACTIVITIES; i++) {
 		s->was_due[i] = activity_is_sampled((enum activity)i, page, s->pass - 1, s->thin_before);
-		s->due[i] = s->pass > COUNTING_PASS && activity_is_sampled((enum activity)i, page, s->pass, s->thin);
+		s->due[i] = s->pass > COUNTING_PASS &&
+			    activity_is_sampled((enum activity)i, page, s->pass, s->thin);
 	}
 }
 
@@ -453,20 +507,38 @@ static void note_hold(struct tally *t, uint64_t took_us, uint64_t took_cpu_us)
 
 enum slice_end { SLICE_MORE, SLICE_LAST, SLICE_HELD };
 
+static enum slice_end do_units(struct scan *s, uint64_t begin_us)
+{
+	for (uint64_t units = s->units / SLICES + 1; units; units--) {
+		if (os_now_us() - begin_us >= SLICE_US || s->settle_pages >= SETTLE_PAGES)
+			break;
+		if (!next_unit(s))
+			return SLICE_LAST;
+	}
+	return SLICE_MORE;
+}
+
+/* What an earlier slice has left comes first. */
+static enum slice_end do_units_and_frozen(struct scan *s, uint64_t begin_us)
+{
+	enum slice_end end = s->frozen_count ? SLICE_MORE : do_units(s, begin_us);
+
+	do_frozen(s);
+	return s->frozen_count ? SLICE_MORE : end;
+}
+
 static enum slice_end do_slice(struct scan *s)
 {
-	uint64_t begin_us, begin_ns, units = s->units / SLICES + 1;
-	enum slice_end end = SLICE_MORE;
+	uint64_t begin_us, begin_ns;
+	enum slice_end end;
 
 	ram_lock(s->ram);
 	begin_us = os_now_us();
 	begin_ns = cpu_ns();
 	if (s->yielded || ram_is_held(s->ram))
 		end = SLICE_HELD;
-	for (; end == SLICE_MORE && units && os_now_us() - begin_us < SLICE_US; units--)
-		if (!next_unit(s))
-			end = SLICE_LAST;
-	do_frozen(s);
+	else
+		end = do_units_and_frozen(s, begin_us);
 	begin_ns = cpu_ns() - begin_ns;
 	note_hold(&s->tally, os_now_us() - begin_us, begin_ns / 1000);
 	ram_unlock(s->ram);
@@ -528,7 +600,8 @@ static void report_pass(struct scan *s)
 {
 	struct scan_report *to = &s->report;
 	const struct tally *t = &s->tally;
-	bool async = os_features_get()->uffd_features & OS_UFFD_WP_ASYNC, single = s->uffd >= 0 && !t->around;
+	bool async = os_features_get()->uffd_features & OS_UFFD_WP_ASYNC,
+	     single = s->uffd >= 0 && !t->around;
 
 	to->passes++;
 	memset(to->pages, 0, sizeof to->pages);
@@ -558,7 +631,10 @@ static void report_pass(struct scan *s)
 static void end_pass(struct scan *s)
 {
 	struct scan_activity activity = {
-		.shortest_us = s->asked_us, .period_us = s->period_us, .looked = s->tally.looked, .changed = s->tally.changed,
+		.shortest_us = s->asked_us,
+		.period_us = s->period_us,
+		.looked = s->tally.looked,
+		.changed = s->tally.changed,
 	};
 
 	s->runs = false;
@@ -578,6 +654,7 @@ static void end_pass(struct scan *s)
 static void break_off(struct scan *s)
 {
 	s->runs = false;
+	s->frozen_count = 0;
 	s->pass = s->pass > COUNTING_PASS ? s->pass + 1 : 0;
 }
 
@@ -591,18 +668,22 @@ static void note_pause(struct scan *s)
 /* A pass is spread over its period; the one that only counts is not. */
 static uint64_t rest_us(const struct scan *s, uint64_t units_done)
 {
-	uint64_t due, now = os_now_us();
+	uint64_t due, now = os_now_us(), least = REST_US;
 
+	if (s->stopped_us * REST_FACTOR > least)
+		least = s->stopped_us * REST_FACTOR;
 	if (s->pass == COUNTING_PASS || !s->units)
-		return REST_US;
+		return least;
 	due = s->begun_us + (uint64_t)((double)s->period_us * (double)units_done / (double)s->units);
-	return due > now + REST_US ? due - now : REST_US;
+	return due > now + least ? due - now : least;
 }
 
-/* Looks of another period, or from before a time in which nobody looked, do not go with those to come: it is all new. */
+/* Looks of another period, or from before a time in which nobody looked, do not go with those to come:
+ * it is all new. */
 static void change_period(struct scan *s, uint64_t shortest_us)
 {
 	s->runs = false;
+	s->frozen_count = 0;
 	s->pass = 0;
 	if (!s->asked_us)
 		begin_single(s);
@@ -614,7 +695,7 @@ static void change_period(struct scan *s, uint64_t shortest_us)
 
 uint64_t scan_step(struct scan *s)
 {
-	uint64_t shortest_us, now = os_now_us();
+	uint64_t shortest_us, rest, now = os_now_us();
 
 	pthread_mutex_lock(&s->lock);
 	shortest_us = s->shortest_us;
@@ -631,14 +712,15 @@ uint64_t scan_step(struct scan *s)
 	case SLICE_HELD:
 		break_off(s);
 		note_pause(s);
-		s->next_us = now + HELD_POLL_US;
+		rest = HELD_POLL_US;
 		break;
 	case SLICE_LAST:
-		s->next_us = now + rest_us(s, s->units);
+		rest = rest_us(s, s->units);
 		end_pass(s);
 		break;
 	default:
-		s->next_us = now + rest_us(s, s->units_done);
+		rest = rest_us(s, s->units_done);
 	}
-	return s->next_us - now;
+	s->next_us = os_now_us() + rest;
+	return rest;
 }

@@ -90,7 +90,10 @@ bool cli_parse_real(const char *text, double min, double max, double *ret_value)
 
 bool cli_parse_time(const char *text, uint64_t *ret_us)
 {
-	static const struct { const char *name; double us; } units[] = {
+	static const struct {
+		const char *name;
+		double us;
+	} units[] = {
 		{ "", 1e6 }, { "s", 1e6 }, { "ms", 1e3 }, { "m", 6e7 }, { "h", 3.6e9 },
 	};
 	char *end;

@@ -37,8 +37,8 @@ struct cli_command {
 	int (*run)(const struct cli_command *command, int argc, char **argv);
 };
 
-extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore, cli_info,
-	cli_verify, cli_flatten, cli_spare, cli_scan;
+extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore,
+	cli_info, cli_verify, cli_flatten, cli_spare, cli_scan;
 
 /* ---- options -------------------------------------------------------------------------------- */
 

@@ -173,20 +173,25 @@ static void check_userfaultfd(struct check_list *list, const struct os_features 
 /* What the scan uses (activity/scan.h), and what it could use and does not. */
 static void check_activity(struct check_list *list, const struct os_features *features)
 {
-	struct check *check = check_add(list, "activity", "latent scan: seeing which memory a guest uses");
-	bool base = features->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM, images = features->uffd_features & OS_UFFD_WP_ASYNC;
-	const char *unused = features->page_idle && features->damon ? "; page_idle and DAMON are not used"
-			     : features->page_idle		    ? "; page_idle is not used"
-			     : features->damon			    ? "; DAMON is not used"
-								    : "";
+	struct check *check =
+		check_add(list, "activity", "latent scan: seeing which memory a guest uses");
+	bool base = features->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM,
+	     images = features->uffd_features & OS_UFFD_WP_ASYNC;
+	const char *unused = features->page_idle && features->damon
+				     ? "; page_idle and DAMON are not used"
+			     : features->page_idle ? "; page_idle is not used"
+			     : features->damon     ? "; DAMON is not used"
+						   : "";
 
 	if (base && images) {
 		check_found(check, CHECK_OK, "zap and see, by single pages%s", unused);
 		return;
 	}
-	check_found(check, CHECK_LIMITED, "zap and see, %s%s", base ? "by single pages, and by groups of 16 in images"
-							       : "by groups of 16 pages", unused);
-	check_remedy(check, base ? "a kernel from 6.7 on" : "a kernel from 5.19 on (better 6.7), and userfaultfd(2)");
+	check_found(check, CHECK_LIMITED, "zap and see, %s%s",
+		    base ? "by single pages, and by groups of 16 in images" : "by groups of 16 pages",
+		    unused);
+	check_remedy(check, base ? "a kernel from 6.7 on"
+				 : "a kernel from 5.19 on (better 6.7), and userfaultfd(2)");
 }
 
 static void check_huge_pages(struct check_list *list, const struct os_features *features)

@@ -35,7 +35,16 @@
 #define MAX_CONFIG_BYTES (1 << 20)
 #define WHY_BYTES 512
 
-enum { OPT_NAME, OPT_THRESHOLD, OPT_MIN_RUN, OPT_MAX_MAPS, OPT_TRUST, OPT_NO_OVERLAYS, OPT_VMGENID, OPT_SCAN };
+enum {
+	OPT_NAME,
+	OPT_THRESHOLD,
+	OPT_MIN_RUN,
+	OPT_MAX_MAPS,
+	OPT_TRUST,
+	OPT_NO_OVERLAYS,
+	OPT_VMGENID,
+	OPT_SCAN
+};
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: QEMU's -name, or vm-PID)" },
@@ -48,9 +57,11 @@ static const struct cli_option options[] = {
 	[OPT_TRUST] = { "trust-image", CLI_FLAG, NULL,
 			"map images although nothing keeps them from changing" },
 	[OPT_NO_OVERLAYS] = { "no-overlays", CLI_FLAG, NULL, "plain RAM: map no images" },
-	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL, "give the VM a generation ID, which is new for each clone of it" },
+	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL,
+			  "give the VM a generation ID, which is new for each clone of it" },
 	[OPT_SCAN] = { "scan-period", CLI_VALUE, "TIME",
-		       "look which memory is in use, once in this time: 10s (default: not until latent scan)" },
+		       "look which memory is in use, once in this time: 10s (default: not until latent "
+		       "scan)" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
 

@@ -51,7 +51,8 @@ static void print_sources(const struct scan_stats *scan)
 	char size[CLI_SIZE_TEXT];
 
 	for (unsigned i = 0; i < SCAN_SOURCES; i++) {
-		uint64_t pages = stat_get(&scan->by_source_now[i]), grain = stat_get(&scan->granularity_now[i]);
+		uint64_t pages = stat_get(&scan->by_source_now[i]),
+			 grain = stat_get(&scan->granularity_now[i]);
 
 		if (!pages)
 			continue;
@@ -83,14 +84,19 @@ void stat_print_scan(const struct vm_stats *stats)
 	}
 	print_working_sets(scan);
 	print_sources(scan);
-	printf("  passes %ju; processor time of the last %.1f ms, of all %.1f s; pages sampled %ju, brought back %ju\n",
+	printf("  passes %ju; processor time of the last %.1f ms, of all %.1f s; pages sampled %ju, "
+	       "brought back %ju\n",
 	       (uintmax_t)stat_get(&scan->passes), (double)stat_get(&scan->pass_cpu_ns_now) / 1e6,
-	       (double)stat_get(&scan->cpu_ns) / 1e9, (uintmax_t)stat_get(&scan->sampled), (uintmax_t)stat_get(&scan->refaults));
-	printf("  copies of image pages moved to its own memory %ju; the guest stood for %.1f ms in all\n",
+	       (double)stat_get(&scan->cpu_ns) / 1e9, (uintmax_t)stat_get(&scan->sampled),
+	       (uintmax_t)stat_get(&scan->refaults));
+	printf("  copies of image pages moved to its own memory %ju; the guest stood for %.1f ms in "
+	       "all\n",
 	       (uintmax_t)stat_get(&scan->settled), (double)stat_get(&scan->frozen_us) / 1e3);
-	printf("  longest hold of guest RAM's lock %.2f ms, of processor time %.2f ms; over %u ms %ju of %ju\n",
-	       (double)stat_get(&scan->hold_max_us) / 1e3, (double)stat_get(&scan->hold_max_cpu_us) / 1e3, SCAN_HOLD_MAX_US / 1000, (uintmax_t)stat_get(&scan->long_holds),
-	       (uintmax_t)stat_get(&scan->holds));
+	printf("  longest hold of guest RAM's lock %.2f ms, of processor time %.2f ms; over %u ms %ju "
+	       "of %ju\n",
+	       (double)stat_get(&scan->hold_max_us) / 1e3,
+	       (double)stat_get(&scan->hold_max_cpu_us) / 1e3, SCAN_HOLD_MAX_US / 1000,
+	       (uintmax_t)stat_get(&scan->long_holds), (uintmax_t)stat_get(&scan->holds));
 }
 
 static void add(struct json_object *json, const char *key, const stat_counter *value)
@@ -120,7 +126,8 @@ struct json_object *stat_scan_to_json(const struct scan_stats *scan)
 
 	add(json, "period_us_now", &scan->period_us_now);
 	add(json, "shortest_us_now", &scan->shortest_us_now);
-	json_object_object_add(json, "paused_now", json_object_new_boolean(stat_get(&scan->paused_now) != 0));
+	json_object_object_add(json, "paused_now",
+			       json_object_new_boolean(stat_get(&scan->paused_now) != 0));
 	for (unsigned i = 0; i < ACTIVITY_CLASSES; i++)
 		add(classes, activity_class_names[i], &scan->pages_now[i]);
 	json_object_object_add(json, "pages_now", classes);
@@ -128,7 +135,8 @@ struct json_object *stat_scan_to_json(const struct scan_stats *scan)
 		uint64_t pages = stat_get(&scan->in_use_now[i]);
 		bool known = stat_get(&scan->passes) && pages != SCAN_UNKNOWN;
 
-		json_object_object_add(json, windows[i].key, known ? json_object_new_uint64(pages) : NULL);
+		json_object_object_add(json, windows[i].key,
+				       known ? json_object_new_uint64(pages) : NULL);
 	}
 	json_object_object_add(json, "sources", sources_to_json(scan));
 	add(json, "passes", &scan->passes);

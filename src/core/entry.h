@@ -75,15 +75,9 @@ static inline uint64_t entry_file_page(uint64_t entry)
 }
 
 /* enum activity, and minutes: activity/states.h. */
-static inline unsigned entry_short(uint64_t entry)
-{
-	return entry >> ENTRY_SHORT_SHIFT & 0xf;
-}
+static inline unsigned entry_short(uint64_t entry) { return entry >> ENTRY_SHORT_SHIFT & 0xf; }
 
-static inline unsigned entry_long(uint64_t entry)
-{
-	return entry >> ENTRY_LONG_SHIFT & 0xf;
-}
+static inline unsigned entry_long(uint64_t entry) { return entry >> ENTRY_LONG_SHIFT & 0xf; }
 
 static inline uint64_t entry_activity(unsigned short_state, unsigned long_state)
 {

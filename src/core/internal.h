@@ -71,8 +71,8 @@ static inline void entry_change(struct ram_block *b, uint64_t page, uint64_t mas
 {
 	uint64_t old = atomic_load_explicit(&b->entries[page], memory_order_relaxed);
 
-	while (!atomic_compare_exchange_weak_explicit(&b->entries[page], &old, (old & ~mask) | bits, memory_order_relaxed,
-						      memory_order_relaxed))
+	while (!atomic_compare_exchange_weak_explicit(&b->entries[page], &old, (old & ~mask) | bits,
+						      memory_order_relaxed, memory_order_relaxed))
 		;
 }
 

@@ -286,7 +286,8 @@ int mask_single(struct ram *ram, void *hva, size_t bytes, bool on)
 	int r;
 
 	pthread_mutex_lock(&ram->mask_lock);
-	r = on ? os_uffd_register_missing_wp(ram->uffd, hva, bytes) : os_uffd_register_missing(ram->uffd, hva, bytes);
+	r = on ? os_uffd_register_missing_wp(ram->uffd, hva, bytes)
+	       : os_uffd_register_missing(ram->uffd, hva, bytes);
 	pthread_mutex_unlock(&ram->mask_lock);
 	return r;
 }

@@ -1044,10 +1044,7 @@ static void note_copied(void *ctx, uint8_t *hva, uint64_t pages)
 			set_private(c->ram, c->block, i, RAM_LOST_COPIED);
 }
 
-static bool is_clean(const struct ram_block *b, uint64_t page)
-{
-	return maps_file(entry_get(b, page));
-}
+static bool is_clean(const struct ram_block *b, uint64_t page) { return maps_file(entry_get(b, page)); }
 
 /* The private flags of the pages, brought up to date. */
 static int update_private(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
@@ -1087,7 +1084,7 @@ static struct ram_range copies_at(const struct ram_block *b, uint64_t page, uint
 	return range;
 }
 
-int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, uint64_t least,
+int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
 		      uint64_t *ret_settled)
 {
 	uint64_t end = page + pages;
@@ -1098,7 +1095,7 @@ int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint6
 	while (!r && page < end) {
 		struct ram_range copies = copies_at(b, page, end);
 
-		if (copies.pages >= least && may_return(ram, b, &copies))
+		if (copies.pages && may_return(ram, b, &copies))
 			r = settle_range(ram, b, &copies, ret_settled);
 		page += copies.pages ? copies.pages : 1;
 	}
@@ -1178,7 +1175,8 @@ void ram_not_single(struct ram *ram, struct ram_block *b, uint64_t page, uint64_
 		if (range.source == ENTRY_WATCHED)
 			(void)mask_single(ram, page_hva(b, page), os_bytes(range.pages), false);
 		else if (range.source == ENTRY_BASE || may_single(ram, &range))
-			(void)os_uffd_unregister(ram->single_uffd, page_hva(b, page), os_bytes(range.pages));
+			(void)os_uffd_unregister(ram->single_uffd, page_hva(b, page),
+						 os_bytes(range.pages));
 		page += range.pages;
 	}
 }

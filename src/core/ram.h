@@ -154,24 +154,23 @@ int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64
  * date (ram_for_private) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);
 
-/* [locked; the pages' writers stopped] Takes what the pages' overlays show of their files out of the page table, and no
- * private copy. */
+/* [locked; the pages' writers stopped] Takes what the pages' overlays show of their files out of the
+ * page table, and no private copy. */
 int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
-/* [locked; the pages' writers stopped] Settles runs of private copies of at least `least` pages, where the budget of
- * mappings allows it. `*ret_settled` grows by the pages, also on failure. */
-int ram_settle_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages, uint64_t least,
+/* [locked; the pages' writers stopped] Settles the private copies among the pages, where the budget of
+ * mappings allows it. `*ret_settled` grows by them, also on failure. */
+int ram_settle_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
 		      uint64_t *ret_settled);
 
 /*
- * Looking for what the guest uses (activity/scan.h). Where nobody asks for single pages, the kernel maps up to
- * 15 others around a page that is touched, and those look used.
+ * Looking for what the guest uses (activity/scan.h). Where nobody asks for single pages, the kernel maps
+ * up to 15 others around a page that is touched, and those look used.
  *
- * ram_single_by: [locked] `uffd` (for write-protection, of which nobody makes use; borrowed; -1: none any more) is what
- *     asks for single pages; `overlays`: in overlays, too (WP_ASYNC).
- * ram_single: [locked] single pages from now on, also in what has been mapped anew since. -errno: not there.
- * ram_not_single: [locked] as before.
- * ram_set_activity: [locked] ENTRY_ACTIVITY of the page's entry.
+ * ram_single_by: [locked] `uffd` (for write-protection, of which nobody makes use; borrowed; -1: none
+ * any more) is what asks for single pages; `overlays`: in overlays, too (WP_ASYNC). ram_single: [locked]
+ * single pages from now on, also in what has been mapped anew since. -errno: not there. ram_not_single:
+ * [locked] as before. ram_set_activity: [locked] ENTRY_ACTIVITY of the page's entry.
  */
 void ram_single_by(struct ram *ram, int uffd, bool overlays);
 int ram_single(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);

@@ -71,15 +71,9 @@ static int open_any(uint64_t features, bool unserved)
 	return with_features(fd, features);
 }
 
-int os_uffd_open(uint64_t features)
-{
-	return open_any(features, false);
-}
+int os_uffd_open(uint64_t features) { return open_any(features, false); }
 
-int os_uffd_open_unserved(uint64_t features)
-{
-	return open_any(features, true);
-}
+int os_uffd_open_unserved(uint64_t features) { return open_any(features, true); }
 
 static int register_range(int uffd, void *hva, size_t bytes, uint64_t mode)
 {

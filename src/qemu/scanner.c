@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The thread that looks at what the guest uses (activity/scan.h). There is none until somebody asks for it; then it
- * stays, and sleeps while the scan is off. It touches no guest RAM, and is never stopped with the others.
+ * The thread that looks at what the guest uses (activity/scan.h). There is none until somebody asks for
+ * it; then it stays, and sleeps while the scan is off. It touches no guest RAM, and is never stopped
+ * with the others.
  */
 #include "qemu/agent.h"
 
@@ -15,10 +16,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FREEZE_MS 5 /* a thread that does not stop sooner is not worth waiting for: the guest stands meanwhile */
+#define FREEZE_MS                                                                                       \
+	5 /* a thread that does not stop sooner is not worth waiting for: the guest stands meanwhile */
 
 _Static_assert(ACTIVITY_CLASSES == VM_STATS_CLASSES && SCAN_SOURCES == VM_STATS_SCAN_SOURCES &&
-	       SCAN_WINDOWS == VM_STATS_WINDOWS && SCAN_UNKNOWN == UINT64_MAX, "the layout of the statistics");
+		       SCAN_WINDOWS == VM_STATS_WINDOWS && SCAN_UNKNOWN == UINT64_MAX,
+	       "the layout of the statistics");
 
 static struct {
 	struct agent *agent;

@@ -4,6 +4,7 @@
 #include "os/os.h"
 #include "os/probe.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,8 +14,9 @@
 #define UNIT_PAGES SAMPLE_GROUP_PAGES
 #define SLICES 32u        /* a pass has about so many, more if they would take long */
 #define SLICE_US 300u     /* no unit is begun after that, */
-#define FROZEN_RUNS 256u  /* and no more is done with everybody stopped: so many runs, */
-#define SETTLE_PAGES 256u /* and copies settled */
+#define FEW_RUNS 64u      /* or if there are so many runs to be done with everybody stopped, */
+#define SETTLE_PAGES 128u /* or so many copies to settle; no more are settled at once */
+#define FROZEN_RUNS (FEW_RUNS + UNIT_PAGES)
 #define SPARED_SLICES 8u  /* that try to stop nobody, after that has failed */
 #define REST_US 200u      /* between two slices at least: others want the lock */
 #define REST_FACTOR 4u    /* and so many times as long as everybody was stopped: the guest goes on meanwhile */
@@ -52,7 +54,6 @@ struct frozen_run {
 	unsigned slot; /* of the block */
 	struct ram_block *block;
 	uint64_t page, pages;
-	uint64_t *sampled_in; /* of its unit: 0 if it could not be done */
 	bool settle;
 };
 
@@ -301,21 +302,17 @@ static bool next_copies(const struct scan *s, uint64_t pages, uint64_t *at, uint
 	return run >= SCAN_SETTLE_PAGES;
 }
 
-/* To be done at the end of the slice, when nobody writes. -ENOSPC: too much. */
-static int add_frozen(struct scan *s, const struct frozen_run *run)
+/* To be done at the end of the slice, when nobody writes. There is room for all runs of one more unit. */
+static void add_frozen(struct scan *s, struct ram_block *b, uint64_t page, uint64_t pages, bool settle)
 {
-	if (s->frozen_count == FROZEN_RUNS)
-		return -ENOSPC;
-	s->settle_pages += run->settle ? run->pages : 0;
-	s->frozen[s->frozen_count++] = *run;
-	return 0;
+	assert(s->frozen_count < FROZEN_RUNS);
+	s->settle_pages += settle ? pages : 0;
+	s->frozen[s->frozen_count++] = (struct frozen_run){ s->slot, b, page, pages, settle };
 }
 
 /* Takes what is due out of the page table, or notes it, so that the next look tells. */
-static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages,
-		  uint64_t *sampled_in)
+static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
 {
-	struct frozen_run frozen = { .slot = s->slot, .block = b, .sampled_in = sampled_in };
 	int single = ram_single(s->ram, b, first, pages), r = 0;
 	uint64_t at, run;
 
@@ -325,17 +322,10 @@ static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t 
 		r = ram_zap_base(s->ram, b, first + at, run);
 		s->tally.sampled += run;
 	}
-	for (at = 0; !r && next_due(s, pages, SCAN_CLEAN, &at, &run); at += run) {
-		frozen.page = first + at;
-		frozen.pages = run;
-		r = add_frozen(s, &frozen);
-	}
-	frozen.settle = true;
-	for (at = 0; s->freezer.freeze && next_copies(s, pages, &at, &run); at += run) {
-		frozen.page = first + at;
-		frozen.pages = run;
-		(void)add_frozen(s, &frozen); /* what is too much has its turn in the next pass */
-	}
+	for (at = 0; next_due(s, pages, SCAN_CLEAN, &at, &run); at += run)
+		add_frozen(s, b, first + at, run, false);
+	for (at = 0; s->freezer.freeze && next_copies(s, pages, &at, &run); at += run)
+		add_frozen(s, b, first + at, run, true);
 	return r;
 }
 
@@ -351,17 +341,27 @@ static bool settle_some(struct scan *s, struct frozen_run *run, uint64_t *budget
 	return run->pages;
 }
 
+/* The next look at the unit tells nothing. */
+static void forget_sample(struct scan *s, const struct frozen_run *run)
+{
+	s->blocks[run->slot].sampled_in[run->page / UNIT_PAGES] = 0;
+}
+
 static void zap_frozen(struct scan *s, const struct frozen_run *run)
 {
 	s->tally.sampled += run->pages;
 	if (ram_zap_clean(s->ram, run->block, run->page, run->pages))
-		*run->sampled_in = 0;
+		forget_sample(s, run);
 }
 
-/* The block may have gone since an earlier slice. */
+/* The block may have gone since an earlier slice, and another one come. */
 static bool is_there(const struct scan *s, const struct frozen_run *run)
 {
-	return ram_block_at(s->ram, run->slot) == run->block && s->blocks[run->slot].block == run->block;
+	const struct ram_block *b = ram_block_at(s->ram, run->slot);
+	const struct scan_block *known = &s->blocks[run->slot];
+
+	return b && b == run->block && b == known->block && b->pages == known->pages &&
+	       run->page + run->pages <= b->pages;
 }
 
 /* What is left has copies to settle, in the next slice. */
@@ -386,8 +386,8 @@ static void do_frozen_runs(struct scan *s)
 static void give_up_frozen(struct scan *s)
 {
 	for (size_t i = 0; i < s->frozen_count; i++)
-		if (is_there(s, &s->frozen[i]))
-			*s->frozen[i].sampled_in = 0;
+		if (!s->frozen[i].settle && is_there(s, &s->frozen[i]))
+			forget_sample(s, &s->frozen[i]);
 	s->frozen_count = 0;
 }
 
@@ -454,7 +454,7 @@ static int do_unit(struct scan *s, struct ram_block *b, uint64_t first, uint64_t
 	}
 	if (s->pass == COUNTING_PASS)
 		return 0;
-	r = sample(s, b, first, pages, sampled_in);
+	r = sample(s, b, first, pages);
 	if (!r)
 		*sampled_in = s->pass;
 	return r;
@@ -510,7 +510,8 @@ enum slice_end { SLICE_MORE, SLICE_LAST, SLICE_HELD };
 static enum slice_end do_units(struct scan *s, uint64_t begin_us)
 {
 	for (uint64_t units = s->units / SLICES + 1; units; units--) {
-		if (os_now_us() - begin_us >= SLICE_US || s->settle_pages >= SETTLE_PAGES)
+		if (os_now_us() - begin_us >= SLICE_US || s->settle_pages >= SETTLE_PAGES ||
+		    s->frozen_count >= FEW_RUNS)
 			break;
 		if (!next_unit(s))
 			return SLICE_LAST;

@@ -71,7 +71,8 @@ int scan_create(struct ram *ram, const struct scan_freezer *freezer, struct scan
 void scan_destroy(struct scan *scan); /* NULL is allowed; nobody steps */
 
 /* Looks at each page once in `period_us` from now on, or a few times less often while little changes
- * (scan_next_period_us); all pages are new then. 0: no more, and states stay as they are. Takes effect at the next scan_step, and waits for nothing. */
+ * (scan_next_period_us); all pages are new then. 0: no more, and states stay as they are. Takes effect at the next
+ * scan_step, and waits for nothing. */
 void scan_set_period(struct scan *scan, uint64_t period_us);
 /* The time that the next pass of a migration will take; 0: there is none any more. */
 void scan_set_migration_pass(struct scan *scan, uint64_t pass_us);

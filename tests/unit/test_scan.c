@@ -17,7 +17,7 @@
 
 #define PAGES 1200u /* more than two groups */
 #define OVERLAY_PAGE 600u
-#define OVERLAY_PAGES 64u
+#define OVERLAY_PAGES 200u /* more than are settled at once */
 #define COPIED_PAGE (OVERLAY_PAGE + 10) /* a private copy */
 #define PERIOD_US 20000u
 #define HOT_PAGE 100u

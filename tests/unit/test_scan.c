@@ -262,6 +262,31 @@ static void test_copies(void **state)
 		fail_msg("%s", why);
 }
 
+/* Copies that cannot be moved stay, with what they hold, and are moved at a later pass. */
+static void test_copies_that_fail(void **state)
+{
+	static const enum os_fault_point points[] = { OS_FAULT_SETTLE_WRITE, OS_FAULT_MAP_BASE };
+	uint64_t first = OVERLAY_PAGE + 20, last = OVERLAY_PAGE + 60;
+
+	(void)state;
+	for (uint64_t i = first; i <= last; i++)
+		rig_write(rig_hva(&rig, 0, i), 900 + i);
+	for (size_t p = 0; p < sizeof points / sizeof points[0]; p++) {
+		os_fault_arm(points[p], 1, ENOMEM);
+		finish_pass();
+		assert_int_equal(os_fault_calls(points[p]), 1);
+		os_fault_arm(points[p], 0, 0);
+		for (uint64_t i = first; i <= last; i++) {
+			assert_int_equal(entry_source(rig_entry(&rig, 0, i)), ENTRY_OVERLAY);
+			assert_true(rig_holds(rig_hva(&rig, 0, i), 900 + i));
+		}
+	}
+	finish_pass();
+	assert_int_equal(report().settled, last + 1 - first);
+	for (uint64_t i = first; i <= last; i++)
+		assert_true(rig_holds(rig_hva(&rig, 0, i), 900 + i));
+}
+
 /* Nobody can be stopped, or it fails: nothing is known of overlays, and base goes on. */
 static void test_no_freezing(void **state)
 {
@@ -428,6 +453,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_hot_is_sampled_seldom, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_overlay, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_copies, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_copies_that_fail, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_no_freezing, NULL, tear_down),
 		cmocka_unit_test_setup_teardown(test_held, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_yield, set_up, tear_down),

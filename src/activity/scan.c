@@ -227,7 +227,8 @@ static enum seen_use see(const struct scan *s, enum activity now, bool present, 
 		return SEEN_NOTHING;
 	if (!present)
 		return SEEN_UNUSED;
-	return s->was_due[now] ? SEEN_USED : SEEN_NOTHING;
+	/* It was taken away at the last look, or was not there then. */
+	return s->was_due[now] || activity_states[now].unused_looks ? SEEN_USED : SEEN_NOTHING;
 }
 
 /* A page of which nothing can be found out any more is new again, for what was known of it is old. */

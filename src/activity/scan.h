@@ -5,7 +5,7 @@
  * Whether a page is in use is found out by taking it out of the page table, and looking a period later whether it
  * has come back. That works under KVM and TCG alike, for both fault through the VMM's page table. What can be
  * found out, and how, depends on the mapping (enum scan_source). A page that is sampled costs the guest a fault of 1
- * to 1.6 us if it is in use, so pages known to be hot are sampled at every eighth pass only, in turn; scan_thin
+ * to 2 us if it is in use, so pages known to be hot are sampled at every eighth pass only, in turn; scan_thin
  * bounds the rest.
  *
  * A scan goes in slices: scan_step looks at the next few, under the range lock, for a fraction of a millisecond. One

@@ -128,7 +128,7 @@ uint64_t scan_next_period_us(const struct scan_activity *activity);
  * the smallest `thin` of activity_is_sampled with which it loses less. `present`: pages that would have to be
  * faulted in again, by state.
  */
-#define REFAULT_NS 1600u /* of a base page, at most; see docs/activity.md */
+#define REFAULT_NS 1600u /* of a page; 1000 to 2000, by how busy the machine is */
 #define THIN_MAX 10u
 unsigned scan_thin(const uint64_t present[ACTIVITIES], uint64_t period_us);
 

@@ -13,9 +13,9 @@
 
 #define UNIT_PAGES SAMPLE_GROUP_PAGES
 #define SLICES 32u        /* a pass has about so many, more if they would take long */
-#define SLICE_US 300u     /* no unit is begun after that, */
-#define FEW_RUNS 64u      /* or if there are so many runs to be done with everybody stopped, */
-#define SETTLE_PAGES 128u /* or so many copies to settle; no more are settled at once */
+#define SLICE_US 200u     /* no unit is begun after that, */
+#define FEW_RUNS 32u      /* or if there are so many runs to be done with everybody stopped, */
+#define SETTLE_PAGES 64u  /* or so many copies to settle; no more are settled at once */
 #define FROZEN_RUNS (FEW_RUNS + UNIT_PAGES)
 #define SPARED_SLICES 8u  /* that try to stop nobody, after that has failed */
 #define REST_US 200u      /* between two slices at least: others want the lock */

@@ -348,11 +348,29 @@ static void forget_sample(struct scan *s, const struct frozen_run *run)
 	s->blocks[run->slot].sampled_in[run->page / UNIT_PAGES] = 0;
 }
 
-static void zap_frozen(struct scan *s, const struct frozen_run *run)
+/* What is private in the run's unit; `known`: a run for whose unit it is known since everybody stands, if any. */
+static int update_private(struct scan *s, const struct frozen_run *run, struct frozen_run *known)
 {
-	s->tally.sampled += run->pages;
-	if (ram_zap_clean(s->ram, run->block, run->page, run->pages))
+	uint64_t unit = run->page / UNIT_PAGES, left = run->block->pages - unit * UNIT_PAGES;
+	int r;
+
+	if (known->block == run->block && known->page / UNIT_PAGES == unit)
+		return 0;
+	r = ram_update_private(s->ram, run->block, unit * UNIT_PAGES, left < UNIT_PAGES ? left : UNIT_PAGES);
+	if (!r)
+		*known = *run;
+	return r;
+}
+
+static void zap_frozen(struct scan *s, const struct frozen_run *run, struct frozen_run *known)
+{
+	int r = update_private(s, run, known);
+
+	if (!r)
+		r = ram_zap_clean(s->ram, run->block, run->page, run->pages);
+	if (r)
 		forget_sample(s, run);
+	s->tally.sampled += run->pages;
 }
 
 /* The block may have gone since an earlier slice, and another one come. */
@@ -368,6 +386,7 @@ static bool is_there(const struct scan *s, const struct frozen_run *run)
 /* What is left has copies to settle, in the next slice. */
 static void do_frozen_runs(struct scan *s)
 {
+	struct frozen_run known = { .block = NULL };
 	uint64_t budget_pages = SETTLE_PAGES;
 	size_t left = 0;
 
@@ -377,7 +396,7 @@ static void do_frozen_runs(struct scan *s)
 		if (!is_there(s, run))
 			continue;
 		if (!run->settle)
-			zap_frozen(s, run);
+			zap_frozen(s, run, &known);
 		else if (!budget_pages || settle_some(s, run, &budget_pages))
 			s->frozen[left++] = *run;
 	}

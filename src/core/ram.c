@@ -1046,21 +1046,20 @@ static void note_copied(void *ctx, uint8_t *hva, uint64_t pages)
 
 static bool is_clean(const struct ram_block *b, uint64_t page) { return maps_file(entry_get(b, page)); }
 
-/* The private flags of the pages, brought up to date. */
-static int update_private(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+int ram_update_private(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	struct reconcile c = { .ram = ram, .block = b };
 
+	assert_locked(ram);
 	return os_pagemap_private_runs(ram->pagemap, page_hva(b, page), pages, note_copied, &c);
 }
 
 int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	uint64_t end = page + pages, last;
-	int r;
+	int r = 0;
 
 	assert_locked(ram);
-	r = update_private(ram, b, page, pages);
 	for (; !r && page < end; page = last) {
 		for (last = page; last < end && is_clean(b, last);)
 			last++;
@@ -1091,7 +1090,7 @@ int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint6
 	int r;
 
 	assert_locked(ram);
-	r = update_private(ram, b, page, pages);
+	r = ram_update_private(ram, b, page, pages);
 	while (!r && page < end) {
 		struct ram_range copies = copies_at(b, page, end);
 

@@ -154,8 +154,10 @@ int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64
  * date (ram_for_private) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);
 
-/* [locked; the pages' writers stopped] Takes what the pages' overlays show of their files out of the
- * page table, and no private copy. */
+/* [locked] Brings the private flags of the pages up to date. */
+int ram_update_private(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+/* [locked; the pages' writers stopped, and private flags brought up to date since they stand] Takes what
+ * the pages' overlays show of their files out of the page table, and no private copy. */
 int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
 /* [locked; the pages' writers stopped] Settles the private copies among the pages, where the budget of

@@ -88,6 +88,27 @@ bool cli_parse_real(const char *text, double min, double max, double *ret_value)
 	return true;
 }
 
+bool cli_parse_time(const char *text, uint64_t *ret_us)
+{
+	static const struct {
+		const char *name;
+		double us;
+	} units[] = {
+		{ "", 1e6 }, { "s", 1e6 }, { "ms", 1e3 }, { "m", 6e7 }, { "h", 3.6e9 },
+	};
+	char *end;
+	double value = strtod(text, &end);
+
+	if (text[0] < '0' || text[0] > '9' || !isfinite(value))
+		return false;
+	for (size_t i = 0; i < sizeof units / sizeof units[0]; i++)
+		if (!strcmp(end, units[i].name) && value * units[i].us < 1e18) {
+			*ret_us = (uint64_t)(value * units[i].us);
+			return true;
+		}
+	return false;
+}
+
 int cli_fail(int status, const char *format, ...)
 {
 	va_list args;

@@ -24,6 +24,7 @@ static void check_pagemap(struct check_list *list, const struct os_features *fea
 static void check_populate(struct check_list *list, const struct os_features *features);
 static void check_leases(struct check_list *list, const struct os_features *features);
 static void check_userfaultfd(struct check_list *list, const struct os_features *features);
+static void check_activity(struct check_list *list, const struct os_features *features);
 static void check_max_maps(struct check_list *list, const struct os_features *features);
 static void check_huge_pages(struct check_list *list, const struct os_features *features);
 static void check_overcommit(struct check_list *list);
@@ -45,6 +46,7 @@ void doctor_check_machine(struct check_list *list)
 	check_leases(list, features);
 	check_max_maps(list, features);
 	check_userfaultfd(list, features);
+	check_activity(list, features);
 	check_huge_pages(list, features);
 	check_overcommit(list);
 	check_memlock(list);
@@ -166,6 +168,30 @@ static void check_userfaultfd(struct check_list *list, const struct os_features 
 		    features->uffd_user_only ? "for faults of user space only" : "not to be had");
 	check_remedy(check, "sysctl vm.unprivileged_userfaultfd=1, or give yourself /dev/userfaultfd "
 			    "(setfacl -m u:$USER:rw /dev/userfaultfd)");
+}
+
+/* What the scan uses (activity/scan.h), and what it could use and does not. */
+static void check_activity(struct check_list *list, const struct os_features *features)
+{
+	struct check *check =
+		check_add(list, "activity", "latent scan: seeing which memory a guest uses");
+	bool base = features->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM,
+	     images = features->uffd_features & OS_UFFD_WP_ASYNC;
+	const char *unused = features->page_idle && features->damon
+				     ? "; page_idle and DAMON are not used"
+			     : features->page_idle ? "; page_idle is not used"
+			     : features->damon     ? "; DAMON is not used"
+						   : "";
+
+	if (base && images) {
+		check_found(check, CHECK_OK, "zap and see, by single pages%s", unused);
+		return;
+	}
+	check_found(check, CHECK_LIMITED, "zap and see, %s%s",
+		    base ? "by single pages, and by groups of 16 in images" : "by groups of 16 pages",
+		    unused);
+	check_remedy(check, base ? "a kernel from 6.7 on"
+				 : "a kernel from 5.19 on (better 6.7), and userfaultfd(2)");
 }
 
 static void check_huge_pages(struct check_list *list, const struct os_features *features)

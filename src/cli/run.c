@@ -35,7 +35,16 @@
 #define MAX_CONFIG_BYTES (1 << 20)
 #define WHY_BYTES 512
 
-enum { OPT_NAME, OPT_THRESHOLD, OPT_MIN_RUN, OPT_MAX_MAPS, OPT_TRUST, OPT_NO_OVERLAYS, OPT_VMGENID };
+enum {
+	OPT_NAME,
+	OPT_THRESHOLD,
+	OPT_MIN_RUN,
+	OPT_MAX_MAPS,
+	OPT_TRUST,
+	OPT_NO_OVERLAYS,
+	OPT_VMGENID,
+	OPT_SCAN
+};
 
 static const struct cli_option options[] = {
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "name of the VM (default: QEMU's -name, or vm-PID)" },
@@ -48,7 +57,11 @@ static const struct cli_option options[] = {
 	[OPT_TRUST] = { "trust-image", CLI_FLAG, NULL,
 			"map images although nothing keeps them from changing" },
 	[OPT_NO_OVERLAYS] = { "no-overlays", CLI_FLAG, NULL, "plain RAM: map no images" },
-	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL, "give the VM a generation ID, which is new for each clone of it" },
+	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL,
+			  "give the VM a generation ID, which is new for each clone of it" },
+	[OPT_SCAN] = { "scan-period", CLI_VALUE, "TIME",
+		       "look which memory is in use, once in this time: 10s (default: not until latent "
+		       "scan)" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
 
@@ -66,7 +79,7 @@ const struct cli_command cli_run = {
 struct launch {
 	const char *name; /* as the user gave it, or NULL */
 	double share_threshold;
-	uint64_t min_run_pages, budget_maps;
+	uint64_t min_run_pages, budget_maps, scan_period_us;
 	bool trust_images, no_overlays, vmgenid;
 
 	const struct run_restore *restore; /* NULL: it boots */
@@ -216,6 +229,8 @@ static int parse_option(struct launch *launch, int option, const char *value)
 	case OPT_TRUST:
 		launch->trust_images = true;
 		return CLI_OK;
+	case OPT_SCAN:
+		return cli_parse_period("run", "scan-period", value, &launch->scan_period_us);
 	case OPT_VMGENID:
 		launch->vmgenid = true;
 		return CLI_OK;
@@ -396,6 +411,7 @@ static int make_agent_config(const struct launch *launch)
 		.min_run_pages = (uint32_t)launch->min_run_pages,
 		.budget_maps = (uint32_t)launch->budget_maps,
 		.trust_images = launch->trust_images,
+		.scan_period_us = launch->scan_period_us,
 	};
 	int fd, r;
 

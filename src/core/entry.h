@@ -14,7 +14,8 @@
  *  kc, sh  not used
  *  sb      source bit: an access must fetch from the locator           (migration)
  *  pr      private, sticky: the guest has written; a copy of its own   (all)
- *  short, long   activity, two granularities                           (classification)
+ *  short, long   how much the page is used, by looks and by minutes: activity/states.h. They say
+ *          nothing about the source, and stay with the page when that changes
  *  file index, page number   the locator, for an overlay or a masked page. With the file index
  *          ENTRY_WORDS the page is one 8-byte word repeated, and the page number is the word's
  *
@@ -38,6 +39,9 @@ enum entry_source {
 #define ENTRY_SOURCE_MASK 0x7ull
 #define ENTRY_NEEDS_UPDATE (1ull << 3)
 #define ENTRY_PRIVATE (1ull << 7)
+#define ENTRY_SHORT_SHIFT 8
+#define ENTRY_LONG_SHIFT 12
+#define ENTRY_ACTIVITY (0xffull << ENTRY_SHORT_SHIFT)
 #define ENTRY_FILE_SHIFT 52
 #define ENTRY_PAGE_SHIFT 16
 #define ENTRY_PAGE_BITS 36
@@ -68,6 +72,16 @@ static inline unsigned entry_file(uint64_t entry)
 static inline uint64_t entry_file_page(uint64_t entry)
 {
 	return entry >> ENTRY_PAGE_SHIFT & (ENTRY_FILE_PAGES - 1);
+}
+
+/* enum activity, and minutes: activity/states.h. */
+static inline unsigned entry_short(uint64_t entry) { return entry >> ENTRY_SHORT_SHIFT & 0xf; }
+
+static inline unsigned entry_long(uint64_t entry) { return entry >> ENTRY_LONG_SHIFT & 0xf; }
+
+static inline uint64_t entry_activity(unsigned short_state, unsigned long_state)
+{
+	return (uint64_t)short_state << ENTRY_SHORT_SHIFT | (uint64_t)long_state << ENTRY_LONG_SHIFT;
 }
 
 static inline bool entry_is_private(uint64_t entry)

@@ -10,6 +10,7 @@
 
 struct ram_file {
 	bool used;
+	bool watched;           /* see ram_file_is_watched */
 	bool copy_only;         /* masked pages of it are copied from now on, and not mapped */
 	int fd;
 	uint64_t pages;
@@ -36,6 +37,8 @@ struct ram {
 	struct ram_counts counts;
 	bool base_held; /* see ram_hold */
 	struct os_pagemap *pagemap; /* used under the lock */
+	int single_uffd;            /* see ram_single_by */
+	bool single_overlays;
 
 	/*
 	 * The mask lock: whoever changes the entry of a page in a watched mapping, or that mapping, has it; behind
@@ -57,14 +60,26 @@ static inline void assert_locked(struct ram *ram)
 #endif
 }
 
+/* Without the page's activity, which is another matter. */
 static inline uint64_t entry_get(const struct ram_block *b, uint64_t page)
 {
-	return atomic_load_explicit(&b->entries[page], memory_order_relaxed);
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ~ENTRY_ACTIVITY;
 }
 
+/* Sets the bits of `mask`; others may change the rest of the word at the same time. */
+static inline void entry_change(struct ram_block *b, uint64_t page, uint64_t mask, uint64_t bits)
+{
+	uint64_t old = atomic_load_explicit(&b->entries[page], memory_order_relaxed);
+
+	while (!atomic_compare_exchange_weak_explicit(&b->entries[page], &old, (old & ~mask) | bits,
+						      memory_order_relaxed, memory_order_relaxed))
+		;
+}
+
+/* The page's activity stays. */
 static inline void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
 {
-	atomic_store_explicit(&b->entries[page], entry, memory_order_relaxed);
+	entry_change(b, page, ~ENTRY_ACTIVITY, entry);
 }
 
 static inline void *page_hva(const struct ram_block *b, uint64_t page)
@@ -85,7 +100,12 @@ bool within_budget(struct ram *ram, uint64_t more_maps);
 /* [locked, and with the mask lock] ram_map_overlay. */
 int map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, unsigned file, uint64_t file_page);
 
-/* mask.c; with the mask lock */
+/* mask.c */
+
+/* [locked] A watched mapping: see ram_single. */
+int mask_single(struct ram *ram, void *hva, size_t bytes, bool on);
+
+/* With the mask lock: */
 
 /* The page's entry is about to become another one: it needs no contents any more. */
 void mask_forget(struct ram *ram, uint64_t entry);

@@ -272,10 +272,22 @@ int ram_mask(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages
 		return -EBUSY;
 	if (!within_budget(ram, more_maps(b, page, pages)))
 		return -EDQUOT;
+	ram_not_single(ram, b, page, pages); /* one userfaultfd a mapping */
 	pthread_mutex_lock(&ram->mask_lock);
 	r = os_uffd_register_missing(ram->uffd, page_hva(b, page), os_bytes(pages));
 	if (!r)
 		set_masked(ram, b, page, pages, entries);
+	pthread_mutex_unlock(&ram->mask_lock);
+	return r;
+}
+
+int mask_single(struct ram *ram, void *hva, size_t bytes, bool on)
+{
+	int r;
+
+	pthread_mutex_lock(&ram->mask_lock);
+	r = on ? os_uffd_register_missing_wp(ram->uffd, hva, bytes)
+	       : os_uffd_register_missing(ram->uffd, hva, bytes);
 	pthread_mutex_unlock(&ram->mask_lock);
 	return r;
 }

@@ -31,6 +31,7 @@ int ram_create(uint64_t budget_maps, struct ram **ret_ram)
 	pthread_mutex_init(&ram->lock, NULL);
 	pthread_mutex_init(&ram->mask_lock, NULL);
 	ram->uffd = -1;
+	ram->single_uffd = -1;
 	ram->counts.budget_maps = budget_maps ? budget_maps : os_max_maps() / 2;
 	r = ram_recount_maps(ram);
 	if (r)
@@ -372,6 +373,12 @@ int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_obser
 		return (int)i;
 	}
 	return -ENOSPC;
+}
+
+void ram_file_is_watched(struct ram *ram, unsigned file)
+{
+	assert_locked(ram);
+	ram->files[file].watched = true;
 }
 
 void ram_drop_file(struct ram *ram, unsigned file)
@@ -1033,6 +1040,73 @@ void ram_zap_clean_overlays(struct ram *ram)
 	os_zap_many(z.ranges, z.count);
 }
 
+static void note_copied(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct reconcile *c = ctx;
+	uint64_t page = (uint64_t)(hva - c->block->hva) >> OS_PAGE_SHIFT;
+
+	for (uint64_t i = page; i < page + pages; i++)
+		if (entry_source(entry_get(c->block, i)) == ENTRY_OVERLAY)
+			set_private(c->ram, c->block, i, RAM_LOST_COPIED);
+}
+
+static bool is_clean(const struct ram_block *b, uint64_t page) { return maps_file(entry_get(b, page)); }
+
+int ram_update_private(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct reconcile c = { .ram = ram, .block = b };
+
+	assert_locked(ram);
+	return os_pagemap_private_runs(ram->pagemap, page_hva(b, page), pages, note_copied, &c);
+}
+
+int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	uint64_t end = page + pages, last;
+	int r = 0;
+
+	assert_locked(ram);
+	for (; !r && page < end; page = last) {
+		for (last = page; last < end && is_clean(b, last);)
+			last++;
+		if (last > page)
+			r = os_zap(page_hva(b, page), os_bytes(last - page));
+		else
+			last++;
+	}
+	return r;
+}
+
+/* The private copies from `page` on, in one mapping. */
+static struct ram_range copies_at(const struct ram_block *b, uint64_t page, uint64_t end)
+{
+	struct ram_range range = ram_range_at(b, page, end);
+	uint64_t pages = 0;
+
+	while (pages < range.pages && entry_is_private(entry_get(b, page + pages)))
+		pages++;
+	range.pages = pages;
+	return range;
+}
+
+int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
+		      uint64_t *ret_settled)
+{
+	uint64_t end = page + pages;
+	int r;
+
+	assert_locked(ram);
+	r = ram_update_private(ram, b, page, pages);
+	while (!r && page < end) {
+		struct ram_range copies = copies_at(b, page, end);
+
+		if (copies.pages && may_return(ram, b, &copies))
+			r = settle_range(ram, b, &copies, ret_settled);
+		page += copies.pages ? copies.pages : 1;
+	}
+	return r;
+}
+
 int ram_recount_maps(struct ram *ram)
 {
 	uint64_t all;
@@ -1044,6 +1118,72 @@ int ram_recount_maps(struct ram *ram)
 	ram->counts.other_maps = all > ram->counts.maps ? all - ram->counts.maps : 0;
 	ram_unlock(ram);
 	return 0;
+}
+
+/* ---- activity ------------------------------------------------------------------------------- */
+
+void ram_set_activity(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t activity)
+{
+	assert_locked(ram);
+	entry_change(b, page, ENTRY_ACTIVITY, activity);
+}
+
+uint64_t ram_activity(const struct ram_block *b, uint64_t page)
+{
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ENTRY_ACTIVITY;
+}
+
+void ram_single_by(struct ram *ram, int uffd, bool overlays)
+{
+	assert_locked(ram);
+	ram->single_uffd = uffd;
+	ram->single_overlays = overlays;
+}
+
+static bool may_single(const struct ram *ram, const struct ram_range *overlay)
+{
+	return ram->single_overlays && !ram->files[overlay->file].watched;
+}
+
+static int single_range(struct ram *ram, struct ram_block *b, const struct ram_range *range)
+{
+	void *hva = page_hva(b, range->page);
+
+	if (range->source == ENTRY_WATCHED)
+		return mask_single(ram, hva, os_bytes(range->pages), true);
+	if (range->source == ENTRY_OVERLAY && !may_single(ram, range))
+		return ram->single_overlays ? -EBUSY : -EOPNOTSUPP;
+	return os_uffd_register_wp(ram->single_uffd, hva, os_bytes(range->pages));
+}
+
+int ram_single(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	int r = ram->single_uffd < 0 ? -EOPNOTSUPP : 0;
+
+	assert_locked(ram);
+	for (uint64_t end = page + pages; ram->single_uffd >= 0 && page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+		int one = single_range(ram, b, &range);
+
+		r = r ? r : one;
+		page += range.pages;
+	}
+	return r;
+}
+
+void ram_not_single(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	assert_locked(ram);
+	for (uint64_t end = page + pages; ram->single_uffd >= 0 && page < end;) {
+		struct ram_range range = ram_range_at(b, page, end);
+
+		if (range.source == ENTRY_WATCHED)
+			(void)mask_single(ram, page_hva(b, page), os_bytes(range.pages), false);
+		else if (range.source == ENTRY_BASE || may_single(ram, &range))
+			(void)os_uffd_unregister(ram->single_uffd, page_hva(b, page),
+						 os_bytes(range.pages));
+		page += range.pages;
+	}
 }
 
 void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts)

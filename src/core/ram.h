@@ -117,6 +117,8 @@ int ram_for_file_part(struct ram *ram, uint64_t offset, uint64_t bytes,
 /* [locked] A file that may be mapped; `fd` is borrowed until it is dropped. The file must not change
  * while it is added (see volume/). Returns its index, or -ENOSPC. */
 int ram_add_file(struct ram *ram, int fd, uint64_t pages, const struct ram_observer *observer);
+/* [locked] What is mapped of it has a userfaultfd of its own, which ram_single leaves alone. */
+void ram_file_is_watched(struct ram *ram, unsigned file);
 /* [locked] No overlay of it may be left. */
 void ram_drop_file(struct ram *ram, unsigned file);
 
@@ -151,6 +153,32 @@ int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64
 /* [locked] The same for what is clean of all overlays, but short runs between private copies; writers stopped, and
  * the private flags brought up to date (ram_for_private) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);
+
+/* [locked] Brings the private flags of the pages up to date. */
+int ram_update_private(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+/* [locked; the pages' writers stopped, and private flags brought up to date since they stand] Takes what
+ * the pages' overlays show of their files out of the page table, and no private copy. */
+int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+
+/* [locked; the pages' writers stopped] Settles the private copies among the pages, where the budget of
+ * mappings allows it. `*ret_settled` grows by them, also on failure. */
+int ram_settle_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
+		      uint64_t *ret_settled);
+
+/*
+ * Looking for what the guest uses (activity/scan.h). Where nobody asks for single pages, the kernel maps
+ * up to 15 others around a page that is touched, and those look used.
+ *
+ * ram_single_by: [locked] `uffd` (for write-protection, of which nobody makes use; borrowed; -1: none
+ * any more) is what asks for single pages; `overlays`: in overlays, too (WP_ASYNC). ram_single: [locked]
+ * single pages from now on, also in what has been mapped anew since. -errno: not there. ram_not_single:
+ * [locked] as before. ram_set_activity: [locked] ENTRY_ACTIVITY of the page's entry.
+ */
+void ram_single_by(struct ram *ram, int uffd, bool overlays);
+int ram_single(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+void ram_not_single(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+void ram_set_activity(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t activity);
+uint64_t ram_activity(const struct ram_block *block, uint64_t page); /* any thread */
 
 /* [locked] Would ram_return_base make mappings fewer, or leave their number? */
 bool ram_return_saves_maps(const struct ram_block *block, uint64_t page, uint64_t pages);

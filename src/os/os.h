@@ -219,6 +219,9 @@ enum os_protection os_file_protection(int fd);
  * /dev/userfaultfd, or vm.unprivileged_userfaultfd=1; -EOPNOTSUPP: the kernel lacks a feature.
  */
 int os_uffd_open(uint64_t features);
+/* For who serves no fault and only wants the kernel to keep something from happening by itself: to be
+ * had by everybody, also where the one above is not. */
+int os_uffd_open_unserved(uint64_t features);
 int os_uffd_new(int flags); /* userfaultfd(2): a descriptor or a negative errno */
 /* Whole mappings of shared memory; -EINVAL for those of ordinary files, -EBUSY: another one has it. */
 int os_uffd_register_wp(int uffd, void *hva, size_t bytes);
@@ -226,6 +229,9 @@ int os_uffd_unregister(int uffd, void *hva, size_t bytes); /* wakes all that wai
 /* Of a mapping of a memfd, shared (base) or private: where the file has a hole, whoever touches it waits; what the
  * file has is mapped as usual. */
 int os_uffd_register_missing(int uffd, void *hva, size_t bytes);
+/* Both. Of write-protection, and with nothing protected: a touched page comes alone, without those
+ * around it. */
+int os_uffd_register_missing_wp(int uffd, void *hva, size_t bytes);
 /* Puts a page where there is none; wakes who waits for it. -EEXIST: there is one; -ENOENT: not registered. */
 int os_uffd_copy(int uffd, void *hva, const void *page);
 int os_uffd_zero(int uffd, void *hva);

@@ -14,6 +14,9 @@
 #ifndef USERFAULTFD_IOC_NEW /* linux/userfaultfd.h of 6.1 */
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
 
 int os_uffd_new(int flags)
 {
@@ -36,18 +39,11 @@ static int from_device(int flags)
 	return fd;
 }
 
-int os_uffd_open(uint64_t features)
+/* Takes fd, which may be an error. */
+static int with_features(int fd, uint64_t features)
 {
 	struct uffdio_api api = { .api = UFFD_API, .features = features };
-	int flags = O_CLOEXEC | O_NONBLOCK, fd = os_fault(OS_FAULT_UFFD);
 
-	if (fd)
-		return fd;
-	if ((os_features_get()->uffd_features & features) != features)
-		return -EOPNOTSUPP;
-	fd = os_uffd_new(flags);
-	if (fd < 0)
-		fd = from_device(flags);
 	if (fd < 0)
 		return -EPERM;
 	if (ioctl(fd, UFFDIO_API, &api)) {
@@ -58,6 +54,26 @@ int os_uffd_open(uint64_t features)
 	}
 	return fd;
 }
+
+static int open_any(uint64_t features, bool unserved)
+{
+	int flags = O_CLOEXEC | O_NONBLOCK, fd = os_fault(OS_FAULT_UFFD);
+
+	if (fd)
+		return fd;
+	if ((os_features_get()->uffd_features & features) != features)
+		return -EOPNOTSUPP;
+	fd = os_uffd_new(flags);
+	if (fd < 0)
+		fd = from_device(flags);
+	if (fd < 0 && unserved)
+		fd = os_uffd_new(flags | UFFD_USER_MODE_ONLY);
+	return with_features(fd, features);
+}
+
+int os_uffd_open(uint64_t features) { return open_any(features, false); }
+
+int os_uffd_open_unserved(uint64_t features) { return open_any(features, true); }
 
 static int register_range(int uffd, void *hva, size_t bytes, uint64_t mode)
 {
@@ -76,6 +92,11 @@ int os_uffd_register_missing(int uffd, void *hva, size_t bytes)
 	int r = os_fault(OS_FAULT_REGISTER);
 
 	return r ? r : register_range(uffd, hva, bytes, UFFDIO_REGISTER_MODE_MISSING);
+}
+
+int os_uffd_register_missing_wp(int uffd, void *hva, size_t bytes)
+{
+	return register_range(uffd, hva, bytes, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
 }
 
 int os_uffd_unregister(int uffd, void *hva, size_t bytes)

@@ -9,6 +9,7 @@
  *   faults.c   its other thread, from the first restore or save on: serves faults
  *   lazy.c     its end of a source that cannot be mapped
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
+ *   scanner.c  its thread that looks at what the guest uses, from the first request for that on
  *   resume.c   what comes after a restore: the guest runs, or waits to be taken
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
@@ -132,6 +133,14 @@ uint64_t saver_tick(void); /* to be called again after so many microseconds at t
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
+
+/* scanner.c: looks at each page once in `period_us` from now on; 0: no more. -EINVAL: absurd; -EBUSY: QEMU has taken
+ * guest RAM's userfaultfd. From the service thread. */
+int scanner_set(struct agent *agent, uint64_t period_us);
+/* A save begins or ends; it needs base for its own userfaultfd. From the service thread. */
+void scanner_yield(bool yield);
+/* QEMU is about to watch guest RAM by a userfaultfd of its own: there is no scan from now on. Any thread. */
+void scanner_leave(void);
 
 /* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
 int faults_make_pages(struct agent *agent);

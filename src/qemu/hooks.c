@@ -426,7 +426,10 @@ __attribute__((no_sanitize("address"))) HOOK long syscall(long n, ...)
 		a[i] = va_arg(args, long);
 	va_end(args);
 	if (n == SYS_userfaultfd) {
-		int r = agent_exclude("userfaultfd: QEMU's post-copy or background snapshot");
+		int r;
+
+		scanner_leave();
+		r = agent_exclude("userfaultfd: QEMU's post-copy or background snapshot");
 
 		if (r)
 			return fail(r);

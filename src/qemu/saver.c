@@ -102,6 +102,7 @@ static int begin(struct agent *a, struct control_reply *p)
 	uint64_t private = 0;
 	int r;
 
+	scanner_yield(true);
 	r = ram_unmask(a->ram); /* two cannot watch one mapping */
 	if (r)
 		return r;
@@ -328,6 +329,7 @@ static void end(struct agent *a)
 		(void)ram_for_base(a->ram, unregister_run, NULL);
 	ram_hold(a->ram, false);
 	ram_unlock(a->ram);
+	scanner_yield(false);
 	os_unview_file(saver.runs, runs_bytes());
 	os_unview_file(saver.copies, os_bytes(saver.total_pages));
 	saver.runs = NULL;

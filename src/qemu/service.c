@@ -5,6 +5,7 @@
  */
 #include "qemu/agent.h"
 
+#include "activity/states.h"
 #include "os/os.h"
 #include "os/probe.h"
 #include "vmdir/control.h"
@@ -320,6 +321,22 @@ static void do_detach(struct service *s, const struct control_request *q, struct
 		snprintf(p->text, sizeof p->text, "the pages could not be moved to base: %s", strerror(-p->error));
 }
 
+static void do_scan(struct service *s, const struct control_request *q, struct control_reply *p)
+{
+	char *end;
+	unsigned long long period_us = strtoull(q->path, &end, 10);
+
+	p->error = !q->path[0] || *end || q->path[0] == '-' ? -EINVAL : scanner_set(s->agent, period_us);
+	if (p->error == -EINVAL)
+		snprintf(p->text, sizeof p->text, "a scan period is from %llu to %llu microseconds, or 0", SCAN_PERIOD_MIN_US,
+			 SCAN_PERIOD_MAX_US);
+	else if (p->error == -EBUSY)
+		snprintf(p->text, sizeof p->text, "QEMU's post-copy or background snapshot watches guest RAM: what the guest "
+			 "uses cannot be seen");
+	else if (p->error)
+		snprintf(p->text, sizeof p->text, "the scan could not be started: %s", strerror(-p->error));
+}
+
 static void answer(struct service *s, int client, const struct control_request *q, struct control_reply *p)
 {
 	switch (q->op) {
@@ -354,6 +371,9 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_STOP_REST:
 		resume_stop_rest(s->agent, p);
+		break;
+	case CONTROL_SCAN:
+		do_scan(s, q, p);
 		break;
 	default:
 		p->error = -EOPNOTSUPP;
@@ -474,6 +494,8 @@ static void serve(struct service *s)
 {
 	uint64_t ticks = 0, next_us = os_now_us() + TICK_MS * 1000;
 
+	if (s->agent->config.scan_period_us && scanner_set(s->agent, s->agent->config.scan_period_us))
+		agent_say("what the guest uses is not looked at: the scan could not be started");
 	for (;;) {
 		struct pollfd p[POLL_CLIENTS + CLIENTS] = {
 			[POLL_LISTEN] = { .fd = s->listen_fd, .events = POLLIN },

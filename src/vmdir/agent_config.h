@@ -88,6 +88,7 @@ struct agent_config {
 	uint32_t budget_maps;    /* mappings that the whole process may have; 0: half of the limit */
 	uint32_t trust_images;   /* map images that nothing protects */
 	uint32_t overlays_allowed;
+	uint64_t scan_period_us; /* 0: not until it is asked for */
 	struct agent_restore restore;
 	char excluded_by[160];   /* with overlays_allowed == 0: the sentence that says why */
 	char block_name[64];     /* stock QEMU's name of the RAM block: "pc.ram" */

@@ -34,6 +34,7 @@ enum control_op {
 	CONTROL_SAVE_END,
 	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_STOP_REST, /* what the guest has not touched is loaded no more. -EALREADY: nothing was being loaded */
+	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0: no more */
 	CONTROL_OPS
 };
 

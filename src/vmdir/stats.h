@@ -16,6 +16,9 @@
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
 #define VM_STATS_VERSION 5u
 #define VM_STATS_VOLUMES 32u
+#define VM_STATS_CLASSES 6u
+#define VM_STATS_SCAN_SOURCES 3u
+#define VM_STATS_WINDOWS 3u /* 10 s, 1 min, 10 min */
 
 typedef _Atomic uint64_t stat_counter;
 
@@ -88,6 +91,17 @@ struct volume_stats {
 	stat_counter miss_reads[MISS_REASONS], miss_bytes[MISS_REASONS];
 };
 
+/* What the guest uses, as of the end of the last pass; see struct scan_report of activity/scan.h. */
+struct scan_stats {
+	stat_counter period_us_now; /* 0: off */
+	stat_counter shortest_us_now; /* the period that was asked for */
+	stat_counter paused_now, passes, sampled, refaults, thin_now;
+	stat_counter cpu_ns, pass_cpu_ns_now, hold_max_us, hold_max_cpu_us, holds, long_holds, settled, frozen_us;
+	stat_counter pages_now[VM_STATS_CLASSES], by_source_now[VM_STATS_SCAN_SOURCES];
+	stat_counter granularity_now[VM_STATS_SCAN_SOURCES]; /* pages */
+	stat_counter in_use_now[VM_STATS_WINDOWS];           /* pages; UINT64_MAX: not known */
+};
+
 struct vm_stats {
 	uint32_t magic, version;
 	char name[64], agent_version[32];
@@ -117,6 +131,7 @@ struct vm_stats {
 	_Atomic uint64_t message_unix_s;
 	_Atomic uint32_t volume_count;
 	struct volume_stats volumes[VM_STATS_VOLUMES];
+	struct scan_stats scan;
 };
 
 static inline void stat_add(stat_counter *c, uint64_t n)

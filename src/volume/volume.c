@@ -287,6 +287,8 @@ static int add_to_core(struct volume *v)
 
 	ram_lock(v->all->ram);
 	r = ram_add_file(v->all->ram, v->fd, v->pages, &observer);
+	if (r >= 0 && volume_is_cache(v))
+		ram_file_is_watched(v->all->ram, (unsigned)r);
 	ram_unlock(v->all->ram);
 	if (r < 0)
 		return r;

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The core library under running vCPUs: they read and write guest RAM at native speed, through
+ * The core library, and the scan for what is in use, under running vCPUs: they read and write guest RAM at native speed, through
  * KVM's own faults, and check every word, while reads are shortcut, overlays mapped, privatized and
- * settled, pages discarded and zapped beneath them.
+ * settled, pages discarded and zapped beneath them. Before that, what they use is told from what they do not.
  *
  *	test_core [touches [changes]]        default 10,000,000 page touches, 10,000 changes
  */
 #include "vcpu.h"
 
+#include "activity/scan.h"
 #include "core/ram.h"
 #include "volume/volume.h"
 
@@ -31,6 +32,9 @@ enum {
 	WAIT_MS = 120000,
 	TAKE_MS = 20000,
 	BUDGET_MAPS = 600,  /* low enough that it is met */
+	HOT_PAGES = 2048,
+	LOOK_US = 400000,   /* a scan period in which each hot page is touched for sure, and all can be sampled, */
+	CHURN_LOOK_US = 1000, /* and one in which there is always something to do */
 };
 
 struct image {
@@ -52,6 +56,7 @@ static struct {
 	unsigned mapped_file;
 	char dir[64];
 	uint64_t random, settled;
+	struct scan *scan;
 } b;
 
 static void require_at(bool ok, const char *what, int line)
@@ -185,6 +190,13 @@ static void detach(uint64_t page, uint64_t pages)
 	vcpus_resume(b.vcpus);
 }
 
+static void look(uint64_t page, uint64_t pages)
+{
+	(void)page;
+	(void)pages;
+	(void)scan_step(b.scan);
+}
+
 /* ---- the churn -------------------------------------------------------------------------------- */
 
 static struct churn {
@@ -193,7 +205,8 @@ static struct churn {
 	unsigned per_1024;
 	uint64_t count;
 } churns[] = {
-	{ "disk read", read_image, 340, 0 }, { "overlay", map_overlay, 260, 0 }, { "zap", zap, 220, 0 },
+	{ "disk read", read_image, 320, 0 }, { "overlay", map_overlay, 260, 0 }, { "zap", zap, 160, 0 },
+	{ "look", look, 80, 0 },
 	{ "discard", discard, 120, 0 },	     { "settle", settle, 70, 0 },	 { "privatize", privatize, 4, 0 },
 	{ "reconcile", reconcile, 6, 0 },    { "detach", detach, 4, 0 },
 };
@@ -281,6 +294,71 @@ static void report_changes(void)
 	REQUIRE(c.maps + c.other_maps <= c.budget_maps);
 }
 
+/* ---- what the vCPUs use ------------------------------------------------------------------------- */
+
+static int stop_vcpus(void *ctx)
+{
+	(void)ctx;
+	vcpus_pause(b.vcpus);
+	return 0;
+}
+
+static void resume_vcpus(void *ctx)
+{
+	(void)ctx;
+	vcpus_resume(b.vcpus);
+}
+
+static void scan_passes(uint64_t passes)
+{
+	struct scan_report report;
+
+	do {
+		usleep((useconds_t)scan_step(b.scan));
+		scan_get_report(b.scan, &report);
+	} while (report.passes < passes);
+}
+
+/* Accesses that no page table of this process has seen: they fault through it all the same. */
+static void classify(void)
+{
+	const struct vcpu_job job = { .program = VCPU_TOUCH, .pages = HOT_PAGES, .touches = UINT64_MAX, .random_seed = 7,
+				      .full_per_256 = 1, .write_per_256 = 16 };
+	const struct scan_freezer freezer = { stop_vcpus, resume_vcpus, NULL };
+	struct vcpu_report report;
+	uint64_t hot = 0, cold = 0;
+
+	for (uint64_t page = 0; page < RAM_PAGES; page++) /* all of it has been used once */
+		*(volatile uint8_t *)hva_of(page) = 0;
+	REQUIRE(scan_create(b.ram, &freezer, &b.scan) == 0);
+	scan_set_period(b.scan, LOOK_US);
+	REQUIRE(vcpu_start(b.vcpus, 0, &job) == 0);
+	scan_passes(4);
+	vcpu_stop(b.vcpus, 0);
+	REQUIRE(vcpu_wait(b.vcpus, 0, WAIT_MS, &report) == 0 && report.outcome == VCPU_STOPPED);
+	for (uint64_t page = 0; page < RAM_PAGES; page++) {
+		enum activity_class is = activity_class_of(ram_activity(b.block, page));
+
+		hot += page < HOT_PAGES && is == CLASS_HOT;
+		cold += page >= HOT_PAGES && is >= CLASS_COLD;
+	}
+	printf("%" PRIu64 " of %d pages that a vCPU uses are hot, %" PRIu64 " of %d others cold\n", hot, HOT_PAGES, cold,
+	       RAM_PAGES - HOT_PAGES);
+	REQUIRE(hot * 100 >= HOT_PAGES * 95 && cold * 100 >= (RAM_PAGES - HOT_PAGES) * 95);
+	scan_set_period(b.scan, CHURN_LOOK_US);
+}
+
+static void report_scan(void)
+{
+	struct scan_report report;
+
+	scan_get_report(b.scan, &report);
+	printf("  %" PRIu64 " passes of the scan, %" PRIu64 " pages zapped, %" PRIu64 " came, %" PRIu64 " copies settled\n",
+	       report.passes, report.sampled, report.refaults, report.settled);
+	REQUIRE(report.passes > 4 && report.refaults > 1000 && report.settled > 0);
+	scan_destroy(b.scan);
+}
+
 /* ---- set-up ----------------------------------------------------------------------------------- */
 
 static void make_image(struct image *image, const char *name, uint64_t kind)
@@ -358,12 +436,14 @@ int main(int argc, char **argv)
 	make_ram();
 	make_engine();
 
+	classify();
 	start_touching();
 	for (; !ended && (count_touches(&ended) < touches || changed < changes); changed++)
 		churn_once();
 	stop_touching();
 	check_in_pause(0, RAM_PAGES);
 	report_changes();
+	report_scan();
 	vcpus_destroy(b.vcpus);
 	return 0;
 }

@@ -366,7 +366,7 @@ static RIG_UNUSED void rig_close(struct rig *rig)
 
 static inline uint64_t rig_entry(const struct rig *rig, unsigned block, uint64_t page)
 {
-	return atomic_load_explicit(&rig->blocks[block].ram->entries[page], memory_order_relaxed);
+	return atomic_load_explicit(&rig->blocks[block].ram->entries[page], memory_order_relaxed) & ~ENTRY_ACTIVITY;
 }
 
 static inline struct rig_file *rig_file_of(struct rig *rig, uint64_t entry)

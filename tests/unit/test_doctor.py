@@ -21,7 +21,7 @@ OK, LACKING, NO_IMAGE = 0, 1, 66  # src/cli/cli.h
 MIB, SECTOR = 1 << 20, 512
 STATUSES = {"ok", "limited", "missing"}
 KEYS = {"name", "status", "found", "enables", "remedy"}
-MACHINE = ["kernel", "kernel's rules", "pagemap", "populate", "leases", "vm.max_map_count", "userfaultfd",
+MACHINE = ["kernel", "kernel's rules", "pagemap", "populate", "leases", "vm.max_map_count", "userfaultfd", "activity",
            "huge pages", "overcommit", "locked memory", "KVM", "run directory", "aio=", "QEMU"]
 
 failures = []

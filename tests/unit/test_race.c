@@ -11,10 +11,15 @@
  * a page may be. Only settling, and mapping anew over pages that have a writer, stop the writers (the
  * rules in core/ram.h); readers never stop. While a privatize runs, everything goes on but the mapping
  * of that file.
+ *
+ * A scan (activity/scan.h) goes on all the time, as fast as it can: it zaps base under the writers, and clean pages of
+ * overlays with all threads stopped.
  */
+#include "activity/scan.h"
 #include "ram_rig.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <sys/resource.h>
 #include <time.h>
@@ -40,11 +45,13 @@ static struct {
 	unsigned privatized;
 	unsigned paused;          /* under gate */
 	pthread_mutex_t gate;
+	pthread_mutex_t scan_gate; /* the scan, which settles copies, stands still while all is compared */
 	pthread_cond_t gate_moved;
 	_Atomic uint64_t touched_words, wrong_words, first_wrong, first_wrong_page;
 	uint64_t expected[MIXED_PAGE + REGION_PAGES]; /* by the page's writer, or all while it is paused */
 	bool written[MIXED_PAGE + REGION_PAGES];      /* since it was mapped */
-} run = { .gate = PTHREAD_MUTEX_INITIALIZER, .gate_moved = PTHREAD_COND_INITIALIZER };
+} run = { .gate = PTHREAD_MUTEX_INITIALIZER, .scan_gate = PTHREAD_MUTEX_INITIALIZER,
+	  .gate_moved = PTHREAD_COND_INITIALIZER };
 
 static uint64_t guest_tag(uint64_t page, uint32_t generation) { return GUEST << 48 | page << 32 | generation; }
 
@@ -156,6 +163,59 @@ static void *reconcile_always(void *arg)
 			run.wrong_words++;
 		nanosleep(&pause, NULL);
 	}
+	return NULL;
+}
+
+static int freeze(void *ctx)
+{
+	(void)ctx;
+	return os_freeze(SIGRTMAX - 4, 1000);
+}
+
+static void thaw(void *ctx)
+{
+	(void)ctx;
+	os_thaw();
+}
+
+/* Under the thread sanitizer a signal waits until its thread calls something: nobody can be stopped. */
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define NO_FREEZING
+#endif
+#endif
+#ifdef NO_FREEZING
+static const bool can_freeze = false;
+#else
+static const bool can_freeze = true;
+#endif
+
+#define SCAN_US 1000u /* a period; much less than any user's */
+
+static void *scan_always(void *arg)
+{
+	struct scan_freezer freezer = { freeze, thaw, NULL };
+	struct scan *scan;
+
+	os_never_freeze(gettid());
+	if (scan_create(rig.ram, can_freeze ? &freezer : NULL, &scan)) {
+		run.wrong_words++;
+		return NULL;
+	}
+	scan_set_period(scan, SCAN_US);
+	while (!run.stop) {
+		struct timespec pause = { 0, SCAN_US * 1000 };
+		uint64_t us;
+
+		pthread_mutex_lock(&run.scan_gate);
+		us = scan_step(scan);
+		pthread_mutex_unlock(&run.scan_gate);
+		if (us < SCAN_US)
+			pause.tv_nsec = (long)us * 1000;
+		nanosleep(&pause, NULL);
+	}
+	scan_get_report(scan, arg);
+	scan_destroy(scan);
 	return NULL;
 }
 
@@ -277,10 +337,12 @@ static void check_all(void)
 {
 	const char *why;
 
+	pthread_mutex_lock(&run.scan_gate);
 	assert_int_equal(ram_reconcile(rig.ram), 0);
 	why = rig_check(&rig, true, NULL);
 	if (why)
 		fail_msg("%s", why);
+	pthread_mutex_unlock(&run.scan_gate);
 	for (uint64_t i = MIXED_PAGE; i < MIXED_PAGE + REGION_PAGES; i++) {
 		uint64_t entry = rig_entry(&rig, 0, i);
 
@@ -336,7 +398,8 @@ static void set_up_regions(void)
 
 static void test_guest_runs_while_mappings_change(void **state)
 {
-	pthread_t threads[WRITERS + READERS + 2];
+	pthread_t threads[WRITERS + READERS + 3];
+	struct scan_report scanned = { 0 };
 	unsigned n = 0, rounds = 0;
 	double end = now_s() + RUN_S;
 
@@ -348,6 +411,7 @@ static void test_guest_runs_while_mappings_change(void **state)
 		assert_int_equal(pthread_create(&threads[n++], NULL, read_pages, (void *)i), 0);
 	assert_int_equal(pthread_create(&threads[n++], NULL, reconcile_always, NULL), 0);
 	assert_int_equal(pthread_create(&threads[n++], NULL, privatize_when_wanted, NULL), 0);
+	assert_int_equal(pthread_create(&threads[n++], NULL, scan_always, &scanned), 0);
 	while (now_s() < end)
 		change_mappings(rounds++);
 	run.stop = true;
@@ -359,6 +423,10 @@ static void test_guest_runs_while_mappings_change(void **state)
 	if (run.wrong_words)
 		fail_msg("first: page %" PRIu64 " held %" PRIx64, run.first_wrong_page, run.first_wrong);
 	assert_true(rounds > 10);
+	print_message("%" PRIu64 " passes of the scan, %" PRIu64 " pages zapped, %" PRIu64 " came back\n", scanned.passes,
+		      scanned.sampled, scanned.refaults);
+	assert_true(scanned.passes > 10 && scanned.refaults > 100);
+	assert_true(!can_freeze || (scanned.by_source[SCAN_CLEAN] && scanned.settled));
 	rig_close(&rig);
 }
 

@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/* The states of a page: every transition, what the two granularities say about time, sampling, the period. */
+#include "activity/states.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define SECOND UINT64_C(1000000)
+#define SPREAD_GROUPS 4096u
+
+static uint64_t after(const char *looks)
+{
+	uint64_t entry = 0;
+
+	for (; *looks; looks++)
+		entry = activity_next(entry, *looks == 'u' ? SEEN_USED : *looks == 'w' ? SEEN_WRITTEN
+					     : *looks == '.' ? SEEN_UNUSED : SEEN_NOTHING, 0);
+	return entry;
+}
+
+/* All of the table, by the rules that it is made of, and not by itself. */
+static void test_each_transition(void **state)
+{
+	(void)state;
+	for (unsigned i = 0; i < ACTIVITIES; i++) {
+		const struct activity_state *s = &activity_states[i], *unused = &activity_states[s->next[SEEN_UNUSED]];
+		enum activity used = s->next[SEEN_USED], written = s->next[SEEN_WRITTEN];
+
+		/* Each look at which it is not used is counted, up to the last state. */
+		assert_int_equal(unused->unused_looks, s->unused_looks == 6 ? 6 : s->unused_looks + 1);
+		assert_int_equal(activity_states[used].unused_looks, 0);
+		assert_int_equal(activity_states[written].unused_looks, 0);
+		assert_true(used != ACTIVITY_NEW && written != ACTIVITY_NEW && s->next[SEEN_UNUSED] != ACTIVITY_NEW);
+		/* A page gets no colder by use, and no hotter by lying about. */
+		assert_true(i == ACTIVITY_NEW || activity_states[used].class <= s->class);
+		assert_true(i == ACTIVITY_NEW || unused->class >= s->class);
+		/* Written counts as used twice. */
+		assert_int_equal(written, activity_states[used].next[SEEN_USED]);
+		assert_true(s->name && *s->name);
+	}
+}
+
+/* From every state every other one is reached but the first, to which nothing leads back. */
+static void test_every_state_is_reached(void **state)
+{
+	(void)state;
+	for (unsigned from = 0; from < ACTIVITIES; from++) {
+		bool reached[ACTIVITIES] = { false };
+
+		reached[from] = true;
+		for (unsigned round = 0; round < ACTIVITIES; round++)
+			for (unsigned i = 0; i < ACTIVITIES; i++)
+				for (unsigned seen = 0; reached[i] && seen < SEEN_USES; seen++)
+					reached[activity_states[i].next[seen]] = true;
+		for (unsigned i = 1; i < ACTIVITIES; i++)
+			assert_true(reached[i]);
+		assert_true(reached[ACTIVITY_NEW] == (from == ACTIVITY_NEW));
+	}
+}
+
+static void test_histories(void **state)
+{
+	static const struct { const char *looks; enum activity now; } cases[] = {
+		{ "", ACTIVITY_NEW }, { "??", ACTIVITY_NEW }, { "u", ACTIVITY_WARM }, { "uu", ACTIVITY_WARMER },
+		{ "uuu", ACTIVITY_HOT }, { "u?u?u", ACTIVITY_HOT }, { "w", ACTIVITY_WARMER }, { "ww", ACTIVITY_HOT },
+		{ "uw", ACTIVITY_HOT }, { ".", ACTIVITY_COOLING }, { "..", ACTIVITY_COOL }, { "...", ACTIVITY_COLD },
+		{ "....", ACTIVITY_COLDER }, { ".....", ACTIVITY_COLDEST }, { "......", ACTIVITY_FROZEN },
+		{ ".........", ACTIVITY_FROZEN }, { "uuu.", ACTIVITY_SLACK }, { "uuu.u", ACTIVITY_HOT },
+		{ "uuu..", ACTIVITY_COOL }, { "uuu...", ACTIVITY_COLD }, { "u.u.u.u", ACTIVITY_WARM },
+		{ ".u.u.u.", ACTIVITY_COOLING }, { "......u", ACTIVITY_WARM }, { "......w", ACTIVITY_WARMER },
+	};
+
+	(void)state;
+	for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+		if (activity_of(after(cases[i].looks)) != cases[i].now)
+			fail_msg("%s: %s, not %s", cases[i].looks, activity_states[activity_of(after(cases[i].looks))].name,
+				 activity_states[cases[i].now].name);
+}
+
+/* All 256 values of the bits, also those that no scan writes, with each look and any number of minutes. */
+static void test_any_entry(void **state)
+{
+	(void)state;
+	for (unsigned i = 0; i < 256; i++)
+		for (unsigned seen = 0; seen <= SEEN_NOTHING; seen++)
+			for (unsigned units = 0; units < 40; units++) {
+				uint64_t entry = ~ENTRY_ACTIVITY | (uint64_t)i << ENTRY_SHORT_SHIFT;
+				uint64_t next = activity_next(entry, (enum seen_use)seen, units);
+
+				assert_int_equal(next & ~ENTRY_ACTIVITY, 0);
+				assert_true(entry_short(next) < ACTIVITIES);
+				assert_true(entry_long(next) || entry_short(next) == ACTIVITY_NEW);
+				assert_true(activity_class_of(entry) < ACTIVITY_CLASSES);
+			}
+}
+
+static void test_minutes(void **state)
+{
+	uint64_t entry;
+
+	(void)state;
+	assert_int_equal(activity_long_next(0, ACTIVITY_NEW, 5), 0);
+	assert_int_equal(activity_long_next(0, ACTIVITY_COOLING, 5), 1); /* it may have been used just before */
+	for (unsigned k = 0; k < LONG_STATES; k++) {
+		assert_int_equal(activity_long_next(k, ACTIVITY_HOT, 3), 1);
+		assert_int_equal(activity_long_next(k, ACTIVITY_WARM, 0), 1);
+		if (!k)
+			continue;
+		assert_int_equal(activity_long_next(k, ACTIVITY_COLD, 0), k);
+		assert_int_equal(activity_long_next(k, ACTIVITY_SLACK, 1), k < 15 ? k + 1 : 15);
+		assert_int_equal(activity_long_next(k, ACTIVITY_FROZEN, UINT32_MAX), 15);
+	}
+	entry = after("uuu");
+	for (unsigned minute = 0; minute < 20; minute++)
+		entry = activity_next(entry, SEEN_UNUSED, 1);
+	assert_int_equal(entry_long(entry), 15);
+	assert_int_equal(entry_long(activity_next(entry, SEEN_USED, 1)), 1);
+}
+
+/* What is said of time is never more than what was looked at. */
+static void test_unused_for(void **state)
+{
+	(void)state;
+	assert_int_equal(activity_unused_us(0, 10 * SECOND), 0);
+	assert_int_equal(activity_unused_us(after("uuu"), 10 * SECOND), 0);
+	assert_int_equal(activity_unused_us(after("u."), 10 * SECOND), 0);
+	assert_int_equal(activity_unused_us(after("u..."), 10 * SECOND), 20 * SECOND);
+	assert_int_equal(activity_unused_us(after("u.........."), 10 * SECOND), 50 * SECOND);
+	assert_int_equal(activity_unused_us(entry_activity(ACTIVITY_FROZEN, 5), 10 * SECOND), 180 * SECOND);
+	assert_int_equal(activity_unused_us(entry_activity(ACTIVITY_FROZEN, 2), 60 * SECOND), 300 * SECOND);
+}
+
+static void test_used_within(void **state)
+{
+	(void)state;
+	assert_false(activity_used_within(0, 600 * SECOND, 10 * SECOND));
+	assert_true(activity_used_within(after("u"), 10 * SECOND, 10 * SECOND));
+	assert_false(activity_used_within(after("u."), 10 * SECOND, 10 * SECOND));
+	assert_true(activity_used_within(after("u....."), 60 * SECOND, 10 * SECOND));
+	assert_false(activity_used_within(after("u......"), 60 * SECOND, 10 * SECOND));
+	/* Ten minutes are too many looks: by the minutes. */
+	assert_true(activity_used_within(entry_activity(ACTIVITY_FROZEN, 10), 600 * SECOND, 10 * SECOND));
+	assert_false(activity_used_within(entry_activity(ACTIVITY_FROZEN, 11), 600 * SECOND, 10 * SECOND));
+	/* Less than a period cannot be told from one. */
+	assert_true(activity_used_within(after("u"), 10 * SECOND, 60 * SECOND));
+	assert_false(activity_used_within(after("u."), 10 * SECOND, 60 * SECOND));
+}
+
+/* Every group has its turn, once in as many passes as the table says, and not all at the same pass. */
+static void test_sampling(void **state)
+{
+	(void)state;
+	for (unsigned i = 0; i < ACTIVITIES; i++)
+		for (unsigned thin = 0; thin <= 3; thin++) {
+			unsigned turns = activity_states[i].looks_per_sample << thin, at_pass = 0;
+
+			for (uint64_t group = 0; group < SPREAD_GROUPS; group++) {
+				uint64_t page = group * SAMPLE_GROUP_PAGES;
+				unsigned times = 0;
+
+				for (uint64_t pass = 100; pass < 100 + turns; pass++)
+					times += activity_is_sampled((enum activity)i, page, pass, thin);
+				assert_int_equal(times, 1);
+				at_pass += activity_is_sampled((enum activity)i, page, 100, thin);
+				assert_int_equal(activity_is_sampled((enum activity)i, page, 100, thin),
+						 activity_is_sampled((enum activity)i, page + SAMPLE_GROUP_PAGES - 1, 100, thin));
+			}
+			assert_in_range(at_pass, SPREAD_GROUPS / turns / 2, SPREAD_GROUPS / turns * 3 / 2);
+		}
+}
+
+static void test_period(void **state)
+{
+	struct scan_activity quiet = { 10 * SECOND, 10 * SECOND, 100000, 100, 0 }, much = quiet, some = quiet;
+
+	(void)state;
+	for (unsigned i = 0; i < 10; i++)
+		quiet.period_us = scan_next_period_us(&quiet);
+	assert_int_equal(quiet.period_us, 40 * SECOND);
+	much.period_us = 40 * SECOND;
+	much.changed = 3000;
+	assert_int_equal(scan_next_period_us(&much), 10 * SECOND);
+	some.period_us = 15 * SECOND;
+	some.changed = 1000;
+	assert_int_equal(scan_next_period_us(&some), 15 * SECOND);
+	quiet.changed = 0;
+	quiet.looked = 0; /* no RAM yet */
+	assert_int_equal(scan_next_period_us(&quiet), 40 * SECOND);
+	/* A migration: as long as its next pass, within what makes sense. */
+	quiet.migration_pass_us = 3 * SECOND;
+	assert_int_equal(scan_next_period_us(&quiet), 3 * SECOND);
+	quiet.migration_pass_us = 1;
+	assert_int_equal(scan_next_period_us(&quiet), SCAN_PERIOD_MIN_US);
+	quiet.migration_pass_us = 3600 * SECOND;
+	assert_int_equal(scan_next_period_us(&quiet), 10 * SECOND);
+	/* The user asks for more looks than before. */
+	much.shortest_us = SECOND;
+	assert_int_equal(scan_next_period_us(&much), SECOND);
+	much.shortest_us = 60 * SECOND;
+	assert_int_equal(scan_next_period_us(&much), 60 * SECOND);
+}
+
+static void test_thin(void **state)
+{
+	uint64_t present[ACTIVITIES] = { 0 }, gib = 1 << 18;
+
+	(void)state;
+	assert_int_equal(scan_thin(present, SECOND), 0);
+	present[ACTIVITY_HOT] = gib;
+	assert_int_equal(scan_thin(present, 10 * SECOND), 0);
+	assert_int_equal(scan_thin(present, SECOND), 0); /* 52 ms */
+	present[ACTIVITY_NEW] = gib;
+	assert_int_equal(scan_thin(present, 10 * SECOND), 0);
+	assert_int_equal(scan_thin(present, SECOND), 3); /* 472 ms */
+	present[ACTIVITY_NEW] = 4096 * gib;
+	assert_int_equal(scan_thin(present, SECOND), THIN_MAX);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_each_transition),
+		cmocka_unit_test(test_every_state_is_reached),
+		cmocka_unit_test(test_histories),
+		cmocka_unit_test(test_any_entry),
+		cmocka_unit_test(test_minutes),
+		cmocka_unit_test(test_unused_for),
+		cmocka_unit_test(test_used_within),
+		cmocka_unit_test(test_sampling),
+		cmocka_unit_test(test_period),
+		cmocka_unit_test(test_thin),
+	};
+
+	return cmocka_run_group_tests_name("activity", tests, NULL, NULL) ? 1 : 0;
+}

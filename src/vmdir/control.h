@@ -31,6 +31,8 @@ enum control_op {
 	CONTROL_SAVE_END,
 	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0: no more */
+	CONTROL_ENTRIES, /* the reply is followed by a struct control_layout without volumes, with the table of each
+			  * block's page entries (core/entry.h), which nobody but the agent can write */
 	CONTROL_OPS
 };
 
@@ -53,7 +55,7 @@ struct control_reply {
  * POINT those that become private, in the VM's memory; after that the writer keeps as many in its own. */
 #define CONTROL_SAVE_EARLY_PAGES 16384u /* 64 MiB */
 
-/* Follows the reply to SAVE_BEGIN. */
+/* Follows the reply to SAVE_BEGIN, and that to ENTRIES. */
 struct control_layout {
 	uint32_t blocks, volumes;
 	struct control_block {
@@ -67,7 +69,7 @@ struct control_layout {
 	} volume[32];
 };
 
-/* Its descriptors: these, and for each block its memfd and the table of its page entries. */
+/* The descriptors of SAVE_BEGIN: these, and for each block its memfd and the table of its page entries. */
 enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */

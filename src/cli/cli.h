@@ -84,9 +84,11 @@ int cli_parse_period(const char *command, const char *option, const char *text, 
 
 /* The same, or "off": 0. False, and nothing printed, if it is neither. */
 bool cli_parse_period_or_off(const char *text, uint64_t *ret_us);
-/* scan.c: has the VM looked at once in this time; 0: no more. 0, or a negative errno with the sentence in `why`. */
+/* scan.c: has the VM looked at once in this time; 0: no more. 0, or a negative errno with the sentence
+ * in `why`. */
 struct vm_view;
-int cli_ask_scan(const struct vm_view *view, uint64_t period_us, unsigned timeout_ms, char *why, size_t why_bytes);
+int cli_ask_scan(const struct vm_view *view, uint64_t period_us, unsigned timeout_ms, char *why,
+		 size_t why_bytes);
 
 /* ---- messages -------------------------------------------------------------------------------- */
 

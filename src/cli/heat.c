@@ -46,7 +46,8 @@ struct request {
 
 static int parse(const struct cli_command *command, int argc, char **argv, struct request *request);
 static int show(const struct request *request, struct vm_view *vm, const struct vm_tables *tables);
-static int draw(const struct request *request, const struct vm_view *vm, const struct vm_tables *tables, bool png);
+static int draw(const struct request *request, const struct vm_view *vm, const struct vm_tables *tables,
+		bool png);
 static void print_map(const struct heat_view *view);
 static void print_json(const struct heat_view *view, const struct vm_view *vm);
 
@@ -88,8 +89,10 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 			request->png = parser.value;
 		} else {
 			if (!cli_parse_unsigned(parser.value, WIDTH_MAX, &width) || width < WIDTH_MIN)
-				return cli_fail(CLI_USAGE, "heat: --width takes a number from %u to %u, not '%.80s'",
-						WIDTH_MIN, WIDTH_MAX, parser.value);
+				return cli_fail(
+					CLI_USAGE,
+					"heat: --width takes a number from %u to %u, not '%.80s'",
+					WIDTH_MIN, WIDTH_MAX, parser.value);
 			request->width = (unsigned)width;
 		}
 	}
@@ -107,8 +110,10 @@ static int show(const struct request *request, struct vm_view *vm, const struct 
 
 	(void)vm_view_update(vm); /* what it said before will do */
 	if (!stat_get(&vm->stats.scan.period_us_now) && !stat_get(&vm->stats.scan.passes))
-		return cli_fail(CLI_NO_ANSWER, "%s: nobody looks at what it uses; begin with `latent scan %s --period 10s`",
-				vm->name, vm->name);
+		return cli_fail(
+			CLI_NO_ANSWER,
+			"%s: nobody looks at what it uses; begin with `latent scan %s --period 10s`",
+			vm->name, vm->name);
 	if (request->png)
 		status = draw(request, vm, tables, true);
 	if (!status && (request->json || !request->png))
@@ -128,7 +133,8 @@ static unsigned width_of_terminal(void)
 	return width;
 }
 
-static int draw(const struct request *request, const struct vm_view *vm, const struct vm_tables *tables, bool png)
+static int draw(const struct request *request, const struct vm_view *vm, const struct vm_tables *tables,
+		bool png)
 {
 	unsigned width = request->width ? request->width : png ? WIDTH_PNG : width_of_terminal();
 	unsigned rows = png && width * 3 / 4 > ROWS ? width * 3 / 4 : ROWS;
@@ -137,7 +143,8 @@ static int draw(const struct request *request, const struct vm_view *vm, const s
 	int r = heat_map_make(tables, (size_t)width * rows, &map);
 
 	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: its page entries cannot be read: %s", vm->name, strerror(-r));
+		return cli_fail(CLI_NO_ANSWER, "%s: its page entries cannot be read: %s", vm->name,
+				strerror(-r));
 	if (png)
 		r = heat_write_png(&view, request->png);
 	else if (request->json)
@@ -145,7 +152,8 @@ static int draw(const struct request *request, const struct vm_view *vm, const s
 	else
 		print_map(&view);
 	heat_map_free(&map);
-	return r ? cli_fail(CLI_SYSTEM, "%.200s cannot be written: %s", request->png, strerror(-r)) : CLI_OK;
+	return r ? cli_fail(CLI_SYSTEM, "%.200s cannot be written: %s", request->png, strerror(-r))
+		 : CLI_OK;
 }
 
 /* ---- text --------------------------------------------------------------------------------------- */
@@ -177,10 +185,11 @@ void heat_title(const struct heat_view *view, char first[HEAT_LINE_BYTES], char 
 		snprintf(first, HEAT_LINE_BYTES, "%s: %s, looked at every %.1f s", view->name,
 			 cli_size(view->map->pages * PAGE_BYTES, size), (double)view->period_us / 1e6);
 	else
-		snprintf(first, HEAT_LINE_BYTES, "%s: %s, as of when the scan was turned off", view->name,
-			 cli_size(view->map->pages * PAGE_BYTES, size));
+		snprintf(first, HEAT_LINE_BYTES, "%s: %s, as of when the scan was turned off",
+			 view->name, cli_size(view->map->pages * PAGE_BYTES, size));
 	snprintf(second, HEAT_LINE_BYTES, "a cell is %s, as most of its pages are; a row %s",
-		 cli_size(per_cell * PAGE_BYTES, cell), cli_size(per_cell * PAGE_BYTES * view->width, row));
+		 cli_size(per_cell * PAGE_BYTES, cell),
+		 cli_size(per_cell * PAGE_BYTES * view->width, row));
 }
 
 static int add_size(char *text, int used, uint64_t pages)
@@ -202,7 +211,8 @@ void heat_legend(const struct heat_view *view, unsigned line, char text[HEAT_LIN
 	if (!line) {
 		used = snprintf(text, HEAT_LINE_BYTES, "%-8s %9s %7s", "", "all", "");
 		for (unsigned i = 0; i < HEAT_SOURCES; i++)
-			used += snprintf(text + used, (size_t)(HEAT_LINE_BYTES - used), " %9s", heat_source_names[i]);
+			used += snprintf(text + used, (size_t)(HEAT_LINE_BYTES - used), " %9s",
+					 heat_source_names[i]);
 		return;
 	}
 	used = snprintf(text, HEAT_LINE_BYTES, "%-8s", is_sum ? "all" : activity_class_names[class]);
@@ -221,13 +231,15 @@ static void print_sign(enum activity_class class, bool colours)
 		putchar(heat_looks[class].sign);
 }
 
-static void print_row(const struct heat_view *view, const struct heat_block *block, uint64_t row, bool colours)
+static void print_row(const struct heat_view *view, const struct heat_block *block, uint64_t row,
+		      bool colours)
 {
 	const struct heat_cell *cell = view->map->cell + block->first_cell;
 	uint64_t first = row * view->width;
 	char at[CLI_SIZE_TEXT];
 
-	printf("%9s %s", cli_size(first * view->map->pages_per_cell * PAGE_BYTES, at), colours ? "" : "|");
+	printf("%9s %s", cli_size(first * view->map->pages_per_cell * PAGE_BYTES, at),
+	       colours ? "" : "|");
 	for (uint64_t i = first; i < first + view->width && i < block->cells; i++)
 		print_sign(heat_cell_class(&cell[i]), colours);
 	puts(colours ? "\033[0m" : "|");
@@ -298,8 +310,9 @@ static void print_json(const struct heat_view *view, const struct vm_view *vm)
 
 		json_object_object_add(block, "name", json_object_new_string(map->block[i].name));
 		json_object_object_add(block, "pages", json_object_new_uint64(map->block[i].pages));
-		json_object_object_add(block, "cells",
-				       cells_to_json(map->cell + map->block[i].first_cell, map->block[i].cells));
+		json_object_object_add(
+			block, "cells",
+			cells_to_json(map->cell + map->block[i].first_cell, map->block[i].cells));
 		json_object_array_add(blocks, block);
 	}
 	json_object_object_add(json, "name", json_object_new_string(view->name));

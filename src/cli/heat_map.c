@@ -47,7 +47,8 @@ static size_t lay_out(const struct vm_tables *tables, size_t cells_max, struct h
 	size_t cells = 0;
 
 	map->pages_per_cell = 1;
-	while (map->pages_per_cell < ENTRY_FILE_PAGES && cells_in_all(tables, map->pages_per_cell) > cells_max)
+	while (map->pages_per_cell < ENTRY_FILE_PAGES &&
+	       cells_in_all(tables, map->pages_per_cell) > cells_max)
 		map->pages_per_cell *= 2;
 	map->blocks = tables->blocks;
 	for (unsigned i = 0; i < tables->blocks; i++) {
@@ -63,13 +64,15 @@ static size_t lay_out(const struct vm_tables *tables, size_t cells_max, struct h
 	return cells;
 }
 
-static int count_block(const struct vm_table *table, const struct heat_block *block, struct heat_map *map)
+static int count_block(const struct vm_table *table, const struct heat_block *block,
+		       struct heat_map *map)
 {
 	static uint64_t entries[CHUNK_PAGES];
 
 	for (uint64_t page = 0; page < table->pages;) {
 		uint64_t n = table->pages - page < CHUNK_PAGES ? table->pages - page : CHUNK_PAGES;
-		int r = os_read_all(table->fd, entries, (size_t)n * sizeof *entries, page * sizeof *entries);
+		int r = os_read_all(table->fd, entries, (size_t)n * sizeof *entries,
+				    page * sizeof *entries);
 
 		if (r)
 			return r;

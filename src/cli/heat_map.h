@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-/* Guest RAM as a map: cells that stand for equally many pages, with what the page entries say of these. */
+/* Guest RAM as a map: cells that stand for equally many pages, with what the page entries say of these.
+ */
 #ifndef LATENT_CLI_HEAT_MAP_H
 #define LATENT_CLI_HEAT_MAP_H
 
@@ -27,7 +28,7 @@ struct heat_map {
 	uint64_t pages_per_cell; /* a power of two; the last cell of a block may have fewer */
 	uint64_t pages;          /* of all blocks */
 	uint64_t count[HEAT_SOURCES][ACTIVITY_CLASSES]; /* pages, too */
-	struct heat_cell *cell;  /* of all blocks, one after the other */
+	struct heat_cell *cell;                         /* of all blocks, one after the other */
 	unsigned blocks;
 	struct heat_block {
 		char name[RAM_NAME_BYTES];

@@ -14,9 +14,9 @@
 
 #define WIDTH_PX 1024u /* at least */
 #define MARGIN_PX 16u
-#define DOT_PX 2u                /* of letters */
-#define LETTER_PX (6 * DOT_PX)   /* 5 dots and a space */
-#define LINE_PX (10 * DOT_PX)    /* 7 dots and a space */
+#define DOT_PX 2u              /* of letters */
+#define LETTER_PX (6 * DOT_PX) /* 5 dots and a space */
+#define LINE_PX (10 * DOT_PX)  /* 7 dots and a space */
 #define TITLE_LINES 2u
 enum { COLOUR_PAPER = ACTIVITY_CLASSES, COLOUR_INK, COLOURS };
 
@@ -55,7 +55,8 @@ static const uint8_t letters['_' + 1][5] = {
 };
 
 /* What lies outside of the picture is cut. */
-static void fill(struct picture *p, unsigned x, unsigned y, unsigned width, unsigned height, uint8_t colour)
+static void fill(struct picture *p, unsigned x, unsigned y, unsigned width, unsigned height,
+		 uint8_t colour)
 {
 	for (unsigned row = y; row < y + height && row < p->height; row++)
 		for (unsigned column = x; column < x + width && column < p->width; column++)
@@ -71,7 +72,8 @@ static void draw_letter(struct picture *p, unsigned x, unsigned y, unsigned char
 	for (unsigned column = 0; column < 5; column++)
 		for (unsigned row = 0; row < 7; row++)
 			if (letters[letter][column] >> row & 1)
-				fill(p, x + column * DOT_PX, y + row * DOT_PX, DOT_PX, DOT_PX, COLOUR_INK);
+				fill(p, x + column * DOT_PX, y + row * DOT_PX, DOT_PX, DOT_PX,
+				     COLOUR_INK);
 }
 
 static void draw_text(struct picture *p, unsigned x, unsigned y, const char *text)
@@ -101,7 +103,8 @@ static void measure(const struct heat_view *view, struct picture *p)
 		p->height += block_px(view, &view->map->block[i]);
 }
 
-static void draw_block(struct picture *p, const struct heat_view *view, const struct heat_block *block, unsigned y)
+static void draw_block(struct picture *p, const struct heat_view *view, const struct heat_block *block,
+		       unsigned y)
 {
 	const struct heat_cell *cell = view->map->cell + block->first_cell;
 	unsigned side = cell_px(view);
@@ -111,7 +114,8 @@ static void draw_block(struct picture *p, const struct heat_view *view, const st
 		y += LINE_PX;
 	}
 	for (size_t i = 0; i < block->cells; i++)
-		fill(p, MARGIN_PX + (unsigned)(i % view->width) * side, y + (unsigned)(i / view->width) * side, side, side,
+		fill(p, MARGIN_PX + (unsigned)(i % view->width) * side,
+		     y + (unsigned)(i / view->width) * side, side, side,
 		     (uint8_t)heat_cell_class(&cell[i]));
 }
 
@@ -121,7 +125,8 @@ static void draw_legend(struct picture *p, const struct heat_view *view, unsigne
 
 	for (unsigned line = 0; line < HEAT_LEGEND_LINES; line++, y += LINE_PX) {
 		if (line && line <= ACTIVITY_CLASSES)
-			fill(p, MARGIN_PX, y, 7 * DOT_PX, 7 * DOT_PX, (uint8_t)heat_legend_order[line - 1]);
+			fill(p, MARGIN_PX, y, 7 * DOT_PX, 7 * DOT_PX,
+			     (uint8_t)heat_legend_order[line - 1]);
 		heat_legend(view, line, text);
 		draw_text(p, MARGIN_PX + 2 * LETTER_PX, y, text);
 	}
@@ -148,7 +153,9 @@ static void draw(struct picture *p, const struct heat_view *view)
 
 static int encode(const struct picture *p, FILE *file)
 {
-	uint8_t colours[COLOURS][3] = { [COLOUR_PAPER] = { 0xff, 0xff, 0xff }, [COLOUR_INK] = { 0x20, 0x20, 0x20 } };
+	uint8_t colours[COLOURS][3] = {
+		[COLOUR_PAPER] = { 0xff, 0xff, 0xff }, [COLOUR_INK] = { 0x20, 0x20, 0x20 }
+	};
 	png_image image = { .version = PNG_IMAGE_VERSION,
 			    .width = p->width,
 			    .height = p->height,

@@ -26,11 +26,13 @@ extern const enum activity_class heat_legend_order[ACTIVITY_CLASSES];
 
 /* Two lines that say what is shown. */
 void heat_title(const struct heat_view *view, char first[HEAT_LINE_BYTES], char second[HEAT_LINE_BYTES]);
-/* A line of the table of classes and sources; lines 1 .. ACTIVITY_CLASSES are those of heat_legend_order. */
+/* A line of the table of classes and sources; lines 1 .. ACTIVITY_CLASSES are those of
+ * heat_legend_order. */
 void heat_legend(const struct heat_view *view, unsigned line, char text[HEAT_LINE_BYTES]);
 uint64_t heat_rows(const struct heat_view *view, const struct heat_block *block);
 
-/* Writes a PNG beside `path` and renames it. A negative errno; -EEXIST: there is something that is no file. */
+/* Writes a PNG beside `path` and renames it. A negative errno; -EEXIST: there is something that is no
+ * file. */
 int heat_write_png(const struct heat_view *view, const char *path);
 
 #endif

@@ -87,11 +87,13 @@ static int ask(const struct vm_view *view, uint64_t period_us)
 {
 	char why[VMDIR_WHY_BYTES + VMDIR_NAME_BYTES];
 
-	return cli_ask_scan(view, period_us, ANSWER_TIMEOUT_MS, why, sizeof why) ? cli_fail(CLI_NO_ANSWER, "%s", why)
-										 : CLI_OK;
+	return cli_ask_scan(view, period_us, ANSWER_TIMEOUT_MS, why, sizeof why)
+		       ? cli_fail(CLI_NO_ANSWER, "%s", why)
+		       : CLI_OK;
 }
 
-int cli_ask_scan(const struct vm_view *view, uint64_t period_us, unsigned timeout_ms, char *why, size_t why_bytes)
+int cli_ask_scan(const struct vm_view *view, uint64_t period_us, unsigned timeout_ms, char *why,
+		 size_t why_bytes)
 {
 	struct control_reply reply;
 	char text[24];

@@ -47,7 +47,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 
 	if (status != CLI_END)
 		return status;
-	status = request.batch ? print(&list, &request) : top_screen(&list, request.delay_s, request.rounds);
+	status = request.batch ? print(&list, &request)
+			       : top_screen(&list, request.delay_s, request.rounds);
 	top_list_free(&list);
 	return status;
 }
@@ -62,15 +63,18 @@ static int parse(struct cli_parser *parser, struct request *request)
 			request->batch = true;
 		if (option == OPT_ROUNDS &&
 		    (!cli_parse_unsigned(parser->value, UINT_MAX, &request->rounds) || !request->rounds))
-			return cli_fail(CLI_USAGE, "top: -n takes a number from 1 on, not '%.80s'", parser->value);
+			return cli_fail(CLI_USAGE, "top: -n takes a number from 1 on, not '%.80s'",
+					parser->value);
 		if (option == OPT_DELAY &&
 		    !cli_parse_real(parser->value, TOP_DELAY_MIN_S, TOP_DELAY_MAX_S, &request->delay_s))
-			return cli_fail(CLI_USAGE, "top: -d takes seconds from 0.1 to 3600, not '%.80s'", parser->value);
+			return cli_fail(CLI_USAGE, "top: -d takes seconds from 0.1 to 3600, not '%.80s'",
+					parser->value);
 	}
 	if (option != CLI_END)
 		return cli_end_status(option);
 	if (parser->operands)
-		return cli_fail(CLI_USAGE, "top: '%.80s' is too much (see latent top --help)", parser->argv[1]);
+		return cli_fail(CLI_USAGE, "top: '%.80s' is too much (see latent top --help)",
+				parser->argv[1]);
 	return CLI_END;
 }
 

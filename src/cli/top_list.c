@@ -35,7 +35,8 @@ static uint64_t cpu_ticks(uint32_t pid)
 	fclose(file);
 	text[n] = '\0';
 	after = strrchr(text, ')'); /* the command's name may hold anything */
-	if (!after || sscanf(after + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %llu %llu", &user, &system) != 2)
+	if (!after || sscanf(after + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %llu %llu", &user,
+			     &system) != 2)
 		return TOP_UNKNOWN;
 	return user + system;
 }
@@ -50,7 +51,8 @@ static void rate_cpu(struct top_vm *vm, const struct top_vm *before)
 		return;
 	seconds = (double)(vm->cpu_us_at - before->cpu_us_at) / 1e6;
 	if (seconds > 0)
-		vm->cpu_percent = 100 * (double)(vm->cpu_ticks - before->cpu_ticks) / (double)sysconf(_SC_CLK_TCK) / seconds;
+		vm->cpu_percent = 100 * (double)(vm->cpu_ticks - before->cpu_ticks) /
+				  (double)sysconf(_SC_CLK_TCK) / seconds;
 }
 
 /* Counts are published at the end of a pass: a rate is that between two such ends. */
@@ -64,7 +66,8 @@ static void rate_refaults(struct top_vm *vm, const struct vm_stats *stats, const
 	if (vm->passes == before->passes) {
 		vm->refaults_per_s = before->refaults_per_s;
 		vm->pass_us_at = before->pass_us_at;
-	} else if (before->passes && vm->refaults >= before->refaults && vm->pass_us_at > before->pass_us_at) {
+	} else if (before->passes && vm->refaults >= before->refaults &&
+		   vm->pass_us_at > before->pass_us_at) {
 		vm->refaults_per_s = (double)(vm->refaults - before->refaults) /
 				     ((double)(vm->pass_us_at - before->pass_us_at) / 1e6);
 	}
@@ -78,11 +81,13 @@ static void take_scan(struct top_vm *vm, const struct scan_stats *scan)
 		return;
 	vm->hot_pages = stat_get(&scan->pages_now[CLASS_HOT]);
 	vm->warm_pages = stat_get(&scan->pages_now[CLASS_WARM]) + stat_get(&scan->pages_now[CLASS_COOL]);
-	vm->cold_pages = stat_get(&scan->pages_now[CLASS_COLD]) + stat_get(&scan->pages_now[CLASS_FROZEN]);
+	vm->cold_pages =
+		stat_get(&scan->pages_now[CLASS_COLD]) + stat_get(&scan->pages_now[CLASS_FROZEN]);
 	vm->used_10s_pages = stat_get(&scan->in_use_now[0]);
 	vm->used_1m_pages = stat_get(&scan->in_use_now[1]);
 	if (period_us)
-		vm->scan_percent = 100 * (double)stat_get(&scan->pass_cpu_ns_now) / ((double)period_us * 1e3);
+		vm->scan_percent =
+			100 * (double)stat_get(&scan->pass_cpu_ns_now) / ((double)period_us * 1e3);
 }
 
 static void take_stats(struct top_vm *vm, const struct vm_stats *stats)
@@ -162,7 +167,8 @@ int top_list_update(struct top_list *list, char why[VMDIR_WHY_BYTES])
 	if (!r)
 		r = vmdir_for_each(list->root, add, &update);
 	if (r && r != -ENOENT) {
-		snprintf(why, VMDIR_WHY_BYTES, "the run directory %s cannot be read: %s", list->root, strerror(-r));
+		snprintf(why, VMDIR_WHY_BYTES, "the run directory %s cannot be read: %s", list->root,
+			 strerror(-r));
 		free(update.vm);
 		return r;
 	}
@@ -242,7 +248,8 @@ static void print_percent(double percent, char text[CELL_BYTES])
 	if (isnan(percent))
 		strcpy(text, "-");
 	else
-		snprintf(text, CELL_BYTES, percent < 99.95 ? "%.1f" : "%.0f", percent < 1e6 ? percent : 999999.0);
+		snprintf(text, CELL_BYTES, percent < 99.95 ? "%.1f" : "%.0f",
+			 percent < 1e6 ? percent : 999999.0);
 }
 
 static void print_rate(double rate, char text[CELL_BYTES])
@@ -255,27 +262,48 @@ static void print_rate(double rate, char text[CELL_BYTES])
 		scaled(rate / 1000, 1000, "kMGTPE", text);
 }
 
-enum figure { PID, CPU, RAM, BASE, OVERLAY, PRIVATE, MASKED, HOT, WARM, COLD, USED_10S, USED_1M, REFAULTS, SCAN, FIGURES };
+enum figure {
+	PID,
+	CPU,
+	RAM,
+	BASE,
+	OVERLAY,
+	PRIVATE,
+	MASKED,
+	HOT,
+	WARM,
+	COLD,
+	USED_10S,
+	USED_1M,
+	REFAULTS,
+	SCAN,
+	FIGURES
+};
 
 static const struct {
 	const char *title;
 	unsigned columns; /* with the space before it */
 } figures[FIGURES] = {
-	[PID] = { "PID", 8 },      [CPU] = { "%CPU", 5 },      [RAM] = { "RAM", 5 },       [BASE] = { "BASE", 5 },
-	[OVERLAY] = { "OVL", 5 },  [PRIVATE] = { "PRIV", 5 },  [MASKED] = { "MASK", 5 },   [HOT] = { "HOT", 5 },
-	[WARM] = { "WARM", 5 },    [COLD] = { "COLD", 5 },     [USED_10S] = { "WS10", 5 }, [USED_1M] = { "WS1M", 5 },
+	[PID] = { "PID", 8 },       [CPU] = { "%CPU", 5 },      [RAM] = { "RAM", 5 },
+	[BASE] = { "BASE", 5 },     [OVERLAY] = { "OVL", 5 },   [PRIVATE] = { "PRIV", 5 },
+	[MASKED] = { "MASK", 5 },   [HOT] = { "HOT", 5 },       [WARM] = { "WARM", 5 },
+	[COLD] = { "COLD", 5 },     [USED_10S] = { "WS10", 5 }, [USED_1M] = { "WS1M", 5 },
 	[REFAULTS] = { "RF/S", 5 }, [SCAN] = { "SCAN", 5 },
 };
 
 /* What goes first where there is no room. */
-static const enum figure dispensable[] = { MASKED, PID, USED_1M, REFAULTS, SCAN, PRIVATE, OVERLAY, BASE };
+static const enum figure dispensable[] = {
+	MASKED, PID, USED_1M, REFAULTS, SCAN, PRIVATE, OVERLAY, BASE
+};
 
 static void print_figure(const struct top_vm *vm, enum figure figure, char text[CELL_BYTES])
 {
 	const uint64_t pages[FIGURES] = {
-		[BASE] = vm->base_pages,       [OVERLAY] = vm->overlay_pages,  [PRIVATE] = vm->private_pages,
-		[MASKED] = vm->masked_pages,   [HOT] = vm->hot_pages,          [WARM] = vm->warm_pages,
-		[COLD] = vm->cold_pages,       [USED_10S] = vm->used_10s_pages, [USED_1M] = vm->used_1m_pages,
+		[BASE] = vm->base_pages,       [OVERLAY] = vm->overlay_pages,
+		[PRIVATE] = vm->private_pages, [MASKED] = vm->masked_pages,
+		[HOT] = vm->hot_pages,         [WARM] = vm->warm_pages,
+		[COLD] = vm->cold_pages,       [USED_10S] = vm->used_10s_pages,
+		[USED_1M] = vm->used_1m_pages,
 	};
 
 	if (figure == PID && vm->pid)
@@ -321,7 +349,8 @@ struct top_layout top_lay_out(const struct top_list *list, unsigned columns)
 void top_line(const struct top_layout *layout, const struct top_vm *vm, char text[TOP_LINE_BYTES])
 {
 	const char *name = vm ? vm->name : "NAME";
-	int columns = (int)layout->name_columns, used = snprintf(text, TOP_LINE_BYTES, "%-*.*s", columns, columns, name);
+	int columns = (int)layout->name_columns,
+	    used = snprintf(text, TOP_LINE_BYTES, "%-*.*s", columns, columns, name);
 	char cell[CELL_BYTES];
 
 	if (strlen(name) > layout->name_columns)
@@ -331,8 +360,8 @@ void top_line(const struct top_layout *layout, const struct top_vm *vm, char tex
 			continue;
 		if (vm)
 			print_figure(vm, i, cell);
-		used += snprintf(text + used, (size_t)(TOP_LINE_BYTES - used), " %*s", (int)figures[i].columns - 1,
-				 vm ? cell : figures[i].title);
+		used += snprintf(text + used, (size_t)(TOP_LINE_BYTES - used), " %*s",
+				 (int)figures[i].columns - 1, vm ? cell : figures[i].title);
 	}
 }
 
@@ -350,5 +379,6 @@ void top_summary(const struct top_list *list, char text[TOP_LINE_BYTES])
 	if (localtime_r(&now, &tm))
 		strftime(clock, sizeof clock, "%H:%M:%S", &tm);
 	snprintf(text, TOP_LINE_BYTES, "latent top - %s, %zu %s, RAM %s, hot %s", clock, list->count,
-		 list->count == 1 ? "VM" : "VMs", cli_size(ram_bytes, ram), cli_size(hot_pages * PAGE_BYTES, hot));
+		 list->count == 1 ? "VM" : "VMs", cli_size(ram_bytes, ram),
+		 cli_size(hot_pages * PAGE_BYTES, hot));
 }

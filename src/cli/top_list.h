@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-/* The VMs that `latent top` shows: what they have, what they do per second, and a line of text for each. One thread. */
+/* The VMs that `latent top` shows: what they have, what they do per second, and a line of text for each.
+ * One thread. */
 #ifndef LATENT_CLI_TOP_LIST_H
 #define LATENT_CLI_TOP_LIST_H
 
@@ -36,8 +37,8 @@ struct top_list {
 	size_t count;
 };
 
-/* Looks at all VMs of the user anew; those that are gone are not there any more. 0, or a negative errno with the
- * sentence in `why`; the list is as it was, then. */
+/* Looks at all VMs of the user anew; those that are gone are not there any more. 0, or a negative errno
+ * with the sentence in `why`; the list is as it was, then. */
 int top_list_update(struct top_list *list, char why[VMDIR_WHY_BYTES]);
 void top_list_sort(struct top_list *list);
 void top_list_free(struct top_list *list);
@@ -53,8 +54,9 @@ struct top_layout top_lay_out(const struct top_list *list, unsigned columns);
 void top_summary(const struct top_list *list, char text[TOP_LINE_BYTES]);
 void top_line(const struct top_layout *layout, const struct top_vm *vm, char text[TOP_LINE_BYTES]);
 
-/* top_screen.c: shows the list on a terminal, `rounds` times (0: until the user ends it). An exit status; after an
- * error the sentence was printed. The terminal is as it was, whatever ends it, but for SIGKILL. */
+/* top_screen.c: shows the list on a terminal, `rounds` times (0: until the user ends it). An exit
+ * status; after an error the sentence was printed. The terminal is as it was, whatever ends it, but for
+ * SIGKILL. */
 int top_screen(struct top_list *list, double delay_s, uint64_t rounds);
 
 #define TOP_DELAY_MIN_S 0.1

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * latent top on a terminal. Signals that end a program only note that; the loop sees it within a moment, and there
- * is one way out, which gives the terminal back.
+ * latent top on a terminal. Signals that end a program only note that; the loop sees it within a moment,
+ * and there is one way out, which gives the terminal back.
  */
 #include "cli/top_list.h"
 
@@ -138,7 +138,9 @@ static int wait_key(uint64_t until_us)
 
 		if (key != ERR || now_us >= until_us)
 			return key;
-		if (poll(&input, 1, until_us - now_us > 60000000 ? 60000 : (int)((until_us - now_us) / 1000 + 1)) > 0 &&
+		if (poll(&input, 1,
+			 until_us - now_us > 60000000 ? 60000 : (int)((until_us - now_us) / 1000 + 1)) >
+			    0 &&
 		    input.revents & ~POLLIN)
 			ended = 1; /* the terminal has gone */
 	}
@@ -164,7 +166,8 @@ static bool prompt(const char *question, char *text, size_t bytes)
 			text[--used] = '\0';
 		else if (key >= ' ' && key < 127 && used + 1 < bytes)
 			text[used++] = (char)key, text[used] = '\0';
-	} while (key != ERR && key != ESCAPE && key != '\n' && key != '\r' && key != KEY_ENTER && key != KEY_RESIZE);
+	} while (key != ERR && key != ESCAPE && key != '\n' && key != '\r' && key != KEY_ENTER &&
+		 key != KEY_RESIZE);
 	return (key == '\n' || key == '\r' || key == KEY_ENTER) && used;
 }
 
@@ -179,7 +182,8 @@ static void change_delay(struct screen *s)
 	if (cli_parse_real(text, TOP_DELAY_MIN_S, TOP_DELAY_MAX_S, &delay_s))
 		s->delay_s = delay_s;
 	else
-		snprintf(s->message, sizeof s->message, "a delay is from 0.1 to 3600 seconds, not '%s'", text);
+		snprintf(s->message, sizeof s->message, "a delay is from 0.1 to 3600 seconds, not '%s'",
+			 text);
 }
 
 static void change_scan(struct screen *s)
@@ -193,12 +197,14 @@ static void change_scan(struct screen *s)
 	if (!name[0] || !prompt(question, text, sizeof text))
 		return;
 	if (!cli_parse_period_or_off(text, &period_us)) {
-		snprintf(s->message, sizeof s->message, "a period is a time from 100ms to 1h, or off; not '%s'", text);
+		snprintf(s->message, sizeof s->message,
+			 "a period is a time from 100ms to 1h, or off; not '%s'", text);
 	} else if (vm_view_open(s->list->root, name, &view)) {
 		snprintf(s->message, sizeof s->message, "%s is gone", name);
 	} else {
 		if (!cli_ask_scan(&view, period_us, ANSWER_TIMEOUT_MS, s->message, sizeof s->message))
-			snprintf(s->message, sizeof s->message, "%s: %s", name, period_us ? "looked at from now on" : "looked at no more");
+			snprintf(s->message, sizeof s->message, "%s: %s", name,
+				 period_us ? "looked at from now on" : "looked at no more");
 		vm_view_close(&view);
 	}
 }
@@ -292,7 +298,8 @@ int top_screen(struct top_list *list, double delay_s, uint64_t rounds)
 		return cli_fail(CLI_USAGE, "top: this is no terminal; -b prints lines");
 	screen = newterm(NULL, stdout, stdin);
 	if (!screen)
-		return cli_fail(CLI_USAGE, "top: the terminal '%.40s' is not known (TERM); -b prints lines",
+		return cli_fail(CLI_USAGE,
+				"top: the terminal '%.40s' is not known (TERM); -b prints lines",
 				terminal ? terminal : "");
 	catch_signals(); /* after newterm, which has its own */
 	cbreak();

@@ -38,8 +38,9 @@ static int receive(int control, struct received *got)
 		char space[CMSG_SPACE(RAM_BLOCKS * sizeof(int))];
 	} rights;
 	struct iovec iov = { &got->layout, sizeof got->layout };
-	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &rights,
-				  .msg_controllen = sizeof rights };
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = sizeof rights
+	};
 	ssize_t n = recvmsg(control, &message, MSG_CMSG_CLOEXEC);
 
 	if (n < 0)
@@ -61,7 +62,8 @@ static bool is_table(int fd, uint64_t pages)
 
 static int check(struct received *got, struct vm_tables *tables)
 {
-	if (!got->layout.blocks || got->layout.blocks > RAM_BLOCKS || got->fd_count != got->layout.blocks)
+	if (!got->layout.blocks || got->layout.blocks > RAM_BLOCKS ||
+	    got->fd_count != got->layout.blocks)
 		return -EPROTO;
 	for (unsigned i = 0; i < got->fd_count; i++) {
 		struct control_block *from = &got->layout.block[i];
@@ -80,7 +82,7 @@ static int check(struct received *got, struct vm_tables *tables)
 static int take_tables(int control, struct vm_tables *ret_tables)
 {
 	struct received got = { .fd_count = 0 };
-	struct vm_tables tables;
+	struct vm_tables tables = { .blocks = 0 };
 	int r = receive(control, &got);
 
 	if (!r)
@@ -109,7 +111,8 @@ int vm_tables_open(const struct vm_view *view, struct vm_tables *ret_tables)
 		r = take_tables(control, ret_tables);
 	if (control >= 0)
 		close(control);
-	return r ? cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name, strerror(-r)) : CLI_OK;
+	return r ? cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name, strerror(-r))
+		 : CLI_OK;
 }
 
 void vm_tables_close(struct vm_tables *tables)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The page entries of a running VM (core/entry.h), read from the tables that its agent shares. They change while they
- * are read. The agent is not trusted (vm_view.h): entries may be anything, their number is what it should be.
+ * The page entries of a running VM (core/entry.h), read from the tables that its agent shares. They
+ * change while they are read. The agent is not trusted (vm_view.h): entries may be anything, their
+ * number is what it should be.
  */
 #ifndef LATENT_CLI_VM_TABLES_H
 #define LATENT_CLI_VM_TABLES_H

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-/* Guest RAM as it is told to other processes: a struct control_layout and descriptors, over the control socket. */
+/* Guest RAM as it is told to other processes: a struct control_layout and descriptors, over the control
+ * socket. */
 #include "qemu/agent.h"
 
 #include <errno.h>

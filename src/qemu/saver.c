@@ -383,7 +383,8 @@ static void describe(struct agent *a, struct control_layout *layout)
 static int send_layout(struct agent *a, int client)
 {
 	static struct control_layout layout; /* only this thread */
-	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
+	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS] = { saver.uffd, saver.runs_fd, saver.copies_fd,
+							seen_fd(saver.seen) };
 	size_t count = CONTROL_FD_BLOCKS;
 
 	memset(&layout, 0, sizeof layout);

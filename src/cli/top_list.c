@@ -226,7 +226,7 @@ static void scaled(double value, double step, const char *units, char text[CELL_
 		value /= step;
 		units++;
 	}
-	snprintf(text, CELL_BYTES, value > 0 && value < 9.95 && *units != ' ' ? "%.1f%c" : "%.0f%c",
+	snprintf(text, CELL_BYTES, value < 9.95 ? "%.1f%c" : "%.0f%c",
 		 value < 1e6 ? value : 999999.0, *units);
 }
 
@@ -237,10 +237,10 @@ static void print_bytes(uint64_t bytes, char text[CELL_BYTES])
 
 static void print_pages(uint64_t pages, char text[CELL_BYTES])
 {
-	if (pages == TOP_UNKNOWN)
-		strcpy(text, "-");
+	if (!pages || pages == TOP_UNKNOWN)
+		strcpy(text, pages ? "-" : "0");
 	else
-		scaled((double)pages * (PAGE_BYTES / 1024), 1024, "KMGTPE", text);
+		print_bytes(pages * PAGE_BYTES, text);
 }
 
 static void print_percent(double percent, char text[CELL_BYTES])

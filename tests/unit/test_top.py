@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """`latent top` gives the terminal back, whatever ends it; it and `latent heat` refuse what makes no sense.
 
-No VM runs here; tests/guest/activity.py has one. LATENT_BUILD is meson's build directory.
+The VMs here are of the cheapest kind (tests/fuzz/fuzz_vmm_qemu.c); tests/guest/activity.py has a real one.
+LATENT_BUILD is meson's build directory.
 """
 
 import fcntl
+import json
 import os
 import pathlib
 import pty
@@ -18,11 +20,14 @@ import tempfile
 import termios
 import time
 
-LATENT = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build")) / "latent"
-OK, USAGE, NO_VM = 0, 64, 67  # src/cli/cli.h
+BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build"))
+LATENT, VMM = BUILD / "latent", BUILD / "tests" / "fuzz_vmm_qemu"
+OK, USAGE, NO_VM, SYSTEM, NO_ANSWER = 0, 64, 67, 71, 75  # src/cli/cli.h
+RAM_MIB, IMAGE_MIB, PAGES_PER_MIB = 8, 4, 256
 TIMEOUT_S = 30
 # What a terminal is told to show the other screen, and that it is the usual one again (xterm).
 OTHER_SCREEN, USUAL_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
+UP, DOWN = b"\x1bOA", b"\x1bOB"
 
 failures = []
 
@@ -90,6 +95,36 @@ class Terminal:
                 os.close(fd)
 
 
+class VM:
+    """RAM that nobody uses; its first half is an image."""
+
+    def __init__(self, name, directory):
+        self.name = name
+        image = directory / f"{name}.image"  # of its own: it is written here
+        image.write_bytes(os.urandom(IMAGE_MIB << 20))
+        self.process = subprocess.Popen([LATENT, "run", "--name", name, "--share-threshold", "0", "--min-run", "1", "--",
+                                         VMM, "-machine", "q35", "-m", str(RAM_MIB), image],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        check(self.process.stdout.read(1) == b"r", f"{name} runs")
+
+    def scan(self):
+        return json.loads(latent("stat", self.name, "--json").stdout)["scan"]
+
+    def wait_passes(self, count):
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while self.scan()["passes"] < count and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.kill()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
 def check_ends(what, end, *options):
     """Whatever ends it: the terminal is as it was."""
     terminal = Terminal(*options)
@@ -142,7 +177,7 @@ def check_keys():
         terminal.keys(b"d9999999\n")
         check(terminal.wait_text(b"a delay is from"), f"an absurd delay is refused: {terminal.text!r}")
         terminal.keys(b"d0.2\n")
-        terminal.keys(b"\x1b[A\x1b[BPMNsx")  # with no VM there is none to select or scan
+        terminal.keys(UP + DOWN + b"PMNsx")  # with no VM there is none to select or scan
         terminal.text = b""
         terminal.resize(10, 132)
         check(terminal.wait_text(b"MASK"), f"132 columns: all is shown: {terminal.text!r}")
@@ -181,12 +216,68 @@ def check_batch():
           f"batch mode with no VM: {done.stdout!r} {done.stderr!r}")
 
 
+def check_map(vm, directory):
+    done = latent("heat", vm.name)
+    check(done.returncode == NO_ANSWER and f"latent scan {vm.name} --period 10s" in done.stderr,
+          f"nothing to draw: {done.returncode}, {done.stderr!r}")
+    latent("scan", vm.name, "--period", "100ms")
+    vm.wait_passes(4)
+    latent("scan", vm.name, "off")
+    found = json.loads(latent("heat", vm.name, "--json").stdout)
+    cells = [cell for block in found["blocks"] for cell in block["cells"]]
+    check(sum(map(sum, cells)) == RAM_MIB * PAGES_PER_MIB == found["pages"], f"{sum(map(sum, cells))} pages in cells")
+    for number, name in enumerate(found["cell"]):
+        in_all = sum(by_class[name] for by_class in found["pages_now"].values())
+        check(sum(cell[number] for cell in cells) == in_all == vm.scan()["pages_now"][name], f"{name}: {in_all} pages")
+    by_source = {source: sum(by_class.values()) for source, by_class in found["pages_now"].items()}
+    check(by_source["overlay"] == IMAGE_MIB * PAGES_PER_MIB, f"pages of the image are {by_source}")
+    for width in ("16", "100", "1024"):
+        rows = [line.split("|")[1] for line in latent("heat", vm.name, "--width", width).stdout.splitlines()
+                if line.count("|") == 2]
+        check(rows and all(len(row) <= int(width) for row in rows) and len(rows) <= 32, f"{len(rows)} rows of {width}")
+    picture = directory / "heat.png"
+    check(latent("heat", vm.name, "--png", picture).returncode == OK, "a picture")
+    check(picture.read_bytes()[-8:-4] == b"IEND", "it is whole")
+    for target in (directory / "missing" / "heat.png", directory, "/dev/null", "x" * 300):
+        done = latent("heat", vm.name, "--png", target)
+        check(done.returncode == SYSTEM and len(done.stderr.splitlines()) == 1, f"--png {target}: {done.stderr!r}")
+    check([path.name for path in directory.glob("heat*")] == ["heat.png"], "nothing else is left")
+
+
+def check_with_vms(directory):
+    one, two = VM("one", directory), VM("two", directory)
+    terminal = Terminal("-d", "0.2")
+    try:
+        check_map(one, directory)
+        check(terminal.wait_text(b"two"), f"both VMs are shown: {terminal.text!r}")
+        terminal.keys(b"N" + DOWN + DOWN + UP + b"s0\n")  # the later one has the higher process id: it is the first
+        check(terminal.wait_text(b"a period is a time"), f"a period of 0 is refused: {terminal.text!r}")
+        terminal.keys(b"s300ms\n")
+        check(terminal.wait_text(b"two: looked at"), f"two is looked at: {terminal.text!r}")
+        check(two.scan()["shortest_us_now"] == 300000, f"with that period: {two.scan()['shortest_us_now']}")
+        terminal.keys(b"soff\n")
+        check(terminal.wait_text(b"no more"), f"and no more: {terminal.text!r}")
+        check(two.scan()["period_us_now"] == 0, "the scan is off")
+        terminal.keys(b"sjunk\x7f\x1b")  # Esc: nothing happens
+        two.kill()
+        check(terminal.wait_text(b"1 VM,"), f"one is left: {terminal.text!r}")
+        one.kill()
+        check(terminal.wait_text(b"0 VMs"), f"none is left: {terminal.text!r}")
+        terminal.keys(b"q")
+        check(terminal.wait_end() == OK and termios.tcgetattr(terminal.slave) == terminal.before, "q ends it then")
+    finally:
+        terminal.close()
+        one.close()
+        two.close()
+
+
 def main():
-    if not LATENT.exists():
-        print(f"{LATENT} is not built")
+    if not LATENT.exists() or not VMM.exists():
+        print(f"{LATENT} or {VMM} is not built")
         return 77
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ["LATENT_RUNTIME_DIR"] = directory
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as directory:
+        os.environ["LATENT_RUNTIME_DIR"] = root
+        check_with_vms(pathlib.Path(directory))
         check_refusals()
         check_batch()
         check_all_ends()

@@ -296,12 +296,12 @@ int top_screen(struct top_list *list, double delay_s, uint64_t rounds)
 
 	if (!isatty(STDIN_FILENO) || !isatty(STDOUT_FILENO))
 		return cli_fail(CLI_USAGE, "top: this is no terminal; -b prints lines");
+	catch_signals(); /* newterm leaves them then */
 	screen = newterm(NULL, stdout, stdin);
 	if (!screen)
 		return cli_fail(CLI_USAGE,
 				"top: the terminal '%.40s' is not known (TERM); -b prints lines",
 				terminal ? terminal : "");
-	catch_signals(); /* after newterm, which has its own */
 	cbreak();
 	noecho();
 	nodelay(stdscr, TRUE);

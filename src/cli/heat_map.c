@@ -89,9 +89,10 @@ static int count_block(const struct vm_table *table, const struct heat_block *bl
 int heat_map_make(const struct vm_tables *tables, size_t cells_max, struct heat_map *ret_map)
 {
 	struct heat_map map = { .pages = 0 };
+	size_t cells = lay_out(tables, cells_max, &map);
 	int r = 0;
 
-	map.cell = calloc(lay_out(tables, cells_max, &map), sizeof *map.cell);
+	map.cell = cells ? calloc(cells, sizeof *map.cell) : NULL;
 	if (!map.cell)
 		return -ENOMEM;
 	for (unsigned i = 0; !r && i < tables->blocks; i++)

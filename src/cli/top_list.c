@@ -238,7 +238,7 @@ static void print_bytes(uint64_t bytes, char text[CELL_BYTES])
 static void print_pages(uint64_t pages, char text[CELL_BYTES])
 {
 	if (!pages || pages == TOP_UNKNOWN)
-		strcpy(text, pages ? "-" : "0");
+		snprintf(text, CELL_BYTES, "%s", pages ? "-" : "0");
 	else
 		print_bytes(pages * PAGE_BYTES, text);
 }
@@ -246,7 +246,7 @@ static void print_pages(uint64_t pages, char text[CELL_BYTES])
 static void print_percent(double percent, char text[CELL_BYTES])
 {
 	if (isnan(percent))
-		strcpy(text, "-");
+		snprintf(text, CELL_BYTES, "-");
 	else
 		snprintf(text, CELL_BYTES, percent < 99.95 ? "%.1f" : "%.0f",
 			 percent < 1e6 ? percent : 999999.0);
@@ -255,7 +255,7 @@ static void print_percent(double percent, char text[CELL_BYTES])
 static void print_rate(double rate, char text[CELL_BYTES])
 {
 	if (isnan(rate))
-		strcpy(text, "-");
+		snprintf(text, CELL_BYTES, "-");
 	else if (rate < 999.5)
 		snprintf(text, CELL_BYTES, "%.0f", rate);
 	else

@@ -221,7 +221,7 @@ def check_map(vm, directory):
     check(done.returncode == NO_ANSWER and f"latent scan {vm.name} --period 10s" in done.stderr,
           f"nothing to draw: {done.returncode}, {done.stderr!r}")
     latent("scan", vm.name, "--period", "100ms")
-    vm.wait_passes(4)
+    vm.wait_passes(9)  # nothing changes any more: all is frozen
     latent("scan", vm.name, "off")
     found = json.loads(latent("heat", vm.name, "--json").stdout)
     cells = [cell for block in found["blocks"] for cell in block["cells"]]

@@ -38,7 +38,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore, cli_info,
-	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan;
+	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan, cli_heat, cli_top;
 
 /* ---- options -------------------------------------------------------------------------------- */
 
@@ -81,6 +81,14 @@ bool cli_parse_real(const char *text, double min, double max, double *ret_value)
 bool cli_parse_time(const char *text, uint64_t *ret_us);
 /* scan.c: a scan period. Prints the sentence and returns an exit status if it is none. */
 int cli_parse_period(const char *command, const char *option, const char *text, uint64_t *ret_us);
+
+/* The same, or "off": 0. False, and nothing printed, if it is neither. */
+bool cli_parse_period_or_off(const char *text, uint64_t *ret_us);
+/* scan.c: has the VM looked at once in this time; 0: no more. 0, or a negative errno with the sentence
+ * in `why`. */
+struct vm_view;
+int cli_ask_scan(const struct vm_view *view, uint64_t period_us, unsigned timeout_ms, char *why,
+		 size_t why_bytes);
 
 /* ---- messages -------------------------------------------------------------------------------- */
 

@@ -31,16 +31,31 @@ const struct cli_command cli_scan = {
 
 static int ask(const struct vm_view *view, uint64_t period_us);
 
-int cli_parse_period(const char *command, const char *option, const char *text, uint64_t *ret_us)
+static bool parse_period(const char *text, uint64_t *ret_us)
 {
 	uint64_t us;
 
 	if (!cli_parse_time(text, &us) || us < SCAN_PERIOD_MIN_US || us > SCAN_PERIOD_MAX_US)
+		return false;
+	*ret_us = us;
+	return true;
+}
+
+int cli_parse_period(const char *command, const char *option, const char *text, uint64_t *ret_us)
+{
+	if (!parse_period(text, ret_us))
 		return cli_fail(CLI_USAGE,
 				"%s: --%s takes a time from 100ms to 1h (10s, 500ms, 2m), not '%.80s'",
 				command, option, text);
-	*ret_us = us;
 	return CLI_OK;
+}
+
+bool cli_parse_period_or_off(const char *text, uint64_t *ret_us)
+{
+	if (strcmp(text, "off"))
+		return parse_period(text, ret_us);
+	*ret_us = 0;
+	return true;
 }
 
 static int run(const struct cli_command *command, int argc, char **argv)
@@ -70,17 +85,26 @@ static int run(const struct cli_command *command, int argc, char **argv)
 
 static int ask(const struct vm_view *view, uint64_t period_us)
 {
+	char why[VMDIR_WHY_BYTES + VMDIR_NAME_BYTES];
+
+	return cli_ask_scan(view, period_us, ANSWER_TIMEOUT_MS, why, sizeof why)
+		       ? cli_fail(CLI_NO_ANSWER, "%s", why)
+		       : CLI_OK;
+}
+
+int cli_ask_scan(const struct vm_view *view, uint64_t period_us, unsigned timeout_ms, char *why,
+		 size_t why_bytes)
+{
 	struct control_reply reply;
 	char text[24];
 	int r;
 
 	snprintf(text, sizeof text, "%ju", (uintmax_t)period_us);
-	r = vm_view_ask(view, CONTROL_SCAN, text, ANSWER_TIMEOUT_MS, &reply);
+	r = vm_view_ask(view, CONTROL_SCAN, text, timeout_ms, &reply);
 	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
-				strerror(-r));
-	if (reply.error)
-		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name,
-				reply.text[0] ? reply.text : strerror(-reply.error));
-	return CLI_OK;
+		snprintf(why, why_bytes, "%s: the agent does not answer: %s", view->name, strerror(-r));
+	else if (reply.error)
+		snprintf(why, why_bytes, "%s: %s", view->name,
+			 reply.text[0] ? reply.text : strerror(-reply.error));
+	return r ? r : reply.error;
 }

@@ -83,34 +83,42 @@ int vm_view_find(const char *name, struct vm_view *ret_view)
 int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
 		struct control_reply *ret_reply)
 {
+	int control = vm_view_connect(view, timeout_ms), r;
+
+	if (control < 0)
+		return control;
+	r = vm_view_ask_over(control, op, path, ret_reply);
+	close(control);
+	return r;
+}
+
+int vm_view_connect(const struct vm_view *view, unsigned timeout_ms)
+{
+	char path[VMDIR_PATH_BYTES];
+	int r = vmdir_path(view->root, view->name, VMDIR_CONTROL, path);
+
+	return r ? r : vmdir_connect(path, SOCK_SEQPACKET, timeout_ms);
+}
+
+int vm_view_ask_over(int control, enum control_op op, const char *path, struct control_reply *ret_reply)
+{
 	struct control_request request = {
 		.magic = CONTROL_MAGIC,
 		.version = CONTROL_VERSION,
 		.op = (uint32_t)op,
 	};
 	struct control_reply reply;
-	char socket_path[VMDIR_PATH_BYTES];
 	ssize_t n;
-	int fd, r;
 
 	if (path && snprintf(request.path, sizeof request.path, "%s", path) >= (int)sizeof request.path)
 		return -ENAMETOOLONG;
-	r = vmdir_path(view->root, view->name, VMDIR_CONTROL, socket_path);
-	if (r)
-		return r;
-	fd = vmdir_connect(socket_path, SOCK_SEQPACKET, timeout_ms);
-	if (fd < 0)
-		return fd;
-	n = send(fd, &request, sizeof request, MSG_NOSIGNAL);
+	n = send(control, &request, sizeof request, MSG_NOSIGNAL);
 	if (n >= 0)
-		n = recv(fd, &reply, sizeof reply, 0);
+		n = recv(control, &reply, sizeof reply, 0);
 	if (n < 0)
-		r = errno == EAGAIN ? -ETIMEDOUT : -errno;
-	else if (n != sizeof reply || reply.magic != CONTROL_MAGIC || reply.version != CONTROL_VERSION)
-		r = n ? -EPROTO : -ECONNRESET;
-	close(fd);
-	if (r)
-		return r;
+		return errno == EAGAIN ? -ETIMEDOUT : -errno;
+	if (n != sizeof reply || reply.magic != CONTROL_MAGIC || reply.version != CONTROL_VERSION)
+		return n ? -EPROTO : -ECONNRESET;
 	reply.text[sizeof reply.text - 1] = 0;
 	cli_make_plain(reply.text);
 	if (reply.error > 0 || reply.error < -ERRNO_MAX)

@@ -7,6 +7,7 @@
  *   saver.c    its part of a save
  *   restorer.c its part of a restore
  *   faults.c   its other thread, from the first restore or save on: serves faults
+ *   layout.c   blocks of guest RAM, told to other processes
  *   lazy.c     its end of a source that cannot be mapped
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *   scanner.c  its thread that looks at what the guest uses, from the first request for that on
@@ -133,6 +134,13 @@ uint64_t saver_tick(void); /* to be called again after so many microseconds at t
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
+
+/* layout.c, from the service thread. layout_send: at most LAYOUT_FDS descriptors; -EPIPE. */
+#define LAYOUT_FDS (CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2)
+void layout_describe(const struct ram_block *block, struct control_block *to);
+int layout_send(int client, const struct control_layout *layout, const int *fds, size_t count);
+/* What follows the reply to CONTROL_ENTRIES. */
+int layout_send_tables(struct agent *agent, int client);
 
 /* scanner.c: looks at each page once in `period_us` from now on; 0: no more. -EINVAL: absurd; -EBUSY: QEMU has taken
  * guest RAM's userfaultfd. From the service thread. */

@@ -369,15 +369,11 @@ static void describe(struct agent *a, struct control_layout *layout)
 
 	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
 		const struct ram_block *b = ram_block_at(a->ram, i);
-		struct control_block *to = &layout->block[i];
 
 		if (!b)
 			continue;
 		layout->blocks = i + 1;
-		snprintf(to->name, sizeof to->name, "%s", b->name);
-		to->pages = b->pages;
-		to->hva = (uintptr_t)b->hva;
-		to->memfd_offset = b->memfd_offset;
+		layout_describe(b, &layout->block[i]);
 	}
 	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 		struct control_volume *to = &layout->volume[layout->volumes];
@@ -396,12 +392,8 @@ static int send_layout(struct agent *a, int client)
 {
 	static struct control_layout layout; /* only this thread */
 	const struct agent_restore *restore = &a->config.restore;
-	int fds[CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
-	char control[CMSG_SPACE(sizeof fds)] = { 0 };
-	struct iovec iov = { &layout, sizeof layout };
-	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control };
+	int fds[LAYOUT_FDS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
 	size_t count = CONTROL_FD_BLOCKS;
-	struct cmsghdr *c;
 
 	memset(&layout, 0, sizeof layout);
 	describe(a, &layout);
@@ -417,14 +409,7 @@ static int send_layout(struct agent *a, int client)
 		fds[count++] = restore->ram_fd;
 		fds[count++] = restore->pages_fd;
 	}
-	message.msg_controllen = CMSG_SPACE(count * sizeof fds[0]);
-	c = CMSG_FIRSTHDR(&message);
-	c->cmsg_level = SOL_SOCKET;
-	c->cmsg_type = SCM_RIGHTS;
-	c->cmsg_len = CMSG_LEN(count * sizeof fds[0]);
-	memcpy(CMSG_DATA(c), fds, count * sizeof fds[0]);
-	/* Not the hooked one: this is the agent's own socket. */
-	return agent_send(client, &message) == (ssize_t)sizeof layout ? 0 : -EPIPE;
+	return layout_send(client, &layout, fds, count);
 }
 
 static const char *why_not(int r)

@@ -375,6 +375,8 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_SCAN:
 		do_scan(s, q, p);
 		break;
+	case CONTROL_ENTRIES:
+		break; /* follow_up */
 	default:
 		p->error = -EOPNOTSUPP;
 		snprintf(p->text, sizeof p->text, "the VM's agent does not know this request");
@@ -385,6 +387,14 @@ static bool is_valid(const struct control_request *q, ssize_t bytes)
 {
 	return bytes == (ssize_t)sizeof *q && q->magic == CONTROL_MAGIC && q->version == CONTROL_VERSION &&
 	       memchr(q->path, '\0', sizeof q->path);
+}
+
+/* What comes after the reply to a request that was granted. */
+static int follow_up(struct service *s, int client, uint32_t op)
+{
+	if (op == CONTROL_SAVE_BEGIN)
+		saver_began(s->agent, client);
+	return op == CONTROL_ENTRIES ? layout_send_tables(s->agent, client) : 0;
 }
 
 static void undo_save(struct service *s)
@@ -408,11 +418,9 @@ static void on_client(struct service *s, int *client)
 			p.error = -EPROTO;
 			snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
 		}
-		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p) {
-			if (q.op == CONTROL_SAVE_BEGIN && !p.error)
-				saver_began(s->agent, *client);
+		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
+		    (p.error || !follow_up(s, *client, q.op)))
 			return;
-		}
 	}
 	if (saver_client_gone(s->agent, *client))
 		undo_save(s);

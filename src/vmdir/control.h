@@ -35,6 +35,8 @@ enum control_op {
 	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_STOP_REST, /* what the guest has not touched is loaded no more. -EALREADY: nothing was being loaded */
 	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0: no more */
+	CONTROL_ENTRIES, /* the reply is followed by a struct control_layout without volumes, with the table of each
+			  * block's page entries (core/entry.h), which nobody but the agent can write */
 	CONTROL_OPS
 };
 
@@ -58,7 +60,7 @@ struct control_reply {
  * POINT those that become private, in the VM's memory; after that the writer keeps as many in its own. */
 #define CONTROL_SAVE_EARLY_PAGES 16384u /* 64 MiB */
 
-/* Follows the reply to SAVE_BEGIN. */
+/* Follows the reply to SAVE_BEGIN, and that to ENTRIES. */
 struct control_layout {
 	uint32_t blocks, volumes;
 	uint32_t has_cache, cache_file; /* pages are mapped from a pager's cache; cache_file: its index in page entries */
@@ -73,8 +75,8 @@ struct control_layout {
 	} volume[32];
 };
 
-/* Its descriptors: these, for each block its memfd and the table of its page entries, and if there is a cache, that (it
- * is whole) and the `pages` of the snapshot that it is of. */
+/* The descriptors of SAVE_BEGIN: these, for each block its memfd and the table of its page entries, and if there is a
+ * cache, that (it is whole) and the `pages` of the snapshot that it is of. */
 enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */

@@ -220,7 +220,7 @@ static void make_packet(struct packet *p, uint8_t how, struct fuzz_reader *in)
 	p->request = (struct control_request){
 		.magic = CONTROL_MAGIC,
 		.version = CONTROL_VERSION,
-		.op = how & 4 ? CONTROL_DETACH : CONTROL_REFRESH,
+		.op = how & 8 ? CONTROL_ENTRIES : how & 4 ? CONTROL_DETACH : CONTROL_REFRESH,
 	};
 	contents = fuzz_bytes(in, &length);
 	if (how % 4 == 0)
@@ -273,6 +273,17 @@ static void check_reply(const struct packet *p, const struct control_reply *repl
 		vm.detached = true;
 }
 
+/* What comes after the reply; its descriptors the kernel drops. */
+static void take_layout(int client)
+{
+	static struct control_layout layout;
+	struct pollfd end = { .fd = client, .events = POLLIN };
+
+	require_vm(poll(&end, 1, ANSWER_MS) == 1);
+	require_vm(recv(client, &layout, sizeof layout, 0) == (ssize_t)sizeof layout);
+	require_vm(layout.blocks == 1 && !layout.volumes && memchr(layout.block[0].name, 0, sizeof layout.block[0].name));
+}
+
 static void talk(struct fuzz_reader *in)
 {
 	int *client = &clients[fuzz_byte(in) % CLIENTS];
@@ -287,6 +298,12 @@ static void talk(struct fuzz_reader *in)
 		hang_up(client);
 	else
 		check_reply(&packet, &reply);
+	if (*client >= 0 && is_request(&packet) && !reply.error) {
+		if (packet.request.op == CONTROL_ENTRIES)
+			take_layout(*client);
+		if (packet.request.op == CONTROL_SAVE_BEGIN)
+			hang_up(client); /* which ends the save */
+	}
 }
 
 static bool ask(void)

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
  * A run-time directory that somebody hostile has made: the statistics, the lock and the agent's answers
- * are anything. `latent ps`, `stat` and `detach` end, with a status of theirs, and what they print is
+ * are anything. `latent ps`, `stat`, `top`, `heat` and `detach` end, with a status of theirs, and what they print is
  * plain text or valid JSON; nothing outside of the directory is touched, and a new VM gets a name.
  *
  * Input: kinds of things (1 byte each, see the enums), how the agent answers, the answer's length (2
- * bytes) and contents, over a valid one; then patches of valid statistics: place (2 bytes), length (1
+ * bytes) and contents, over a valid one, and what tables of page entries it hands out (4 bytes, see set_tables); then
+ * patches of valid statistics: place (2 bytes), length (1
  * byte), contents.
  */
 #include "fuzz.h"
@@ -25,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -33,11 +35,13 @@
 #define ROOT "run"
 #define VM "vm"
 #define OUTSIDE "outside"
+#define TABLES_MAX 70 /* more than there are blocks */
+#define TABLE_PAGES 3000
 
 /* What stands in the place of a file. */
 enum kind { FILE_USUAL, FILE_ABSENT, FILE_FIFO, FILE_DIRECTORY, FILE_LINK, FILE_SOCKET, FILE_KINDS };
 /* What the agent does with a request. */
-enum manner { ANSWER, ANSWER_TWICE, HANG_UP, CUT_STATS, GROW_STATS, REPLACE_STATS, MANNERS };
+enum manner { ANSWER, ANSWER_TWICE, HANG_UP, CUT_STATS, GROW_STATS, REPLACE_STATS, ANSWER_TABLES, MANNERS };
 
 static const struct fuzz_token tokens[] = {
 	FUZZ_TEXT("\xff\xff\xff\xff"),
@@ -64,6 +68,9 @@ static struct {
 	enum manner manner; /* these are set while the thread has nothing to do */
 	uint8_t reply[sizeof(struct control_reply) + 64];
 	size_t reply_bytes;
+	struct control_layout layout; /* with ANSWER_TABLES */
+	int table_fds[TABLES_MAX];
+	unsigned table_count;
 } peer;
 
 static void spoil_stats(enum manner manner)
@@ -77,6 +84,23 @@ static void spoil_stats(enum manner manner)
 	else if (manner == REPLACE_STATS)
 		r = rename(ROOT "/" VM "/" VMDIR_STATS, ROOT "/" VM "/other");
 	(void)r; /* it may be no file */
+}
+
+static void send_tables(int client)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof peer.table_fds)];
+	} rights = { .header = { CMSG_LEN(peer.table_count * sizeof(int)), SOL_SOCKET, SCM_RIGHTS } };
+	struct iovec iov = { &peer.layout, sizeof peer.layout };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	memcpy(CMSG_DATA(&rights.header), peer.table_fds, sizeof peer.table_fds);
+	if (peer.table_count) {
+		message.msg_control = &rights;
+		message.msg_controllen = CMSG_SPACE(peer.table_count * sizeof(int));
+	}
+	(void)!sendmsg(client, &message, MSG_NOSIGNAL);
 }
 
 static void *peer_main(void *arg)
@@ -93,6 +117,8 @@ static void *peer_main(void *arg)
 			spoil_stats(peer.manner);
 			for (int i = 0; i <= (peer.manner == ANSWER_TWICE); i++)
 				(void)!send(client, peer.reply, peer.reply_bytes, MSG_NOSIGNAL);
+			if (peer.manner == ANSWER_TABLES)
+				send_tables(client);
 		}
 		close(client);
 	}
@@ -112,6 +138,43 @@ static void start_peer(void)
 	pthread_detach(thread);
 }
 
+/* A table of entries of all kinds, and something that is none. */
+static void open_tables(int fds[2])
+{
+	static uint64_t entries[TABLE_PAGES];
+	int ends[2];
+
+	for (size_t i = 0; i < TABLE_PAGES; i++)
+		entries[i] = i * 0x9e3779b97f4a7c15ull;
+	fds[0] = memfd_create("table", MFD_CLOEXEC);
+	fuzz_require(fds[0] >= 0 && write(fds[0], entries, sizeof entries) == (ssize_t)sizeof entries);
+	fuzz_require(!pipe2(ends, O_CLOEXEC));
+	fds[1] = ends[0];
+}
+
+/* How many blocks, how many descriptors, which one is none, and the pages of the first. */
+static void set_tables(struct fuzz_reader *in)
+{
+	static int fds[2] = { -1, -1 };
+	unsigned blocks = fuzz_byte(in) % 68, strange;
+	uint8_t pages;
+
+	if (fds[0] < 0)
+		open_tables(fds);
+	peer.table_count = fuzz_byte(in);
+	peer.table_count = peer.table_count < TABLES_MAX ? peer.table_count : blocks < TABLES_MAX ? blocks : TABLES_MAX;
+	strange = fuzz_byte(in);
+	pages = fuzz_byte(in);
+	memset(&peer.layout, pages, sizeof peer.layout); /* names without an end, too */
+	peer.layout.blocks = blocks;
+	for (unsigned i = 0; i < TABLES_MAX; i++)
+		peer.table_fds[i] = fds[i == strange];
+	for (unsigned i = 0; i < 64; i++)
+		peer.layout.block[i].pages = TABLE_PAGES - i;
+	if (pages)
+		peer.layout.block[0].pages = pages < 128 ? pages : UINT64_MAX >> (pages % 64);
+}
+
 static void set_answer(struct fuzz_reader *in)
 {
 	struct control_reply usual = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION };
@@ -119,6 +182,8 @@ static void set_answer(struct fuzz_reader *in)
 	const uint8_t *contents;
 
 	peer.manner = fuzz_byte(in) % MANNERS;
+	if (peer.manner == ANSWER_TABLES)
+		set_tables(in);
 	bytes = fuzz_number(in, 2) % (sizeof peer.reply + 1);
 	memcpy(peer.reply, &usual, sizeof usual);
 	peer.reply_bytes = bytes > sizeof usual ? bytes : sizeof usual;
@@ -183,6 +248,7 @@ static struct vm_stats usual_stats(void)
 		.pages_overlay_now = 200,
 		.pages_private_now = 100,
 		.volume_count = 1,
+		.scan = { .period_us_now = 10000000, .passes = 3 },
 	};
 
 	strcpy(stats.volumes[0].path, "/images/golden.qcow2");
@@ -300,7 +366,9 @@ static void check_json(const char *text)
 	json_tokener_set_flags(tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8);
 	json = json_tokener_parse_ex(tokener, text, -1);
 	fuzz_require(json != NULL);
-	if (json_object_is_type(json, json_type_object))
+	if (json_object_object_get_ex(json, "pages_per_cell", NULL))
+		; /* a map has none of their texts */
+	else if (json_object_is_type(json, json_type_object))
 		check_vm(json);
 	else
 		for (size_t i = 0; i < json_object_array_length(json); i++)
@@ -356,6 +424,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 	run(&cli_detach, VM, bytes & 1 ? ROOT : NULL);
 	run(&cli_ps, NULL, NULL);
 	run(&cli_ps, "--json", NULL);
+	run(&cli_heat, VM, NULL);
+	run(&cli_heat, VM, "--json");
+	run(&cli_top, "-b", "-n=1");
 	if (locks.root >= 0)
 		close(locks.root);
 	claim("new");

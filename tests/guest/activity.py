@@ -2,9 +2,13 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """Pages are hot, warm and cold as the guest uses them, in a fresh and in a restored VM; nothing is lost by looking."""
 
+import collections
+import json
 import shutil
+import struct
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 from lib import activity, case, latent, vm
@@ -16,7 +20,8 @@ PERIOD_S = 4
 AREA_MIB = 20
 LOOKS = 3
 ENOUGH = 0.95
-USAGE, NO_VM = 64, 67
+USAGE, NO_VM, SYSTEM, NO_ANSWER = 64, 67, 71, 75
+RED = (255, 0, 0)  # hot pages in a picture; src/cli/heat.c
 
 
 def say_counts(test, counts):
@@ -53,9 +58,156 @@ def bad_input(test, guest):
     test.check_equal(latent.command("scan", "nobody", "off").returncode, NO_VM, "a VM that is not there")
 
 
+# ---- to see it ----
+
+def read_png(path):
+    """(width, height, {colour: pixels}) of an image with a palette; checks the sum of each chunk."""
+    data = Path(path).read_bytes()
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("no PNG")
+    chunks, at = collections.defaultdict(bytes), 8
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        chunks[kind] += data[at + 8:at + 8 + length]
+        if zlib.crc32(data[at + 4:at + 8 + length]) != struct.unpack_from(">I", data, at + 8 + length)[0]:
+            raise ValueError(f"{kind}: wrong sum")
+        at += 12 + length
+    width, height, bits, colour_type = struct.unpack_from(">IIBB", chunks[b"IHDR"])
+    if colour_type != 3 or b"IEND" not in chunks:
+        raise ValueError(f"colour type {colour_type}")
+    counts = count_indices(zlib.decompress(chunks[b"IDAT"]), width, height, bits)
+    palette = list(struct.iter_unpack("3B", chunks[b"PLTE"]))
+    return width, height, {palette[index]: count for index, count in counts.items()}
+
+
+def count_indices(lines, width, height, bits):
+    """Pixels by colour; each line begins with the number of a filter, of which None (0) and Up (2) are undone here."""
+    row_bytes, counts = (width * bits + 7) // 8, collections.Counter()
+    before = bytes(row_bytes)
+    for row in range(height):
+        kind, line = lines[row * (row_bytes + 1)], lines[row * (row_bytes + 1) + 1:(row + 1) * (row_bytes + 1)]
+        if kind not in (0, 2):
+            raise ValueError(f"filter {kind}")
+        before = line if kind == 0 else bytes((a + b) & 255 for a, b in zip(line, before))
+        indices = (byte >> shift & (1 << bits) - 1 for byte in before for shift in range(8 - bits, -1, -bits))
+        counts.update(index for _, index in zip(range(width), indices))
+    return counts
+
+
+def heat(guest, *options):
+    return json.loads(latent.run("heat", guest.name, "--json", *options))
+
+
+def seen_as_table(test, guest):
+    """With nobody looking the map is the table's, page for page."""
+    heat(guest)  # by now it is known which pages are copies
+    table = collections.Counter((activity.source_of(entry), activity.class_of(entry))
+                                for entry in activity.entries(guest))
+    found = heat(guest)
+    names = {"base": "base", "masked": "base", "overlay": "clean", "private": "copy"}
+    mapped = collections.Counter()
+    for source, by_class in found["pages_now"].items():
+        for kind, pages in by_class.items():
+            mapped[names[source], kind] += pages
+    test.check_equal({key: n for key, n in mapped.items() if n}, dict(table), "pages by source and class are the table's")
+    cells = [cell for block in found["blocks"] for cell in block["cells"]]
+    test.check_equal([sum(column) for column in zip(*cells)],
+                     [sum(n for (_, kind), n in table.items() if kind == name) for name in found["cell"]],
+                     "all cells together, too")
+    test.check_equal(sum(map(sum, cells)), vm.parse_bytes(MEM) // 4096, "they are all of RAM")
+    test.check(len(cells) <= 64 * 32 and all(sum(cell) <= found["pages_per_cell"] for cell in cells),
+               f"{len(cells)} cells of {found['pages_per_cell']} pages")
+    told = activity.scan(guest)["pages_now"]
+    told["cold"] += told["frozen"]  # by the last pass; those between hot and cold may have changed since
+    for name, kinds in (("hot", ("hot",)), ("cold", activity.IS_COLD)):
+        pages = sum(n for (_, kind), n in table.items() if kind in kinds)
+        test.check(abs(pages - told[name]) < 0.02 * found["pages"], f"{name}: {pages} pages, {told[name]} by latent stat")
+
+
+def hot_area_is_hot(test, guest, areas):
+    """A cell that lies in a hot area as a whole is hot, one in the cold area is not."""
+    found = heat(guest, "--width", "1024")
+    block, size = found["blocks"][0], found["pages_per_cell"]
+    where = areas.gfns()
+    by_area = collections.defaultdict(list)
+    for number, cell in enumerate(block["cells"]):
+        names = {where.get(gfn) for gfn in range(number * size, (number + 1) * size)}
+        if len(names) == 1 and None not in names:
+            best = found["cell"][max(range(len(cell)), key=lambda kind: cell[kind])]
+            by_area[names.pop()].append(best)
+    for area, is_so in (("hot", lambda kind: kind == "hot"), ("cold", lambda kind: kind in activity.IS_COLD)):
+        cells = by_area[area]
+        right = sum(map(is_so, cells))
+        test.check(len(cells) > 100 and right >= ENOUGH * len(cells), f"{right} of {len(cells)} cells of area {area} are so")
+
+
+def picture(test, guest, directory):
+    """A page is a square of 2 pixels in it, and the legend has one of 14."""
+    path = directory / "heat.png"
+    path.write_text("what was there before")
+    latent.run("heat", guest.name, "--png", path)
+    width, height, colours = read_png(path)
+    test.say(f"a picture of {width} x {height}: {colours}")
+    hot = sum(by_class["hot"] for by_class in heat(guest)["pages_now"].values())
+    test.check_equal(colours.get(RED, 0), hot * 2 * 2 + 14 * 14, "hot pages are in the picture")
+    test.check_equal([found.name for found in directory.iterdir()], ["heat.png"], "nothing else is left there")
+    before = path.read_bytes()
+    for target in (directory / "missing" / "heat.png", directory, "/dev/null", "/proc/heat.png"):
+        answer = latent.command("heat", guest.name, "--png", target)
+        test.check(answer.returncode == SYSTEM and len(answer.stderr.splitlines()) == 1, answer.stderr.strip())
+    test.check(path.read_bytes() == before, "the picture stays")
+
+
+def drawn(test, guest):
+    lines = latent.run("heat", guest.name, "--width", "64").splitlines()
+    rows = [line.split("|")[1] for line in lines if line.count("|") == 2]
+    test.check(len(rows) == 32 and all(len(row) == 64 and not row.strip("#+-. ?") for row in rows), "the map is drawn")
+    test.check("#" in "".join(rows), "with what is hot")
+    for line in (*lines[:3], *lines[-8:]):
+        test.say(line)
+
+
+def watched(test, guest):
+    """`latent top` in batch mode, and from its keys' request: the figures are those of latent stat."""
+    rounds = latent.run("top", "-b", "-n", "2").split("\n\n")
+    test.check_equal(len(rounds), 2, "two rounds")
+    names, figures = (line.split() for line in rounds[1].splitlines()[1:3])
+    row = dict(zip(names, figures))
+    test.say(str(row))
+    test.check_equal((row["NAME"], row["PID"], row["RAM"]), (guest.name, str(guest.pid), MEM), "name, process, memory")
+    test.check(float(row["%CPU"]) > 0, "it runs")
+    told = activity.scan(guest)["pages_now"]
+    for title, pages in (("HOT", told["hot"]), ("COLD", told["cold"] + told["frozen"])):
+        mib = float(row[title].rstrip("M"))
+        test.check(row[title].endswith("M") and abs(mib - pages / activity.PAGES_PER_MIB) < 20, f"{title}: {row[title]}")
+
+
+def seen(test, guest, areas, directory):
+    hot_area_is_hot(test, guest, areas)
+    watched(test, guest)
+    latent.run("scan", guest.name, "off")
+    guest.qmp("stop")
+    time.sleep(0.3)
+    seen_as_table(test, guest)
+    picture(test, guest, directory)
+    drawn(test, guest)
+    guest.qmp("cont")
+    latent.run("scan", guest.name, "--period", f"{PERIOD_S}s")
+
+
+def not_seen(test, guest):
+    answer = latent.command("heat", guest.name)
+    test.check(answer.returncode == NO_ANSWER and f"latent scan {guest.name} --period 10s" in answer.stderr and
+               len(answer.stderr.splitlines()) == 1 and not answer.stdout, f"nothing to draw: {answer.stderr.strip()}")
+    test.check("-" in latent.run("top", "-b", "-n", "1").splitlines()[2].split(), "top does not know, either")
+
+
+# ---- the states ----
+
 def fresh(test, guest):
     guest.wait_ready()
     test.check(activity.scan(guest)["passes"] == 0, "nobody looks until it is asked for")
+    not_seen(test, guest)
     bad_input(test, guest)
     areas = activity.Areas(guest, AREA_MIB, PERIOD_S)
     areas.start(seconds=300)
@@ -116,6 +268,9 @@ def body(test):
     try:
         with VM("activity", mem=MEM, latent=EVERYTHING) as guest:
             areas = fresh(test, guest)
+            pictures = directory / "pictures"
+            pictures.mkdir()
+            seen(test, guest, areas, pictures)
             restored(test, guest, areas, directory / "snapshot")
             loses_nothing(test, guest)
             guest.shutdown()

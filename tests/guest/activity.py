@@ -193,6 +193,7 @@ def seen(test, guest, areas, directory):
     drawn(test, guest)
     guest.qmp("cont")
     latent.run("scan", guest.name, "--period", f"{PERIOD_S}s")
+    activity.wait_passes(guest, 1 + LOOKS)  # all pages were new
 
 
 def not_seen(test, guest):

@@ -137,7 +137,7 @@ def restore_step_by_step(test, guest, snapshot):
     for path in [*snapshot.glob("*"), *snapshot.glob("disks/*")]:
         if path.is_file():
             host.drop_from_page_cache(path)
-    guest.restore(snapshot, "--paused")
+    guest.restore(snapshot, "--paused", "--no-rest")  # (rest.py: when that begins)
     guest.wait_status("paused")
     test.check_equal(steps(guest)[0], STEPS_BEFORE, "a guest that was not let run yet: the steps")
     files = {os.readlink(fd): fd for fd in Path(f"/proc/{guest.pid}/fd").iterdir() if fd.is_symlink()}

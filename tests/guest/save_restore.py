@@ -20,6 +20,9 @@ EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
 FILES = "/usr/lib/python3.11/"
 HELD_MIB = 128
 CHURN_PAGES_PER_S = 20000
+# A line for each number, with its digest; those in /run/synced, which is memory, are on the disk.
+KEEP_JOURNAL = ("i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i $(echo $i | sha256sum | cut -c1-64) >> /root/journal; "
+                "sync /root/journal; echo $i > /run/synced.new; mv /run/synced.new /run/synced; done")
 STEPS_BEFORE = ["checks", "overlays", "exec", "ram", "state"]  # before the guest runs
 KIND_DATA = 1  # src/snapshot/format.h
 NO_IMAGE, REFUSED, NO_ANSWER = 66, 65, 75
@@ -79,9 +82,8 @@ def saves_under_load(test, directory):
     """Saved while it writes, three times over, and from the restored VM again."""
     with VM("load", latent=EVERYTHING) as guest:
         nonce = fill(test, guest)
-        guest.sh("dd if=/dev/urandom of=/root/journal bs=64k count=64 status=none; sync")
         load = guest.sh_start(f"latent-guest mem churn m 0 {HELD_MIB * 256} 40 {CHURN_PAGES_PER_S}")
-        writes = guest.sh_start("i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo $i > /root/count; sync; done")
+        writes = guest.sh_start(KEEP_JOURNAL)
         for number in range(3):
             time.sleep(1)
             figures = save(guest, directory / f"load{number}")
@@ -110,6 +112,7 @@ def saves_under_load(test, directory):
             guest.drop_guest_caches()
             latent.check_hashes(test, guest, FILES, what="read anew by the restored guest")
             test.check(guest.sh("dmesg | grep -ci 'ext4.*error' || true").strip() == "0", "its file system has no error")
+            check_journal(test, guest)
             if number == 2:
                 save(guest, directory / "again")
                 check_memory(test, guest, "after the save of a restored VM")
@@ -118,6 +121,20 @@ def saves_under_load(test, directory):
         test.check_equal(guest.sh("cat /run/nonce"), nonce, "restored from a snapshot of a restored VM")
         check_memory(test, guest, "there, too")
         guest.shutdown()
+
+
+def check_journal(test, guest):
+    """What the guest had written and synced when it was saved is on the disk that it finds: read from there, whole, and
+    as far as the number that it held in its memory."""
+    guest.sh("touch /run/stop; sleep 1")  # it has gone on with the guest
+    guest.drop_guest_caches()
+    lines = guest.sh("cat /root/journal").splitlines()
+    synced = int(guest.sh("cat /run/synced"))
+    numbers = [int(line.split()[0]) for line in lines if len(line.split()) == 2]
+    sums = guest.sh("while read n sum; do echo $n | sha256sum | cut -c1-64; done < /root/journal").splitlines()
+    test.check_equal((numbers, sums), (list(range(1, len(lines) + 1)), [line.split()[1] for line in lines]),
+                     f"its journal has {len(lines)} whole lines")
+    test.check(0 < synced <= len(lines), f"and all {synced} that were synced")
 
 
 def restore_step_by_step(test, guest, snapshot):

@@ -521,10 +521,11 @@ static int check_places(const struct fill *f, const struct snapshot_image *image
 		volume_pages[i] = pages_of(restore->volume_fd[i]);
 	for (uint64_t i = 0; i < f->pages; i++) {
 		const struct snapshot_page *p = &f->table[i];
+		uint64_t number = f->ram_page + i;
 
 		if (p->kind != SNAPSHOT_VOLUME || p->value < volume_pages[p->volume])
 			continue;
-		agent_say("page %llu of the snapshot refers to page %llu of a file of %llu", (unsigned long long)(f->ram_page + i),
+		agent_say("page %llu of the snapshot refers to page %llu of a file of %llu", (unsigned long long)number,
 			  (unsigned long long)p->value, (unsigned long long)volume_pages[p->volume]);
 		return -EBADMSG;
 	}

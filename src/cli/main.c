@@ -48,7 +48,7 @@ static int help(int argc, char **argv)
 		printf("  %-10s %s\n", commands[i]->name, commands[i]->summary);
 	printf("  %-10s %s\n", "help", "This text, or help for a command");
 	printf("  %-10s %s\n", "version", "The version of Latent");
-	printf("\nEach command has --help and a manual page: latent-COMMAND(1).\n");
+	printf("\nEach of the others has --help and a manual page: latent-COMMAND(1).\n");
 	return CLI_OK;
 }
 

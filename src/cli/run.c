@@ -192,6 +192,13 @@ static int parse_options(const struct cli_command *command, struct launch *launc
 	return CLI_OK;
 }
 
+static uint32_t max_maps(void)
+{
+	uint64_t maps = os_max_maps() / 2;
+
+	return maps < UINT32_MAX ? (uint32_t)maps : UINT32_MAX;
+}
+
 static int parse_option(struct launch *launch, int option, const char *value)
 {
 	switch (option) {
@@ -220,11 +227,11 @@ static int parse_option(struct launch *launch, int option, const char *value)
 					MAX_RUN_PAGES, value);
 		return CLI_OK;
 	case OPT_MAX_MAPS:
-		if (!cli_parse_unsigned(value, UINT32_MAX, &launch->budget_maps) || !launch->budget_maps)
+		if (!cli_parse_unsigned(value, max_maps(), &launch->budget_maps) || !launch->budget_maps)
 			return cli_fail(CLI_USAGE,
-					"run: --max-maps takes a number of mappings, not "
-					"'%.80s'",
-					value);
+					"run: --max-maps takes a number of mappings up to %u (half of vm.max_map_count; "
+					"QEMU needs the rest), not '%.80s'",
+					max_maps(), value);
 		return CLI_OK;
 	case OPT_TRUST:
 		launch->trust_images = true;
@@ -260,6 +267,7 @@ static int plan(struct launch *launch)
 static int find_vmm(struct launch *launch)
 {
 	const char *word = launch->argv[0], *path = getenv("PATH");
+	struct stat st;
 	bool found = false;
 
 	if (strchr(word, '/')) {
@@ -283,6 +291,8 @@ static int find_vmm(struct launch *launch)
 		return cli_fail(CLI_NOT_FOUND, "%s: command not found", word);
 	if (!launch->vmm_path || access(launch->vmm_path, X_OK))
 		return cli_fail(CLI_NOT_EXECUTABLE, "%s cannot be run: %s", word, strerror(errno));
+	if (!stat(launch->vmm_path, &st) && S_ISDIR(st.st_mode))
+		return cli_fail(CLI_NOT_EXECUTABLE, "%s cannot be run: %s", word, strerror(EISDIR));
 	return CLI_OK;
 }
 

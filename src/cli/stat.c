@@ -9,6 +9,7 @@
 #include <json-c/json.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -39,7 +40,7 @@ const struct cli_command cli_stat = {
 static const struct {
 	const char *key, *text;
 } reasons[MISS_REASONS] = {
-	[MISS_MISALIGNED] = { "misaligned", "offset and address differ within the page" },
+	[MISS_MISALIGNED] = { "misaligned", "no whole page, or offset and address differ within it" },
 	[MISS_SHORT_RUN] = { "short_run", "run too short to be worth a mapping" },
 	[MISS_UNLIKELY] = { "unlikely", "sharing too unlikely" },
 	[MISS_BUDGET] = { "budget", "no mappings to spare" },
@@ -134,6 +135,14 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 	return CLI_OK;
 }
 
+/* Another VM has its name now: the file that is open here has none any more. */
+static bool is_replaced(const struct vm_view *view)
+{
+	struct stat st;
+
+	return fstat(view->stats_fd, &st) || !st.st_nlink;
+}
+
 /* Until the VM ends. */
 static int watch(const struct request *request, struct vm_view *view)
 {
@@ -144,7 +153,7 @@ static int watch(const struct request *request, struct vm_view *view)
 	bool terminal = isatty(STDOUT_FILENO) && !request->json;
 	int status = CLI_OK;
 
-	while (vmdir_is_live(view->root, view->name)) {
+	while (vmdir_is_live(view->root, view->name) && !is_replaced(view)) {
 		if (terminal)
 			fputs("\033[H\033[J", stdout);
 		status = show(request, view);

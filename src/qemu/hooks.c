@@ -315,6 +315,8 @@ static int check_path(const char *path)
 
 	if (!rule || !(rule->excludes & COMPAT_OVERLAYS))
 		return 0;
+	if (!strcmp(path, "/dev/userfaultfd"))
+		scanner_leave();
 	compat_sentence(rule, path, sentence, sizeof sentence);
 	return agent_exclude(sentence);
 }

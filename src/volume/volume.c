@@ -381,8 +381,11 @@ static struct volume *attach(struct volumes *all, int fd, const struct stat *st,
 {
 	struct volume *v = take_place(all, st);
 
-	if (!v)
+	if (!v) {
+		os_log("an image more than Latent keeps account of (%d): its reads are copied, and not counted",
+		       VM_STATS_VOLUMES);
 		return NULL;
+	}
 	v->is_cache = is_cache;
 	if (!v->stats)
 		v->stats = &all->stats->volumes[all->count];

@@ -94,9 +94,9 @@ def many_at_once(test):
         check_share(test, guests[1], image, 95)
         for guest in guests:
             guest.drop_guest_caches()
-        jobs = [latent.start_hash(guest) for guest in guests]
+        jobs = [latent.start_hash(guest, "/usr/lib/") for guest in guests]
         for guest, job in zip(guests, jobs):
-            latent.check_hashes(test, guest, job=job, what=f"while {AT_ONCE} guests read at once")
+            latent.check_hashes(test, guest, "/usr/lib/", job=job, what=f"while {AT_ONCE} guests read at once")
             show(test, guest)
         figures = [latent.stat(guest) for guest in guests]
         test.check(all(latent.volume(one, image)["readers_now"] == AT_ONCE for one in figures),

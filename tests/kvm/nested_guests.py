@@ -16,7 +16,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("LATENT_BUILD") or SOURCE / "build")
 COMMANDS = ("LATENT_BUILD=/share/build build/latent doctor || true; "
-            "build/tests/test_os && build/tests/test_ram && "
+            "{ build/tests/test_os && build/tests/test_ram || exit 3; } && "
             "export LATENT_BUILD=/share/build && "
             "python3 -B tests/guest/two_guests.py && python3 -B tests/guest/save_short.py")
 

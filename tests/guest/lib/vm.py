@@ -225,7 +225,8 @@ class VM:
         if (self.smp > 1 and accelerator == "tcg" and self.alive() and "soft lockup" in log and
                 "sys_getrandom" in log):
             return "the guest's kernel hung in early boot under TCG"
-        # Seen in some 100 boots there: one of two guests that boot at once never gets past its first seconds.
+        # Seen in some 100 boots there: one of two guests that boot at once never gets past its first seconds. (No disk
+        # has been read so early, so nothing has been mapped.)
         if accelerator == "kvm" and host.is_nested() and self.alive():
             return "the guest's kernel hung in early boot under emulated SVM"
         # Seen in one of 56 boots of plain QEMU, without Latent: SVM as TCG emulates it loses a processor's state, and

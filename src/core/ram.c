@@ -1089,6 +1089,14 @@ static struct ram_range copies_at(const struct ram_block *b, uint64_t page, uint
 	return range;
 }
 
+bool ram_has_copies(const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	for (uint64_t i = page; i < page + pages; i++)
+		if (entry_is_private(b->entries[i]))
+			return true;
+	return false;
+}
+
 int ram_settle_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages,
 		      uint64_t *ret_settled)
 {

@@ -160,6 +160,8 @@ int ram_update_private(struct ram *ram, struct ram_block *block, uint64_t page, 
  * the pages' overlays show of their files out of the page table, and no private copy. */
 int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
+/* [locked] Whether there are any among the pages, as far as is known (ram_update_private). */
+bool ram_has_copies(const struct ram_block *block, uint64_t page, uint64_t pages);
 /* [locked; the pages' writers stopped] Settles the private copies among the pages, where the budget of
  * mappings allows it. `*ret_settled` grows by them, also on failure. */
 int ram_settle_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,

@@ -130,6 +130,7 @@ void saver_arm(struct agent *agent, int client, struct control_reply *reply);
 void saver_written(struct agent *agent, uintptr_t hva); /* from faults.c */
 void saver_peer_gone(void);
 void saver_watch(int client, struct control_reply *reply);
+void saver_settle(struct agent *a, int client, struct control_reply *reply);
 uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);

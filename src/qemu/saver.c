@@ -21,6 +21,9 @@
 #define FREEZE_MS 2000
 #define LOCK_MS 500
 #define ARM_PAGES 16384u /* under the range lock at once: 64 MiB */
+#define SETTLE_PAGES 1024u /* looked at with the guest standing: 2 ms at the most */
+#define SETTLE_PAUSE_US 1000
+#define SETTLE_REQUEST_US 100000
 
 static struct {
 	int client; /* -1: nobody saves */
@@ -32,10 +35,15 @@ static struct {
 	uint64_t private_runs, copied_pages;
 	pthread_mutex_t arm_lock; /* protects the next; behind the range lock */
 	uint8_t *armed[RAM_BLOCKS]; /* of each page: it is write-protected */
+	int changed_fd;
+	uint8_t *changed;           /* of each page of all blocks: protected since the other side has looked */
+	uint64_t first[RAM_BLOCKS]; /* of each block in that */
+	uint64_t settled_to;        /* pages of all blocks that have been looked at */
 	bool taken;                 /* the point in time is over: the other side serves faults */
 	struct seen *seen;
 	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
-} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .loader = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
+} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .loader = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1,
+	    .changed_fd = -1 };
 
 static size_t runs_bytes(void)
 {
@@ -62,16 +70,28 @@ static int make_tables(void)
 	return saver.runs && saver.copies ? 0 : -ENOMEM;
 }
 
+static size_t changed_bytes(void)
+{
+	return os_bytes((saver.total_pages + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT);
+}
+
 static int make_armed(struct agent *a)
 {
+	uint64_t first = 0;
+
+	saver.settled_to = 0;
+	saver.changed_fd = os_memfd_create("latent-save-changed", changed_bytes(), false);
+	saver.changed = saver.changed_fd < 0 ? NULL : os_view_file(saver.changed_fd, changed_bytes(), true);
 	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
 		const struct ram_block *b = ram_block_at(a->ram, i);
 
 		saver.armed[i] = b ? calloc(b->pages, 1) : NULL;
 		if (b && !saver.armed[i])
 			return -ENOMEM;
+		saver.first[i] = first;
+		first += b ? b->pages : 0;
 	}
-	return 0;
+	return saver.changed ? 0 : -ENOMEM;
 }
 
 static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
@@ -85,7 +105,7 @@ static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t
 /* The kernel would kill the VM for a cgroup's limit. */
 static int check_memory(uint64_t private, struct control_reply *p)
 {
-	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes() + saver.total_pages * (1 + sizeof(uint16_t));
+	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes() + saver.total_pages * (2 + sizeof(uint16_t));
 	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
 
 	if (bytes <= room)
@@ -163,7 +183,8 @@ static int protect(struct ram_block *b, uint64_t page, uint64_t pages)
 /* What of the run is not protected. */
 static int arm_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	uint8_t *armed = saver.armed[block_index(ctx, b)];
+	int index = block_index(ctx, b);
+	uint8_t *armed = saver.armed[index], *changed = saver.changed + saver.first[index];
 	uint64_t end = page + pages;
 	int r = 0;
 
@@ -174,6 +195,7 @@ static int arm_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages
 		page = bare ? (uint64_t)(bare - armed) : end;
 		while (page + n < end && !armed[page + n])
 			armed[page + n++] = 1;
+		memset(changed + page, 1, n);
 		r = n ? protect(b, page, n) : 0;
 		page += n;
 	}
@@ -202,6 +224,63 @@ static int arm(struct agent *a)
 		}
 	}
 	return r;
+}
+
+/* The next pages of all blocks, with all threads stopped. False: there are none left. */
+static bool settle_next(struct agent *a, uint64_t *settled, int *ret_r)
+{
+	uint64_t page = saver.settled_to, pages;
+	struct ram_block *b = NULL;
+
+	ram_lock(a->ram);
+	for (unsigned i = 0; i < RAM_BLOCKS && !b; i++) {
+		b = ram_block_at(a->ram, i);
+		if (b && page >= b->pages) {
+			page -= b->pages;
+			b = NULL;
+		}
+	}
+	pages = !b ? 0 : b->pages - page < SETTLE_PAGES ? b->pages - page : SETTLE_PAGES;
+	*ret_r = b ? ram_update_private(a->ram, b, page, pages) : 0;
+	if (b && !*ret_r && ram_has_copies(b, page, pages)) {
+		*ret_r = agent_freeze(FREEZE_MS);
+		if (!*ret_r) {
+			*ret_r = ram_settle_copies(a->ram, b, page, pages, settled);
+			os_thaw();
+		}
+	}
+	ram_unlock(a->ram);
+	saver.settled_to += pages;
+	return pages;
+}
+
+/* Only for as long as nobody else has to wait for this thread. */
+static void settle(struct agent *a, struct control_reply *p)
+{
+	uint64_t until_us = os_now_us() + SETTLE_REQUEST_US;
+	struct volume *v;
+
+	if (saver.settled_to == saver.total_pages)
+		saver.settled_to = 0; /* once more */
+	if (a->kernel_io) { /* which may be writing copies just now: they are sent in the pause */
+		saver.settled_to = saver.total_pages;
+		return;
+	}
+	for (uint32_t i = 0; !saver.settled_to && (v = volumes_nth(a->volumes, i)); i++)
+		volume_swap_in(v);
+	while (!p->error && os_now_us() < until_us && settle_next(a, &p->pages, &p->error))
+		usleep(SETTLE_PAUSE_US);
+	p->pages_all = saver.total_pages - saver.settled_to;
+}
+
+void saver_settle(struct agent *a, int client, struct control_reply *p)
+{
+	if (client == saver.client)
+		settle(a, p);
+	else
+		p->error = -EPROTO;
+	if (p->error)
+		snprintf(p->text, sizeof p->text, "copies of pages of images cannot be moved: %s", strerror(-p->error));
 }
 
 /* From the thread that serves faults, before the point in time: the guest goes on, and the page is protected anew. */
@@ -332,11 +411,13 @@ static void end(struct agent *a)
 	scanner_yield(false);
 	os_unview_file(saver.runs, runs_bytes());
 	os_unview_file(saver.copies, os_bytes(saver.total_pages));
+	os_unview_file(saver.changed, changed_bytes());
 	saver.runs = NULL;
-	saver.copies = NULL;
+	saver.copies = saver.changed = NULL;
 	close_fd(&saver.uffd);
 	close_fd(&saver.runs_fd);
 	close_fd(&saver.copies_fd);
+	close_fd(&saver.changed_fd);
 	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
 		free(saver.armed[i]);
 		saver.armed[i] = NULL;
@@ -397,7 +478,7 @@ static int send_layout(struct agent *a, int client)
 {
 	static struct control_layout layout; /* only this thread */
 	const struct agent_restore *restore = &a->config.restore;
-	int fds[LAYOUT_FDS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen) };
+	int fds[LAYOUT_FDS] = { saver.uffd, saver.runs_fd, saver.copies_fd, seen_fd(saver.seen), saver.changed_fd };
 	size_t count = CONTROL_FD_BLOCKS;
 
 	memset(&layout, 0, sizeof layout);

@@ -357,6 +357,9 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_SAVE_WATCH:
 		saver_watch(client, p);
 		break;
+	case CONTROL_SAVE_SETTLE:
+		saver_settle(s->agent, client, p);
+		break;
 	case CONTROL_SAVE_ARM:
 		saver_arm(s->agent, client, p);
 		break;

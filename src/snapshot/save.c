@@ -8,7 +8,7 @@
 #include "snapshot/packed.h"
 #include "snapshot/parent.h"
 #include "snapshot/reader.h"
-#include "vmdir/qmp.h"
+#include "snapshot/vmm.h"
 #include "vmdir/vmdir.h"
 
 #include <errno.h>
@@ -25,26 +25,16 @@
 #include <time.h>
 #include <unistd.h>
 
-#define COMMAND_MS 10000
-#define STATE_MS 60000
-#define FINALIZE_TRIES 2000
-
-_Static_assert(QMP_WHY_BYTES <= SNAPSHOT_WHY_BYTES, "QEMU's words fit");
-
 struct save {
 	const struct save_options *options;
 	struct save_result *result;
 	char *why;
 	struct manifest manifest;
-	struct qmp *qmp;
+	struct vmm vmm;
 	struct source *source;
 	struct snapshot_image image;
 	struct active_page *active;
 	struct maker maker;
-	int state_fd;
-	char migration[32];     /* the last status that QEMU has told */
-	uint64_t stopped_us, continued_us; /* 0: not yet */
-	bool ran, stopped;      /* ran: before the save */
 	bool relative;          /* a disk was given by a relative path */
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
 	unsigned overlays;      /* made */
@@ -68,54 +58,7 @@ static int fail(struct save *s, int r, const char *format, ...)
 	return r;
 }
 
-/* ---- QMP ------------------------------------------------------------------------------------- */
-
-static void on_event(void *ctx, const char *name, struct json_object *data)
-{
-	struct save *s = ctx;
-	struct json_object *status;
-
-	if (!strcmp(name, "STOP") && !s->stopped_us)
-		s->stopped_us = os_now_us();
-	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status))
-		snprintf(s->migration, sizeof s->migration, "%s", json_object_get_string(status));
-}
-
-static int run(struct save *s, const char *name, struct json_object *arguments, struct json_object **ret_value)
-{
-	const struct qmp_command command = { .name = name, .arguments = arguments, .timeout_ms = COMMAND_MS };
-	char words[QMP_WHY_BYTES];
-	int r = qmp_run(s->qmp, &command, ret_value, words);
-
-	return r ? fail(s, r, "QEMU's %s: %.200s", name, words) : 0;
-}
-
-static int tell_failure(struct save *s)
-{
-	struct json_object *value = NULL, *words;
-	int r = run(s, "query-migrate", NULL, &value);
-
-	if (!r)
-		r = fail(s, -EIO, "QEMU could not save its device state: %.180s",
-			 json_object_object_get_ex(value, "error-desc", &words) ? json_object_get_string(words) : s->migration);
-	json_object_put(value);
-	return r;
-}
-
-static int wait_migration(struct save *s, const char *wanted)
-{
-	uint64_t until_us = os_now_us() + STATE_MS * 1000ull;
-
-	while (strcmp(s->migration, wanted)) {
-		int r = os_now_us() < until_us ? qmp_wait(s->qmp, 1000) : -ETIMEDOUT;
-
-		if (!strcmp(s->migration, "failed") || !strcmp(s->migration, "cancelled"))
-			return tell_failure(s);
-		if (r && (r != -ETIMEDOUT || os_now_us() >= until_us))
-			return fail(s, r, "QEMU's device state did not come: %s", strerror(-r));
-	}
-	return 0;
-}
+/* ---- disks ------------------------------------------------------------------------------------ */
 
 static const char *text_of(struct json_object *json, const char *key)
 {
@@ -201,7 +144,7 @@ static int take_disk(struct save *s, struct json_object *device)
 static int list_disks(struct save *s)
 {
 	struct json_object *devices = NULL;
-	int r = s->options->no_disks ? 0 : run(s, "query-block", NULL, &devices);
+	int r = s->options->no_disks ? 0 : vmm_run(&s->vmm, "query-block", NULL, &devices);
 
 	for (size_t i = 0; !r && devices && i < json_object_array_length(devices); i++)
 		r = take_disk(s, json_object_array_get_idx(devices, i));
@@ -214,76 +157,19 @@ static int list_disks(struct save *s)
 
 static int query(struct save *s)
 {
-	struct json_object *value = NULL, *part;
-	int r = qmp_greet(s->qmp, COMMAND_MS);
+	int r;
 
+	memcpy(s->manifest.qemu_version, s->vmm.version, sizeof s->manifest.qemu_version);
+	s->manifest.stood = !s->vmm.ran;
+	r = list_disks(s);
 	if (r)
-		return fail(s, r, "QEMU does not answer on the monitor for saving: %s", strerror(-r));
-	r = run(s, "query-version", NULL, &value);
-	if (!r && json_object_object_get_ex(value, "qemu", &part))
-		snprintf(s->manifest.qemu_version, sizeof s->manifest.qemu_version, "%d.%d.%d",
-			 json_object_get_int(json_object_object_get(part, "major")),
-			 json_object_get_int(json_object_object_get(part, "minor")),
-			 json_object_get_int(json_object_object_get(part, "micro")));
-	json_object_put(value);
-	value = NULL;
-	if (!r)
-		r = run(s, "query-status", NULL, &value);
-	if (!r && json_object_object_get_ex(value, "status", &part)) {
-		const char *status = json_object_get_string(part);
-
-		s->ran = !strcmp(status, "running");
-		if (!strcmp(status, "postmigrate"))
-			r = fail(s, -EBUSY, "the VM has been saved, or migrated, while it was paused, and QEMU does not do that twice: "
-				 "let it run first (`cont`)");
-		else if (!s->ran && strcmp(status, "paused"))
-			r = fail(s, -EBUSY, "the VM cannot be saved in the state \"%.40s\"%s", status,
-				 !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
-	}
-	json_object_put(value);
-	s->manifest.stood = !s->ran;
-	if (!r)
-		r = list_disks(s);
-	if (!r)
-		describe_nodes(s->qmp, &s->manifest);
-	if (!r)
-		describe_machine(s->qmp, s->options->run_dir, &s->manifest);
-	return r;
+		return r;
+	describe_nodes(s->vmm.qmp, &s->manifest);
+	describe_machine(s->vmm.qmp, s->options->run_dir, &s->manifest);
+	return 0;
 }
 
 /* ---- the pause ------------------------------------------------------------------------------- */
-
-static int set_capabilities(struct save *s, bool on)
-{
-	struct json_object *arguments = json_tokener_parse(
-		on ? "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
-		     "{\"capability\": \"pause-before-switchover\", \"state\": true},"
-		     "{\"capability\": \"events\", \"state\": true}]}"
-		   : "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": false},"
-		     "{\"capability\": \"pause-before-switchover\", \"state\": false}]}");
-
-	return run(s, "migrate-set-capabilities", arguments, NULL);
-}
-
-static int start_state(struct save *s)
-{
-	struct qmp_command getfd = { .name = "getfd", .timeout_ms = COMMAND_MS };
-	char words[QMP_WHY_BYTES];
-	int r;
-
-	s->state_fd = os_memfd_create("latent-state", 0, false);
-	if (s->state_fd < 0)
-		return fail(s, s->state_fd, "no memory for the device state");
-	getfd.arguments = json_tokener_parse("{\"fdname\": \"latent-state\"}");
-	getfd.fd = s->state_fd;
-	r = qmp_run(s->qmp, &getfd, NULL, words);
-	if (r)
-		return fail(s, r, "QEMU's getfd: %.200s", words);
-	r = run(s, "migrate-set-parameters", json_tokener_parse("{\"max-bandwidth\": 1099511627776}"), NULL);
-	if (!r)
-		r = set_capabilities(s, true);
-	return r ? r : run(s, "migrate", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
-}
 
 /* NAME.1.qcow2 beside the disk, or the first such name that is free. */
 static int name_overlay(struct save *s, uint32_t disk, char path[PATH_MAX])
@@ -380,7 +266,7 @@ static int switch_disks(struct save *s)
 	}
 	arguments = json_object_new_object();
 	json_object_object_add(arguments, "actions", actions);
-	r = run(s, "transaction", arguments, NULL);
+	r = vmm_run(&s->vmm, "transaction", arguments, NULL);
 	s->switched = !r;
 	return r;
 }
@@ -390,39 +276,13 @@ static int step(struct save *s, const char *done)
 	return maker_step(done, s->why);
 }
 
-static int finish_state(struct save *s)
-{
-	struct stat st;
-	int r = run(s, "migrate-continue", json_tokener_parse("{\"state\": \"pre-switchover\"}"), NULL);
-
-	if (!r)
-		r = wait_migration(s, "completed");
-	if (!r && fstat(s->state_fd, &st))
-		r = fail(s, -errno, "the device state cannot be read");
-	if (!r)
-		s->result->state_bytes = s->manifest.state_bytes = (uint64_t)st.st_size;
-	return r;
-}
-
-/* QEMU tells that a migration is complete a moment before it lets the guest go on. */
 static int go_on(struct save *s)
 {
-	const struct qmp_command command = { .name = "cont", .timeout_ms = COMMAND_MS };
-	char words[QMP_WHY_BYTES] = "";
-	int r = 0;
+	int r = vmm_go_on(&s->vmm);
 
-	if (!s->ran || !s->stopped)
-		return 0;
-	for (int tries = 0; tries < FINALIZE_TRIES; tries++) {
-		r = qmp_run(s->qmp, &command, NULL, words);
-		if (r != -EREMOTEIO || !strstr(words, "not finalized"))
-			break;
-		usleep(300);
-	}
-	s->stopped = false;
-	s->continued_us = os_now_us();
-	s->result->pause_us = s->continued_us - s->stopped_us;
-	return r ? fail(s, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
+	if (s->vmm.continued_us)
+		s->result->pause_us = s->vmm.continued_us - s->vmm.stopped_us;
+	return r;
 }
 
 static int wait_until(struct save *s, uint64_t until_us, const struct source_progress *progress)
@@ -445,22 +305,21 @@ static int watch(struct save *s, const struct source_progress *progress)
 /* A restored guest goes on from the same instant: what this one touches next is what that one will touch first. */
 static int watch_on(struct save *s, int ram_fd, const struct source_progress *progress)
 {
-	if (!s->continued_us)
+	if (!s->vmm.continued_us)
 		return 0;
 	if (!s->options->compress)
 		(void)sync_file_range(ram_fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* begins what will be waited for */
-	return wait_until(s, s->continued_us + s->options->after_ms * 1000ull, progress);
+	return wait_until(s, s->vmm.continued_us + s->options->after_ms * 1000ull, progress);
 }
 
 static int pause_and_take(struct save *s)
 {
-	int r = start_state(s);
+	int r = vmm_begin_pause(&s->vmm);
 
-	s->stopped = true;
 	if (!r)
 		r = step(s, "the migration of the device state is started");
 	if (!r)
-		r = wait_migration(s, "pre-switchover");
+		r = vmm_wait_stopped(&s->vmm);
 	if (!r)
 		r = step(s, "the guest is stopped");
 	if (!r)
@@ -468,29 +327,13 @@ static int pause_and_take(struct save *s)
 	if (!r)
 		r = step(s, "the disks are switched");
 	if (!r)
-		r = finish_state(s);
+		r = vmm_save_devices(&s->vmm, &s->manifest.state_bytes);
+	s->result->state_bytes = s->manifest.state_bytes;
 	if (!r)
 		r = step(s, "the device state is there");
 	if (!r)
 		r = source_point(s->source, &s->result->point_us, s->why);
 	return r ? r : step(s, "the point in time is taken");
-}
-
-/* After a failure: the guest shall run, whatever state QEMU is in. */
-static void undo_pause(struct save *s)
-{
-	char why[SNAPSHOT_WHY_BYTES], *kept = s->why;
-
-	s->why = why; /* what failed first is what the user shall hear */
-	if (s->stopped) {
-		if (strcmp(s->migration, "completed")) {
-			(void)run(s, "migrate_cancel", NULL, NULL);
-			for (int i = 0; i < 100 && strcmp(s->migration, "cancelled") && strcmp(s->migration, "failed"); i++)
-				(void)qmp_wait(s->qmp, 10);
-		}
-		(void)go_on(s);
-	}
-	s->why = kept;
 }
 
 /* ---- files ----------------------------------------------------------------------------------- */
@@ -539,7 +382,7 @@ static int write_ram(struct save *s, struct source_progress *progress)
 	if (s->options->stop && !r)
 		r = go_on(s);
 	else if (s->options->stop)
-		undo_pause(s);
+		vmm_undo(&s->vmm);
 	/* Guest RAM is let go before the disk is waited for. */
 	source_get_counts(s->source, &s->result->source);
 	source_end(s->source);
@@ -560,7 +403,7 @@ static int write_ram(struct save *s, struct source_progress *progress)
 static int write_state(struct save *s)
 {
 	uint64_t bytes = s->manifest.state_bytes;
-	void *state = mmap(NULL, bytes ? bytes : 1, PROT_READ, MAP_SHARED, s->state_fd, 0);
+	void *state = mmap(NULL, bytes ? bytes : 1, PROT_READ, MAP_SHARED, s->vmm.state_fd, 0);
 	int fd, r;
 
 	if (state == MAP_FAILED)
@@ -739,16 +582,10 @@ static int connect_agent(struct save *s, struct source_progress *progress)
 
 static int connect_vm(struct save *s, struct source_progress *progress)
 {
-	char path[VMDIR_PATH_BYTES];
-	int r;
+	int r = vmm_open(s->options->run_dir, &progress->stop, s->why, &s->vmm);
 
-	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, s->options->run_dir);
-	r = qmp_connect(path, on_event, s, &s->qmp);
 	if (!r)
-		qmp_stop_when(s->qmp, &progress->stop);
-	if (r)
-		return fail(s, r, "the VM's monitor for saving cannot be reached: %s", strerror(-r));
-	r = query(s);
+		r = query(s);
 	if (!r)
 		r = make_overlays(s);
 	if (!r)
@@ -776,14 +613,13 @@ static int save(struct save *s, struct source_progress *progress)
 		r = source_arm(s->source, s->why);
 	if (r)
 		return r;
-	qmp_stop_when(s->qmp, NULL); /* what has begun to pause goes to its end, which is near */
 	r = pause_and_take(s);
 	if (!r && !s->options->stop)
 		r = go_on(s);
 	if (!r)
 		r = step(s, s->options->stop ? "all is known" : "the guest goes on");
 	if (r) {
-		undo_pause(s);
+		vmm_undo(&s->vmm);
 		return r;
 	}
 	list_volumes(s, source_layout(s->source));
@@ -812,24 +648,16 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	s->options = options;
 	s->result = ret_result;
 	s->why = why;
-	s->maker.dir_fd = s->state_fd = -1;
+	s->maker.dir_fd = s->vmm.state_fd = -1;
 	r = save(s, progress);
 	source_end(s->source);
-	if (s->qmp && s->state_fd >= 0) {
-		char ignored[SNAPSHOT_WHY_BYTES];
-
-		s->why = ignored;
-		(void)set_capabilities(s, false);
-	}
-	qmp_close(s->qmp);
+	vmm_close(&s->vmm);
 	maker_end(&s->maker);
 	for (unsigned i = 0; !s->switched && i < s->overlays; i++)
 		(void)unlink(s->overlay[i]);
 	snapshot_image_free(&s->image);
 	free(s->active);
 	machine_free(s->manifest.machine);
-	if (s->state_fd >= 0)
-		close(s->state_fd);
 	parent_close(s->parent);
 	free(s);
 	return r;

@@ -437,6 +437,19 @@ int source_watch(struct source *s, char why[SNAPSHOT_WHY_BYTES])
 	return ask(s, CONTROL_SAVE_WATCH, &reply, why);
 }
 
+int source_settle(struct source *s, uint64_t *ret_pages, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+	int r;
+
+	*ret_pages = 0;
+	do {
+		r = ask(s, CONTROL_SAVE_SETTLE, &reply, why);
+		*ret_pages += r ? 0 : reply.pages;
+	} while (!r && reply.pages_all);
+	return r;
+}
+
 int source_arm(struct source *s, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct control_reply reply = { 0 };

@@ -26,7 +26,9 @@ int source_open(const char *path, struct source_progress *progress, struct sourc
 int source_begin(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* From now on it is seen which pages the guest uses. */
 int source_watch(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
-/* Most of the next step's work, while the guest runs. */
+/* For a migration: copies in overlays, whose writes nobody sees, become base as far as possible. Again and again. */
+int source_settle(struct source *source, uint64_t *ret_pages, char why[SNAPSHOT_WHY_BYTES]);
+/* Most of the next step's work, while the guest runs. Again: what was written since is found changed. */
 int source_arm(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
 int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);

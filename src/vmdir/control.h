@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 5u
+#define CONTROL_VERSION 6u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -21,7 +21,10 @@ enum control_op {
 	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
 	 *          a struct control_layout with descriptors.
 	 *   WATCH  from now on it is noted which pages are touched, and when
-	 *   ARM    base is write-protected; who writes a page of it goes on, and it is noted
+	 *   SETTLE asked again until `pages_all` is 0: private copies in overlays, whose writes nobody could note, become
+	 *          base, the guest standing for a moment at a time, as far as the budget of mappings allows. A migration's
+	 *   ARM    base is write-protected; who writes a page of it goes on, and it is noted. What is protected now and
+	 *          was not before is in the table of changed pages. A migration arms again, as often as it likes
 	 *   POINT  with the guest stopped: private copies are copied out, and base that is not
 	 *          protected, or not any more, is. From then on the other side has to serve write faults.
 	 *   END    protection is taken away.
@@ -29,6 +32,7 @@ enum control_op {
 	CONTROL_SAVE_LOAD,
 	CONTROL_SAVE_BEGIN,
 	CONTROL_SAVE_WATCH,
+	CONTROL_SAVE_SETTLE,
 	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
@@ -49,8 +53,9 @@ struct control_reply {
 	uint32_t magic, version;
 	int32_t error;         /* 0 or a negative errno */
 	uint32_t reserved;
-	uint64_t pages;        /* CONTROL_DETACH: pages settled; SAVE_POINT: private pages copied; SAVE_LOAD: loaded, */
-	uint64_t pages_all;    /* of so many */
+	uint64_t pages;        /* CONTROL_DETACH, SAVE_SETTLE: pages settled; SAVE_POINT: private pages copied; SAVE_LOAD:
+				* loaded, */
+	uint64_t pages_all;    /* of so many; SAVE_SETTLE: pages that are still to be looked at */
 	uint64_t paused_us;    /* CONTROL_DETACH: how long the guest was stopped; SAVE_POINT: its threads */
 	uint64_t private_runs; /* CONTROL_SAVE_POINT: in the table of runs */
 	char text[512];        /* with error: one sentence with the remedy */
@@ -82,6 +87,7 @@ enum control_save_fd {
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */
 	CONTROL_FD_COPIES, /* contents of the private runs, one after the other; written by SAVE_POINT */
 	CONTROL_FD_SEEN,   /* uint16_t for each page of each block: when it was touched first (activity/seen.h) */
+	CONTROL_FD_CHANGED, /* a byte for each page of each block: 1 from SAVE_ARM and SAVE_POINT; the other side's to clear */
 	CONTROL_FD_BLOCKS
 };
 

@@ -1,0 +1,223 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "snapshot/vmm.h"
+
+#include "os/os.h"
+#include "vmdir/vmdir.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define COMMAND_MS 10000
+#define STATE_MS 60000
+#define FINALIZE_TRIES 2000
+
+_Static_assert(QMP_WHY_BYTES <= SNAPSHOT_WHY_BYTES, "QEMU's words fit");
+
+static void on_event(void *ctx, const char *name, struct json_object *data)
+{
+	struct vmm *vmm = ctx;
+	struct json_object *status;
+
+	if (!strcmp(name, "STOP") && !vmm->stopped_us)
+		vmm->stopped_us = os_now_us();
+	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status))
+		snprintf(vmm->migration, sizeof vmm->migration, "%s", json_object_get_string(status));
+}
+
+int vmm_run(struct vmm *vmm, const char *name, struct json_object *arguments, struct json_object **ret_value)
+{
+	const struct qmp_command command = { .name = name, .arguments = arguments, .timeout_ms = COMMAND_MS };
+	char words[QMP_WHY_BYTES];
+	int r = qmp_run(vmm->qmp, &command, ret_value, words);
+
+	return r ? snapshot_fail(vmm->why, r, "QEMU's %s: %.200s", name, words) : 0;
+}
+
+/* ---- open and close ------------------------------------------------------------------------------- */
+
+static int query_version(struct vmm *vmm)
+{
+	struct json_object *value = NULL, *part;
+	int r = vmm_run(vmm, "query-version", NULL, &value);
+
+	if (!r && json_object_object_get_ex(value, "qemu", &part))
+		snprintf(vmm->version, sizeof vmm->version, "%d.%d.%d",
+			 json_object_get_int(json_object_object_get(part, "major")),
+			 json_object_get_int(json_object_object_get(part, "minor")),
+			 json_object_get_int(json_object_object_get(part, "micro")));
+	json_object_put(value);
+	return r;
+}
+
+static int query_status(struct vmm *vmm)
+{
+	struct json_object *value = NULL, *part;
+	int r = vmm_run(vmm, "query-status", NULL, &value);
+
+	if (!r && json_object_object_get_ex(value, "status", &part)) {
+		const char *status = json_object_get_string(part);
+
+		vmm->ran = !strcmp(status, "running");
+		if (!strcmp(status, "postmigrate"))
+			r = snapshot_fail(vmm->why, -EBUSY, "the VM has been saved, or migrated, while it was paused, and QEMU does "
+					  "not do that twice: let it run first (`cont`)");
+		else if (!vmm->ran && strcmp(status, "paused"))
+			r = snapshot_fail(vmm->why, -EBUSY, "the VM cannot be saved in the state \"%.40s\"%s", status,
+					  !strcmp(status, "prelaunch") ? ": let it run first (`cont`)" : "");
+	}
+	json_object_put(value);
+	return r;
+}
+
+int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WHY_BYTES], struct vmm *vmm)
+{
+	char path[VMDIR_PATH_BYTES];
+	int r;
+
+	*vmm = (struct vmm){ .why = why, .state_fd = -1 };
+	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, run_dir);
+	r = qmp_connect(path, on_event, vmm, &vmm->qmp);
+	if (r)
+		return snapshot_fail(why, r, "the VM's monitor for saving cannot be reached: %s", strerror(-r));
+	qmp_stop_when(vmm->qmp, stop);
+	r = qmp_greet(vmm->qmp, COMMAND_MS);
+	if (r)
+		return snapshot_fail(why, r, "QEMU does not answer on the monitor for saving: %s", strerror(-r));
+	r = query_version(vmm);
+	return r ? r : query_status(vmm);
+}
+
+static int set_capabilities(struct vmm *vmm, bool on)
+{
+	struct json_object *arguments = json_tokener_parse(
+		on ? "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+		     "{\"capability\": \"pause-before-switchover\", \"state\": true},"
+		     "{\"capability\": \"events\", \"state\": true}]}"
+		   : "{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": false},"
+		     "{\"capability\": \"pause-before-switchover\", \"state\": false}]}");
+
+	return vmm_run(vmm, "migrate-set-capabilities", arguments, NULL);
+}
+
+void vmm_close(struct vmm *vmm)
+{
+	char ignored[SNAPSHOT_WHY_BYTES];
+
+	vmm->why = ignored;
+	if (vmm->qmp && vmm->state_fd >= 0)
+		(void)set_capabilities(vmm, false);
+	qmp_close(vmm->qmp);
+	if (vmm->state_fd >= 0)
+		close(vmm->state_fd);
+	*vmm = (struct vmm){ .state_fd = -1 };
+}
+
+/* ---- the pause ------------------------------------------------------------------------------------ */
+
+static int tell_failure(struct vmm *vmm)
+{
+	struct json_object *value = NULL, *words;
+	int r = vmm_run(vmm, "query-migrate", NULL, &value);
+
+	if (!r)
+		r = snapshot_fail(vmm->why, -EIO, "QEMU could not save its device state: %.180s",
+				  json_object_object_get_ex(value, "error-desc", &words) ? json_object_get_string(words)
+											 : vmm->migration);
+	json_object_put(value);
+	return r;
+}
+
+static int wait_migration(struct vmm *vmm, const char *wanted)
+{
+	uint64_t until_us = os_now_us() + STATE_MS * 1000ull;
+
+	while (strcmp(vmm->migration, wanted)) {
+		int r = os_now_us() < until_us ? qmp_wait(vmm->qmp, 1000) : -ETIMEDOUT;
+
+		if (!strcmp(vmm->migration, "failed") || !strcmp(vmm->migration, "cancelled"))
+			return tell_failure(vmm);
+		if (r && (r != -ETIMEDOUT || os_now_us() >= until_us))
+			return snapshot_fail(vmm->why, r, "QEMU's device state did not come: %s", strerror(-r));
+	}
+	return 0;
+}
+
+int vmm_begin_pause(struct vmm *vmm)
+{
+	struct qmp_command getfd = { .name = "getfd", .timeout_ms = COMMAND_MS };
+	char words[QMP_WHY_BYTES];
+	int r;
+
+	qmp_stop_when(vmm->qmp, NULL); /* what has begun to pause goes to its end, which is near */
+	vmm->stopped = true;
+	vmm->state_fd = os_memfd_create("latent-state", 0, false);
+	if (vmm->state_fd < 0)
+		return snapshot_fail(vmm->why, vmm->state_fd, "no memory for the device state");
+	getfd.arguments = json_tokener_parse("{\"fdname\": \"latent-state\"}");
+	getfd.fd = vmm->state_fd;
+	r = qmp_run(vmm->qmp, &getfd, NULL, words);
+	if (r)
+		return snapshot_fail(vmm->why, r, "QEMU's getfd: %.200s", words);
+	r = vmm_run(vmm, "migrate-set-parameters", json_tokener_parse("{\"max-bandwidth\": 1099511627776}"), NULL);
+	if (!r)
+		r = set_capabilities(vmm, true);
+	return r ? r : vmm_run(vmm, "migrate", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
+}
+
+int vmm_wait_stopped(struct vmm *vmm)
+{
+	return wait_migration(vmm, "pre-switchover");
+}
+
+int vmm_save_devices(struct vmm *vmm, uint64_t *ret_bytes)
+{
+	struct stat st;
+	int r = vmm_run(vmm, "migrate-continue", json_tokener_parse("{\"state\": \"pre-switchover\"}"), NULL);
+
+	if (!r)
+		r = wait_migration(vmm, "completed");
+	if (!r && fstat(vmm->state_fd, &st))
+		r = snapshot_fail(vmm->why, -errno, "the device state cannot be read");
+	if (!r)
+		*ret_bytes = (uint64_t)st.st_size;
+	return r;
+}
+
+/* QEMU tells that a migration is complete a moment before it lets the guest go on. */
+int vmm_go_on(struct vmm *vmm)
+{
+	const struct qmp_command command = { .name = "cont", .timeout_ms = COMMAND_MS };
+	char words[QMP_WHY_BYTES] = "";
+	int r = 0;
+
+	if (!vmm->ran || !vmm->stopped)
+		return 0;
+	for (int tries = 0; tries < FINALIZE_TRIES; tries++) {
+		r = qmp_run(vmm->qmp, &command, NULL, words);
+		if (r != -EREMOTEIO || !strstr(words, "not finalized"))
+			break;
+		usleep(300);
+	}
+	vmm->stopped = false;
+	vmm->continued_us = os_now_us();
+	return r ? snapshot_fail(vmm->why, r, "the VM was stopped and could not be continued (use `cont`): %.150s", words) : 0;
+}
+
+void vmm_undo(struct vmm *vmm)
+{
+	char why[SNAPSHOT_WHY_BYTES], *kept = vmm->why;
+
+	vmm->why = why; /* what failed first is what the user shall hear */
+	if (vmm->stopped) {
+		if (strcmp(vmm->migration, "completed")) {
+			(void)vmm_run(vmm, "migrate_cancel", NULL, NULL);
+			for (int i = 0; i < 100 && strcmp(vmm->migration, "cancelled") && strcmp(vmm->migration, "failed"); i++)
+				(void)qmp_wait(vmm->qmp, 10);
+		}
+		(void)vmm_go_on(vmm);
+	}
+	vmm->why = kept;
+}

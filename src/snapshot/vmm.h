@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The VMM of a running VM, over its monitor for movers: the pause in which its devices are saved, and the way back. What
+ * a save and a migration have in common.
+ *
+ * Functions return 0 or a negative errno, with a sentence in the `why` that vmm_open was given. One thread.
+ */
+#ifndef LATENT_SNAPSHOT_VMM_H
+#define LATENT_SNAPSHOT_VMM_H
+
+#include "snapshot/image.h"
+#include "vmdir/qmp.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct vmm {
+	struct qmp *qmp;
+	char *why;
+	char version[64];       /* of QEMU */
+	char migration[32];     /* the last status that QEMU has told of its `migrate` */
+	int state_fd;           /* a memfd with the device state; -1: not begun */
+	uint64_t stopped_us, continued_us; /* 0: not yet */
+	bool ran, stopped;      /* ran: before anything was begun */
+};
+
+/* `run_dir`: the VM's. Waiting ends with -EINTR when `*stop` is set, until vmm_begin_pause. Must be closed also after a
+ * failure. */
+int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
+/* Lets the guest be, and the VMM as it was before. */
+void vmm_close(struct vmm *vmm);
+
+/* `*ret_value` may be NULL; `arguments` are put. */
+int vmm_run(struct vmm *vmm, const char *name, struct json_object *arguments, struct json_object **ret_value);
+
+/* From here on the guest stands sooner or later, and must be let go on by one of the last two. RAM that is no file is
+ * sent while it still runs; then it is stopped. */
+int vmm_begin_pause(struct vmm *vmm);
+int vmm_wait_stopped(struct vmm *vmm);
+/* The guest is stopped: its devices are saved, and the locks of its images dropped. */
+int vmm_save_devices(struct vmm *vmm, uint64_t *ret_bytes);
+/* If it ran before. (The images' locks are taken again.) */
+int vmm_go_on(struct vmm *vmm);
+/* After a failure: the guest shall run, whatever state QEMU is in. `why` stays. */
+void vmm_undo(struct vmm *vmm);
+
+#endif

@@ -3,6 +3,7 @@
 
 #include "os/os.h"
 #include "snapshot/describe.h"
+#include "snapshot/disks.h"
 #include "snapshot/maker.h"
 #include "snapshot/manifest.h"
 #include "snapshot/packed.h"
@@ -35,15 +36,13 @@ struct save {
 	struct snapshot_image image;
 	struct active_page *active;
 	struct maker maker;
-	bool relative;          /* a disk was given by a relative path */
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
 	unsigned overlays;      /* made */
 	bool switched;          /* the guest uses them */
 	struct parent *parent;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES]; /* the agent's, then the parent's */
 	uint32_t volumes;
-	char device[MANIFEST_DISKS][64]; /* of the manifest's disks: how QMP calls them */
-	bool is_node[MANIFEST_DISKS];
+	struct disk_names names; /* of the manifest's disks */
 };
 
 static int fail(struct save *s, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -58,110 +57,18 @@ static int fail(struct save *s, int r, const char *format, ...)
 	return r;
 }
 
-/* ---- disks ------------------------------------------------------------------------------------ */
-
-static const char *text_of(struct json_object *json, const char *key)
-{
-	struct json_object *value;
-
-	return json_object_object_get_ex(json, key, &value) ? json_object_get_string(value) : "";
-}
-
-/* The path of an image, which QEMU calls json:{...} when it was given more than a path. */
-static void path_of(struct save *s, struct json_object *image, char path[MANIFEST_PATH_BYTES])
-{
-	const char *name = text_of(image, "filename");
-	struct json_object *json = strncmp(name, "json:", 5) ? NULL : json_tokener_parse(name + 5), *file;
-
-	if (json && json_object_object_get_ex(json, "file", &file))
-		name = text_of(file, "filename");
-	s->relative = s->relative || *name != '/';
-	if (snprintf(path, MANIFEST_PATH_BYTES, "%s%s%s", *name == '/' ? "" : s->options->cwd, *name == '/' ? "" : "/",
-		     name) >= MANIFEST_PATH_BYTES)
-		path[0] = '\0';
-	json_object_put(json);
-}
-
-static bool is_plain_format(const char *format)
-{
-	return !strcmp(format, "qcow2") || !strcmp(format, "raw");
-}
-
-/* The files of a disk, as query-block's ImageInfo has them. */
-static int take_layers(struct save *s, struct json_object *image, struct manifest_disk *disk)
-{
-	struct json_object *value;
-
-	if (json_object_object_get_ex(image, "virtual-size", &value))
-		disk->bytes = (uint64_t)json_object_get_int64(value);
-	do {
-		struct manifest_layer *layer = &disk->layer[disk->layers];
-		const char *file = layer->volume.path, *format = text_of(image, "format");
-
-		if (disk->layers == MANIFEST_LAYERS)
-			return fail(s, -E2BIG, "the disk %.60s lies over more than %d files: join some (block-commit)",
-				    disk->drive, MANIFEST_LAYERS);
-		path_of(s, image, layer->volume.path);
-		if (is_plain_format(format) && access(file, R_OK))
-			return fail(s, -ENOENT, "the disk %.60s has its file %.100s no more (%s): put it back, or use --no-disk",
-				    disk->drive, file, strerror(errno));
-		if (!is_plain_format(format))
-			return fail(s, -ENOTSUP, "the disk %.60s uses %.80s (%.10s): only qcow2 and raw files can be part of "
-				    "a snapshot; use --no-disk and save it yourself", disk->drive, file, format);
-		snprintf(layer->format, sizeof layer->format, "%s", format);
-		snprintf(layer->file, sizeof layer->file, "disk%u.%u.%s", s->manifest.disks, disk->layers, format);
-		disk->layers++;
-	} while (json_object_object_get_ex(image, "backing-image", &image));
-	return 0;
-}
-
-/* One writable disk of query-block. */
-static int take_disk(struct save *s, struct json_object *device)
-{
-	struct json_object *inserted, *value;
-	struct manifest_disk *disk = &s->manifest.disk[s->manifest.disks];
-	const char *name = text_of(device, "device");
-	int r;
-
-	if (!json_object_object_get_ex(device, "inserted", &inserted))
-		return 0;
-	if (json_object_object_get_ex(inserted, "ro", &value) && json_object_get_boolean(value))
-		return 0;
-	if (s->manifest.disks == MANIFEST_DISKS)
-		return fail(s, -E2BIG, "more than %d writable disks", MANIFEST_DISKS);
-	s->is_node[s->manifest.disks] = !*name;
-	if (!*name)
-		name = text_of(inserted, "node-name");
-	snprintf(s->device[s->manifest.disks], sizeof s->device[0], "%s", name);
-	snprintf(disk->drive, sizeof disk->drive, "%s", name);
-	if (!json_object_object_get_ex(inserted, "image", &value))
-		return fail(s, -ENOTSUP, "QEMU says nothing of the files of the disk %.60s: use --no-disk", name);
-	r = take_layers(s, value, disk);
-	s->manifest.disks += !r;
-	return r;
-}
-
-static int list_disks(struct save *s)
-{
-	struct json_object *devices = NULL;
-	int r = s->options->no_disks ? 0 : vmm_run(&s->vmm, "query-block", NULL, &devices);
-
-	for (size_t i = 0; !r && devices && i < json_object_array_length(devices); i++)
-		r = take_disk(s, json_object_array_get_idx(devices, i));
-	json_object_put(devices);
-	if (!r && s->relative && s->options->cwd_left)
-		r = fail(s, -ENOTSUP, "a disk was given by a relative path, and -daemonize left that directory: QEMU cannot open "
-			 "it again; start the VM with absolute paths, or use --no-disk");
-	return r;
-}
-
 static int query(struct save *s)
 {
-	int r;
+	int r = 0;
 
 	memcpy(s->manifest.qemu_version, s->vmm.version, sizeof s->manifest.qemu_version);
 	s->manifest.stood = !s->vmm.ran;
-	r = list_disks(s);
+	if (!s->options->no_disks) {
+		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
+		if (!r && s->names.relative && s->options->cwd_left)
+			r = fail(s, -ENOTSUP, "a disk was given by a relative path, and -daemonize left that directory: QEMU "
+				 "cannot open it again; start the VM with absolute paths, or use --no-disk");
+	}
 	if (r)
 		return r;
 	describe_nodes(s->vmm.qmp, &s->manifest);
@@ -249,9 +156,9 @@ static int switch_disks(struct save *s)
 		char node[32];
 
 		snprintf(node, sizeof node, "latent-%llx", (unsigned long long)os_now_us());
-		json_object_object_add(data, s->is_node[i] ? "node-name" : "device",
-				       json_object_new_string(s->device[i]));
-		if (s->is_node[i])
+		json_object_object_add(data, s->names.is_node[i] ? "node-name" : "device",
+				       json_object_new_string(s->names.device[i]));
+		if (s->names.is_node[i])
 			json_object_object_add(data, "snapshot-node-name", json_object_new_string(node));
 		json_object_object_add(data, "snapshot-file", json_object_new_string(s->overlay[i]));
 		json_object_object_add(data, "mode", json_object_new_string("existing"));

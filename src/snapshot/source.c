@@ -52,6 +52,7 @@ struct source {
 	struct control_run *base; /* what base holds; found while the guest runs again */
 	uint8_t *copies;
 	const uint16_t *seen; /* the agent's table */
+	uint8_t *changed;     /* the agent's table, which is ours to clear */
 	struct snapshot_image origin; /* with a cache: the snapshot that it is of */
 	uint64_t cache_pages;
 	uint64_t total_pages, base_runs, base_room, private_runs, private_pages, base_pages;
@@ -176,7 +177,8 @@ static int map_blocks(struct source *s)
 			take_entries_of(s, i, page, b->pages - page < ENTRIES_CHUNK ? b->pages - page : ENTRIES_CHUNK);
 	}
 	s->seen = view(s->fds[CONTROL_FD_SEEN], 0, s->total_pages * sizeof *s->seen);
-	return s->seen ? 0 : -ENOMEM;
+	s->changed = os_view_file(s->fds[CONTROL_FD_CHANGED], s->total_pages, true);
+	return s->seen && s->changed ? 0 : -ENOMEM;
 }
 
 /* What this process takes of memory for each page of guest RAM, and beside. */
@@ -859,6 +861,20 @@ int source_list_active(const struct source *s, const struct snapshot_image *imag
 	return 0;
 }
 
+void source_get_view(const struct source *s, struct source_view *v)
+{
+	*v = (struct source_view){ .blocks = s->layout.blocks, .pages = s->total_pages, .cache_fd = -1,
+				   .runs = s->runs, .run_count = s->private_runs, .copies = s->copies };
+	for (uint32_t i = 0; i < v->blocks; i++)
+		v->block[i] = (struct source_block){
+			.first = s->block[i].first, .pages = s->layout.block[i].pages,
+			.memfd = s->fds[CONTROL_FD_BLOCKS + 2 * i], .memfd_offset = s->layout.block[i].memfd_offset,
+			.base = s->block[i].view, .entries = s->block[i].entries, .changed = s->changed + s->block[i].first,
+		};
+	if (s->layout.has_cache)
+		v->cache_fd = s->fds[CONTROL_FD_BLOCKS + 2 * v->blocks];
+}
+
 void source_get_counts(const struct source *s, struct source_counts *c)
 {
 	*c = (struct source_counts){ s->base_pages, s->private_pages, s->faults };
@@ -920,6 +936,8 @@ void source_end(struct source *s)
 	}
 	if (s->seen)
 		munmap((void *)(uintptr_t)s->seen, s->total_pages * sizeof *s->seen);
+	if (s->changed)
+		os_unview_file(s->changed, s->total_pages);
 	if (s->copies)
 		munmap(s->copies, os_bytes(s->private_pages));
 	for (unsigned i = CONTROL_FD_UFFD + 1; i < s->fd_count; i++)

@@ -46,6 +46,29 @@ int source_write(struct source *source, int ram_fd, struct parent *parent, uint6
 int source_list_active(const struct source *source, const struct snapshot_image *image, struct active_page **ret_list,
 		       uint64_t *ret_count);
 
+/*
+ * For who tells another host of guest RAM, in place of source_write: what the agent shows, and keeps changing while
+ * nothing stands. Belongs to the source. Pages are numbered through all blocks.
+ */
+struct source_view {
+	uint32_t blocks;
+	uint64_t pages;
+	struct source_block {
+		uint64_t first, pages;
+		int memfd;               /* base; a hole is zero, and reading it here would fill it */
+		uint64_t memfd_offset;
+		const uint8_t *base;
+		const uint64_t *entries; /* core/entry.h */
+		uint8_t *changed;        /* 1 from source_arm and source_point; the caller's to clear */
+	} block[SNAPSHOT_BLOCKS];
+	int cache_fd;                    /* a pager's cache that pages are mapped from (layout->cache_file); -1: none */
+	/* After source_point: */
+	const struct control_run *runs;  /* of private copies, `copies` one after the other */
+	uint64_t run_count;
+	const uint8_t *copies;
+};
+void source_get_view(const struct source *source, struct source_view *ret_view);
+
 struct source_counts {
 	uint64_t base_pages, private_pages, faults;
 };

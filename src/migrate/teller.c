@@ -1,0 +1,393 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "migrate/teller.h"
+
+#include "activity/states.h"
+#include "core/entry.h"
+#include "os/os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* OWED: told as missing; its contents are still to come. */
+enum state { TOLD, TO_TELL, OWED };
+
+/* Private copies of pages of an overlay, in the order of pages. */
+struct copies {
+	uint64_t page, pages;
+	const uint8_t *contents;
+};
+
+struct teller {
+	struct source_view view;
+	const struct control_layout *layout;
+	uint64_t there;
+	int volume_fd[SNAPSHOT_VOLUMES]; /* of those that are not there; -1: not opened yet */
+	uint8_t *state;                  /* of each page */
+	uint64_t left;
+	bool stands;                     /* the guest, and for good */
+	unsigned round;                  /* of the classes */
+	uint64_t page;                   /* where the round is */
+	uint32_t block;                  /* that it is in */
+	struct copies *copies;
+	uint64_t copies_count;
+	struct {
+		uint64_t from, to; /* pages of all blocks; empty: not known */
+		bool data;
+	} extent; /* of base */
+	struct teller_counts counts;
+};
+
+/* While the guest runs, what it will write again comes last; when it waits, what it will touch comes first. */
+static const enum activity_class coldest_first[ACTIVITY_CLASSES] = { CLASS_FROZEN, CLASS_COLD, CLASS_COOL, CLASS_NEW,
+								     CLASS_WARM, CLASS_HOT };
+
+static enum activity_class class_of_round(const struct teller *t)
+{
+	return coldest_first[t->stands ? ACTIVITY_CLASSES - 1 - t->round : t->round];
+}
+
+int teller_create(struct source *source, uint64_t there, struct teller **ret_teller, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct teller *t = calloc(1, sizeof *t);
+
+	if (t) {
+		source_get_view(source, &t->view);
+		t->layout = source_layout(source);
+		t->there = there;
+		memset(t->volume_fd, -1, sizeof t->volume_fd);
+		t->state = malloc((size_t)t->view.pages);
+	}
+	if (!t || !t->state) {
+		teller_destroy(t);
+		return snapshot_fail(why, -ENOMEM, "no memory to keep account of the pages");
+	}
+	memset(t->state, TO_TELL, (size_t)t->view.pages);
+	*ret_teller = t;
+	return 0;
+}
+
+void teller_destroy(struct teller *t)
+{
+	if (!t)
+		return;
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		if (t->volume_fd[i] >= 0)
+			close(t->volume_fd[i]);
+	free(t->copies);
+	free(t->state);
+	free(t);
+}
+
+/* ---- passes ----------------------------------------------------------------------------------------- */
+
+static uint64_t entry_of(const struct source_block *b, uint64_t page)
+{
+	return __atomic_load_n(&b->entries[page - b->first], __ATOMIC_RELAXED);
+}
+
+static void rewind_round(struct teller *t)
+{
+	t->round = 0;
+	t->page = 0;
+	t->block = 0;
+}
+
+static void begin_pass(struct teller *t)
+{
+	rewind_round(t);
+	t->extent.from = t->extent.to = 0;
+	t->left = 0;
+	for (uint32_t i = 0; i < t->view.blocks; i++) {
+		const struct source_block *b = &t->view.block[i];
+
+		for (uint64_t page = b->first; page < b->first + b->pages; page++) {
+			if (b->changed[page - b->first])
+				t->state[page] = TO_TELL;
+			b->changed[page - b->first] = 0;
+			t->left += t->state[page] != TOLD;
+		}
+	}
+}
+
+uint64_t teller_collect(struct teller *t)
+{
+	begin_pass(t);
+	return t->left;
+}
+
+static int by_page(const void *a, const void *b)
+{
+	const struct copies *x = a, *y = b;
+
+	return x->page < y->page ? -1 : x->page > y->page;
+}
+
+/* -ENOMEM. */
+static int take_copies(struct teller *t)
+{
+	const uint8_t *contents = t->view.copies;
+
+	t->copies = malloc((t->view.run_count ? t->view.run_count : 1) * sizeof *t->copies);
+	if (!t->copies)
+		return -ENOMEM;
+	for (uint64_t i = 0; i < t->view.run_count; i++) {
+		const struct control_run *run = &t->view.runs[i];
+
+		t->copies[i] = (struct copies){ t->view.block[run->block].first + run->page, run->pages, contents };
+		memset(t->state + t->copies[i].page, TO_TELL, (size_t)run->pages);
+		contents += os_bytes(run->pages);
+	}
+	t->copies_count = t->view.run_count;
+	qsort(t->copies, (size_t)t->copies_count, sizeof *t->copies, by_page);
+	return 0;
+}
+
+int teller_collect_last(struct teller *t, struct source *source, char why[SNAPSHOT_WHY_BYTES])
+{
+	source_get_view(source, &t->view);
+	t->stands = true;
+	if (take_copies(t))
+		return snapshot_fail(why, -ENOMEM, "no memory for the list of copied pages");
+	begin_pass(t);
+	return 0;
+}
+
+/* ---- what a page holds -------------------------------------------------------------------------------- */
+
+static const uint8_t *copy_of(const struct teller *t, uint64_t page)
+{
+	uint64_t low = 0, high = t->copies_count;
+
+	while (low < high) {
+		uint64_t middle = (low + high) / 2;
+		const struct copies *c = &t->copies[middle];
+
+		if (page < c->page)
+			high = middle;
+		else if (page - c->page < c->pages)
+			return c->contents + os_bytes(page - c->page);
+		else
+			low = middle + 1;
+	}
+	return NULL;
+}
+
+static bool base_has_data(struct teller *t, const struct source_block *b, uint64_t page)
+{
+	uint64_t from, to, at = b->memfd_offset + os_bytes(page - b->first), end = b->memfd_offset + os_bytes(b->pages);
+
+	if (page >= t->extent.from && page < t->extent.to)
+		return t->extent.data;
+	t->extent.from = page;
+	t->extent.data = false;
+	t->extent.to = b->first + b->pages;
+	if (!os_next_data(b->memfd, at, end, &from, &to))
+		return false;
+	t->extent.data = from <= at;
+	t->extent.to = b->first + (((t->extent.data ? to : from) - b->memfd_offset) >> OS_PAGE_SHIFT);
+	return t->extent.data;
+}
+
+static int volume_of(const struct teller *t, unsigned file)
+{
+	for (uint32_t i = 0; i < t->layout->volumes; i++)
+		if (t->layout->volume[i].file == file)
+			return (int)i;
+	return -1;
+}
+
+/* The file must be the one that the VMM maps. */
+static int open_volume(struct teller *t, int volume, char why[SNAPSHOT_WHY_BYTES])
+{
+	const struct control_volume *v = &t->layout->volume[volume];
+	struct stat st;
+	int fd = open(v->path, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return snapshot_fail(why, -errno, "%.200s cannot be read: %s", v->path, strerror(errno));
+	if (fstat(fd, &st) || st.st_dev != v->dev || st.st_ino != v->ino) {
+		close(fd);
+		return snapshot_fail(why, -ESTALE, "%.150s has been replaced, and RAM maps the file that was there: put that back",
+				     v->path);
+	}
+	t->volume_fd[volume] = fd;
+	return 0;
+}
+
+static int read_volume(struct teller *t, int volume, uint64_t page, uint8_t *contents, char why[SNAPSHOT_WHY_BYTES])
+{
+	int r = t->volume_fd[volume] < 0 ? open_volume(t, volume, why) : 0;
+
+	if (r)
+		return r;
+	r = os_read_all(t->volume_fd[volume], contents, OS_PAGE_BYTES, os_bytes(page));
+	t->counts.contents_instead += !r;
+	return r ? snapshot_fail(why, r, "%.200s cannot be read: %s", t->layout->volume[volume].path, strerror(-r)) : 0;
+}
+
+/* What is to be said of a page. */
+struct saying {
+	struct wire_run run;
+	const uint8_t *contents; /* of WIRE_DATA; NULL: not read, if only the kind was asked for */
+	bool later;              /* nobody can know it before the guest stands */
+};
+
+static void say_contents(struct saying *s, const uint8_t *contents)
+{
+	struct snapshot_page class = snapshot_classify(contents);
+
+	s->run.kind = class.kind == SNAPSHOT_WORD ? WIRE_WORD : WIRE_DATA;
+	s->run.value = class.kind == SNAPSHOT_WORD ? class.value : 0;
+	s->contents = contents;
+}
+
+/* A page of an overlay that is no private copy. */
+static int say_overlay(struct teller *t, uint64_t entry, bool cheaply, uint8_t *room, struct saying *s,
+		       char why[SNAPSHOT_WHY_BYTES])
+{
+	bool cached = t->view.cache_fd >= 0 && entry_file(entry) == t->layout->cache_file;
+	int volume = cached ? -1 : volume_of(t, entry_file(entry)), r;
+
+	if (!cached && volume < 0)
+		return snapshot_fail(why, -EPROTO, "the VM's agent names a file that it has not told of");
+	if (!cached && t->there >> volume & 1) {
+		s->run.kind = WIRE_VOLUME;
+		s->run.volume = (uint16_t)volume;
+		s->run.value = entry_file_page(entry);
+		return 0;
+	}
+	s->run.kind = WIRE_DATA;
+	if (cheaply)
+		return 0;
+	r = cached ? os_read_all(t->view.cache_fd, room, OS_PAGE_BYTES, os_bytes(entry_file_page(entry)))
+		   : read_volume(t, volume, entry_file_page(entry), room, why);
+	if (r)
+		return cached ? snapshot_fail(why, r, "the pager's cache cannot be read: %s", strerror(-r)) : r;
+	say_contents(s, room);
+	return 0;
+}
+
+/* `cheaply`: contents are not looked at. `room`: for a page. */
+static int say(struct teller *t, const struct source_block *b, uint64_t page, bool cheaply, uint8_t *room,
+	       struct saying *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	uint64_t entry = entry_of(b, page);
+	const uint8_t *copy = t->copies_count ? copy_of(t, page) : NULL;
+
+	*s = (struct saying){ .run = { .page = page, .pages = 1, .kind = WIRE_DATA } };
+	if (copy) {
+		if (!cheaply)
+			say_contents(s, copy);
+		return 0;
+	}
+	if (entry_source(entry) == ENTRY_OVERLAY && entry_is_private(entry)) {
+		s->later = !t->stands;
+		return t->stands ? snapshot_fail(why, -EPROTO, "the VM's agent has no copy of a page that the guest wrote") : 0;
+	}
+	if (entry_source(entry) == ENTRY_OVERLAY)
+		return say_overlay(t, entry, cheaply, room, s, why);
+	if (!base_has_data(t, b, page))
+		s->run.kind = WIRE_WORD;
+	else if (!cheaply)
+		say_contents(s, b->base + os_bytes(page - b->first));
+	return 0;
+}
+
+/* ---- telling ------------------------------------------------------------------------------------------- */
+
+static void count(struct teller *t, const struct saying *s)
+{
+	t->counts.words += s->run.kind == WIRE_WORD;
+	t->counts.volume += s->run.kind == WIRE_VOLUME;
+	t->counts.data += s->run.kind == WIRE_DATA;
+}
+
+static void set_state(struct teller *t, uint64_t page, enum state state)
+{
+	t->left -= t->state[page] != TOLD && state == TOLD;
+	t->state[page] = (uint8_t)state;
+}
+
+/* The next page of the round in one of these states (bits); false: the pass is over. */
+static bool next_page(struct teller *t, unsigned states)
+{
+	for (; t->round < ACTIVITY_CLASSES; t->round++, t->page = 0, t->block = 0) {
+		for (; t->page < t->view.pages; t->page++) {
+			const struct source_block *b = &t->view.block[t->block];
+
+			if (t->page == b->first + b->pages)
+				b = &t->view.block[++t->block];
+			if (1u << t->state[t->page] & states && activity_class_of(entry_of(b, t->page)) == class_of_round(t))
+				return true;
+		}
+	}
+	rewind_round(t);
+	return false;
+}
+
+/* What others write meanwhile is told again: the page is changed then. */
+static int tell(struct teller *t, const struct source_block *b, uint64_t page, bool missing, struct wire_batch *batch,
+		bool *ret_full, char why[SNAPSHOT_WHY_BYTES])
+{
+	static uint8_t room[OS_PAGE_BYTES]; /* one thread */
+	struct saying s;
+	int r = say(t, b, page, missing, room, &s, why);
+
+	if (r || s.later)
+		return r;
+	if (missing && s.run.kind == WIRE_DATA)
+		s.run.kind = WIRE_MISSING;
+	*ret_full = !wire_add(batch, &s.run, s.contents);
+	if (!*ret_full) {
+		set_state(t, page, s.run.kind == WIRE_MISSING ? OWED : TOLD);
+		count(t, &s);
+	}
+	return 0;
+}
+
+static int fill(struct teller *t, struct wire_batch *batch, unsigned states, bool missing, char why[SNAPSHOT_WHY_BYTES])
+{
+	bool full = false;
+	int r = 0;
+
+	while (!r && next_page(t, states)) {
+		r = tell(t, &t->view.block[t->block], t->page, missing, batch, &full, why);
+		if (r || full)
+			break;
+		t->page++;
+	}
+	return r;
+}
+
+int teller_fill(struct teller *t, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES])
+{
+	return fill(t, batch, 1u << TO_TELL | 1u << OWED, false, why);
+}
+
+int teller_fill_missing(struct teller *t, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES])
+{
+	return fill(t, batch, 1u << TO_TELL, true, why);
+}
+
+int teller_add(struct teller *t, uint64_t page, struct wire_batch *batch, bool *ret_full, char why[SNAPSHOT_WHY_BYTES])
+{
+	const struct source_block *b = &t->view.block[0];
+
+	while (page >= b->first + b->pages)
+		b++;
+	return tell(t, b, page, false, batch, ret_full, why);
+}
+
+uint64_t teller_left(const struct teller *t)
+{
+	return t->left;
+}
+
+void teller_get_counts(const struct teller *t, struct teller_counts *counts)
+{
+	*counts = t->counts;
+}

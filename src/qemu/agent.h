@@ -111,6 +111,7 @@ int pause_end(struct pause *pause);
  * in QEMU is taken back, and a guest that it has stopped runs again. */
 void pause_save_begins(struct pause *pause);
 int pause_undo_save(struct pause *pause);
+void pause_give(struct pause *pause); /* the guest is another host's now, and stays stopped */
 int pause_poll_fd(const struct pause *pause);
 /* `migrate-incoming` from an inherited descriptor; comes back when the devices have their state. The guest stands
  * then (-S). */

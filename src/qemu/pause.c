@@ -157,6 +157,11 @@ void pause_save_begins(struct pause *p)
 	p->ran_before_save = !qmp_greet(p->qmp, REPLY_MS) && !query_status(p, status) && !strcmp(status, "running");
 }
 
+void pause_give(struct pause *p)
+{
+	p->ran_before_save = false;
+}
+
 /* What QEMU says of its migration; "" when it does not. */
 static void query_migration(struct pause *p, char status[32])
 {

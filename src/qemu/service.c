@@ -366,6 +366,11 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_SAVE_POINT:
 		saver_point(s->agent, client, p);
 		break;
+	case CONTROL_SAVE_GIVE:
+		p->error = s->pause && saver_is_client(client) ? 0 : -EPROTO;
+		if (!p->error)
+			pause_give(s->pause);
+		break;
 	case CONTROL_SAVE_END:
 		saver_end(s->agent, client, p);
 		break;

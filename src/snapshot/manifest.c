@@ -173,18 +173,27 @@ const char *manifest_role_name(enum manifest_role role)
 	return role_names[role];
 }
 
-int manifest_write(const struct manifest *m, int dir_fd)
+char *manifest_to_text(const struct manifest *m)
 {
 	struct json_object *json = to_json(m);
 	const char *text = json_object_to_json_string_ext(json, JSON_C_TO_STRING_PRETTY);
+	char *copy = text ? strdup(text) : NULL;
+
+	json_object_put(json);
+	return copy;
+}
+
+int manifest_write(const struct manifest *m, int dir_fd)
+{
+	char *text = manifest_to_text(m);
 	int fd = openat(dir_fd, SNAPSHOT_MANIFEST, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	int r = fd < 0 ? -errno : os_write_all(fd, text, strlen(text), 0);
+	int r = fd < 0 ? -errno : !text ? -ENOMEM : os_write_all(fd, text, strlen(text), 0);
 
 	if (!r && fsync(fd))
 		r = -errno;
 	if (fd >= 0)
 		close(fd);
-	json_object_put(json);
+	free(text);
 	return r;
 }
 

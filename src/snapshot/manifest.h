@@ -66,6 +66,8 @@ struct manifest {
 
 const char *manifest_role_name(enum manifest_role role);
 
+/* As it is in the file; the caller frees it. NULL: no memory. */
+char *manifest_to_text(const struct manifest *manifest);
 /* Into `dir` (an open directory), with fsync. */
 int manifest_write(const struct manifest *manifest, int dir_fd);
 /* -EBADMSG: `why` says what is wrong with it. */

@@ -479,6 +479,13 @@ int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WH
 	return r ? say(why, r, "no thread to serve write faults") : 0;
 }
 
+int source_give(struct source *s, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+
+	return ask(s, CONTROL_SAVE_GIVE, &reply, why);
+}
+
 /* ---- writing --------------------------------------------------------------------------------- */
 
 struct writer {

@@ -33,6 +33,9 @@ int source_arm(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
 int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);
 
+/* The guest belongs to another host: the agent does not let it go on when this process dies. */
+int source_give(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
+
 /* The volumes that page entries name, as the agent knows them. */
 const struct control_layout *source_layout(const struct source *source);
 

@@ -27,6 +27,8 @@ enum control_op {
 	 *          was not before is in the table of changed pages. A migration arms again, as often as it likes
 	 *   POINT  with the guest stopped: private copies are copied out, and base that is not
 	 *          protected, or not any more, is. From then on the other side has to serve write faults.
+	 *   GIVE   a migration's, before the token is sent: the guest belongs to another host from now on, and is not let
+	 *          go on when the connection ends
 	 *   END    protection is taken away.
 	 */
 	CONTROL_SAVE_LOAD,
@@ -35,6 +37,7 @@ enum control_op {
 	CONTROL_SAVE_SETTLE,
 	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
+	CONTROL_SAVE_GIVE,
 	CONTROL_SAVE_END,
 	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
 	CONTROL_STOP_REST, /* what the guest has not touched is loaded no more. -EALREADY: nothing was being loaded */

@@ -1,0 +1,553 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+#include "migrate/send.h"
+
+#include "migrate/link.h"
+#include "os/os.h"
+#include "snapshot/describe.h"
+#include "snapshot/disks.h"
+#include "snapshot/vmm.h"
+#include "vmdir/vmdir.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#define ANSWER_MS 120000 /* the destination starts a VMM, or loads the state */
+#define TURN_MS 100
+#define PASSES_MAX 30
+#define ENOUGH_PAGES 256u      /* not worth another pass */
+#define FAST_BYTES (256u << 10) /* less than that waits to be sent: the link is faster than packing */
+#define PACK_LEVEL 1
+
+struct send {
+	const struct send_options *options;
+	struct send_progress *progress;
+	struct send_result *result;
+	char *why;
+	struct manifest manifest;
+	struct disk_names names;
+	struct vmm vmm;
+	struct source *source;
+	struct link_keys *keys;
+	struct link *link;
+	struct teller *teller;
+	struct wire_batch *batch;
+	uint8_t *payload;
+	uint64_t begin_us, first_pass_us;
+	bool held;   /* guest RAM */
+	bool given;  /* the token has been sent */
+};
+
+/* ---- messages --------------------------------------------------------------------------------------- */
+
+static int check_stop(struct send *s)
+{
+	if (!s->progress->stop || s->progress->phase >= SEND_SWITCHING)
+		return 0;
+	return snapshot_fail(s->why, -EINTR, "a signal ended it");
+}
+
+static int take_refusal(struct send *s, const struct wire_message *m)
+{
+	char text[WIRE_TEXT_MAX];
+	int r = wire_read_text(m, text, s->why);
+
+	return r ? r : snapshot_fail(s->why, -EREMOTEIO, "the destination: %.230s", text);
+}
+
+static int add_wanted(struct send *s, const struct wire_message *m);
+
+/* What may come at any time; the others are the caller's. 1: it was none of them. */
+static int take_any(struct send *s, const struct wire_message *m)
+{
+	if (m->type == WIRE_REFUSE || m->type == WIRE_FAILED)
+		return take_refusal(s, m);
+	return m->type == WIRE_WANT && s->given ? add_wanted(s, m) : 1;
+}
+
+static int await(struct send *s, enum wire_type type, struct wire_message *m)
+{
+	uint64_t until_us = os_now_us() + ANSWER_MS * 1000ull;
+	int r;
+
+	for (;;) {
+		r = link_receive(s->link, m, s->why);
+		if (r == -EAGAIN) {
+			r = check_stop(s);
+			if (!r && os_now_us() >= until_us)
+				r = snapshot_fail(s->why, -ETIMEDOUT, "the destination does not answer");
+			if (!r)
+				r = link_wait(s->link, false, NULL, 0, TURN_MS, s->why);
+			if (r)
+				return r;
+			continue;
+		}
+		if (r || m->type == type)
+			return r;
+		r = take_any(s, m);
+		if (r)
+			return r < 0 ? r : snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)",
+							 (int)m->type);
+	}
+}
+
+/* Room for it is waited for. */
+static int put(struct send *s, enum wire_type type, const void *payload, size_t bytes)
+{
+	int r;
+
+	while ((r = link_send(s->link, type, payload, bytes, false)) == -EAGAIN) {
+		r = check_stop(s);
+		if (!r)
+			r = link_wait(s->link, true, NULL, 0, TURN_MS, s->why);
+		if (r)
+			return r;
+	}
+	s->progress->bytes_sent = link_bytes_sent(s->link);
+	return r ? snapshot_fail(s->why, r, "no memory for a message") : 0;
+}
+
+/* ---- who is there ------------------------------------------------------------------------------------- */
+
+static int greet(struct send *s)
+{
+	struct wire_hello ours = { .magic = WIRE_MAGIC, .version = WIRE_VERSION, .page_bytes = OS_PAGE_BYTES }, theirs;
+	struct wire_message m;
+	int r;
+
+	if (getrandom(ours.session, sizeof ours.session, 0) != sizeof ours.session)
+		return snapshot_fail(s->why, -EIO, "no random numbers");
+	r = put(s, WIRE_HELLO, &ours, sizeof ours);
+	if (!r)
+		r = await(s, WIRE_HELLO, &m);
+	if (!r)
+		r = wire_read_hello(&m, &theirs, s->why);
+	if (!r && memcmp(theirs.session, ours.session, sizeof ours.session))
+		r = snapshot_fail(s->why, -EPROTO, "the destination takes us for another one");
+	return r;
+}
+
+static int connect_destination(struct send *s)
+{
+	const struct send_options *o = s->options;
+	int r = o->keys_dir ? link_keys_load(o->keys_dir, false, &s->keys, s->why) : 0;
+
+	if (!r)
+		r = link_connect(o->address, s->keys, o->host, true, &s->link, s->why);
+	return r ? r : greet(s);
+}
+
+/* The volumes that page entries name, numbered as in the layout. */
+static int list_volumes(struct send *s)
+{
+	const struct control_layout *layout = source_layout(s->source);
+	int r = 0;
+
+	s->manifest.volumes = layout->volumes;
+	for (uint32_t i = 0; !r && i < layout->volumes; i++) {
+		struct manifest_volume *v = &s->manifest.volume[i];
+		int fd = open(layout->volume[i].path, O_RDONLY | O_CLOEXEC);
+
+		memcpy(v->path, layout->volume[i].path, sizeof v->path);
+		r = fd < 0 ? -errno : manifest_identify(fd, v);
+		if (fd >= 0)
+			close(fd);
+		if (r)
+			snapshot_fail(s->why, r, "%.200s cannot be read: %s", v->path, strerror(-r));
+	}
+	return r;
+}
+
+static int describe(struct send *s)
+{
+	struct source_view view;
+	int r;
+
+	snprintf(s->manifest.name, sizeof s->manifest.name, "%s", s->options->name);
+	memcpy(s->manifest.qemu_version, s->vmm.version, sizeof s->manifest.qemu_version);
+	s->manifest.stood = !s->vmm.ran;
+	source_get_view(s->source, &view);
+	s->manifest.ram_bytes = os_bytes(view.pages);
+	r = list_volumes(s);
+	if (!r)
+		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
+	if (r)
+		return r;
+	describe_nodes(s->vmm.qmp, &s->manifest);
+	describe_machine(s->vmm.qmp, s->options->run_dir, &s->manifest);
+	return 0;
+}
+
+static int put_manifest(struct send *s)
+{
+	char *text = manifest_to_text(&s->manifest);
+	int r = text ? put(s, WIRE_MANIFEST, text, strlen(text)) : snapshot_fail(s->why, -ENOMEM, "no memory for the manifest");
+
+	free(text);
+	return r;
+}
+
+static int put_blocks(struct send *s)
+{
+	const struct control_layout *layout = source_layout(s->source);
+	struct snapshot_block blocks[SNAPSHOT_BLOCKS] = { 0 };
+
+	for (uint32_t i = 0; i < layout->blocks; i++) {
+		snprintf(blocks[i].name, sizeof blocks[i].name, "%s", layout->block[i].name);
+		blocks[i].pages = layout->block[i].pages;
+	}
+	return put(s, WIRE_BLOCKS, blocks, layout->blocks * sizeof blocks[0]);
+}
+
+/* The destination has a VMM that waits, and has said which volumes it has. */
+static int introduce(struct send *s)
+{
+	struct wire_message m;
+	struct wire_ready ready = { 0 };
+	int r = describe(s);
+
+	if (!r)
+		r = put_manifest(s);
+	if (!r)
+		r = put_blocks(s);
+	if (!r)
+		r = await(s, WIRE_READY, &m);
+	if (r)
+		return r;
+	memcpy(&ready, m.payload, sizeof ready);
+	return teller_create(s->source, ready.volumes, &s->teller, s->why);
+}
+
+/* ---- pages -------------------------------------------------------------------------------------------- */
+
+static int put_batch(struct send *s, bool urgent)
+{
+	int level = link_waiting(s->link) < FAST_BYTES ? 0 : PACK_LEVEL, r;
+	size_t bytes = wire_close(s->batch, level, s->payload);
+
+	s->progress->pages_left = teller_left(s->teller);
+	if (!urgent)
+		return put(s, WIRE_PAGES, s->payload, bytes);
+	r = link_send(s->link, WIRE_PAGES, s->payload, bytes, true);
+	return r ? snapshot_fail(s->why, r, "no memory for a message") : 0;
+}
+
+static int add_wanted(struct send *s, const struct wire_message *m)
+{
+	const uint64_t *pages;
+	size_t count;
+	bool full = false;
+	int r = wire_read_wanted(m, s->progress->pages_all, &pages, &count, s->why);
+
+	for (size_t i = 0; !r && i < count; i += !full) {
+		r = teller_add(s->teller, pages[i], s->batch, &full, s->why);
+		if (!r && full)
+			r = put_batch(s, true);
+	}
+	s->result->pages_wanted += r ? 0 : count;
+	return r || !s->batch->runs ? r : put_batch(s, true);
+}
+
+static void keep_rate(struct send *s)
+{
+	uint64_t due_us;
+
+	if (!s->options->max_bytes_s)
+		return;
+	due_us = s->first_pass_us + link_bytes_sent(s->link) * 1000000 / s->options->max_bytes_s;
+	if (os_now_us() < due_us)
+		usleep((useconds_t)(due_us - os_now_us() < 100000 ? due_us - os_now_us() : 100000));
+}
+
+/* `teller_fill` or `teller_fill_missing`, until it has no more. */
+static int put_all(struct send *s, int (*fill)(struct teller *, struct wire_batch *, char *))
+{
+	int r;
+
+	for (;;) {
+		r = fill(s->teller, s->batch, s->why);
+		if (r || !s->batch->runs)
+			return r;
+		r = put_batch(s, false);
+		if (!r)
+			r = check_stop(s);
+		if (r)
+			return r;
+		keep_rate(s);
+	}
+}
+
+/* The destination has put in place all that it was told. */
+static int end_pass(struct send *s)
+{
+	struct wire_message m;
+	int r = put(s, WIRE_PASS, NULL, 0);
+
+	return r ? r : await(s, WIRE_PASS, &m);
+}
+
+/* Pages that can be sent while the guest stands, by what was sent until now. */
+static uint64_t pages_in_downtime(const struct send *s)
+{
+	uint64_t us = os_now_us() - s->first_pass_us, bytes_s = link_bytes_sent(s->link) * 1000000 / (us ? us : 1);
+
+	if (s->options->max_bytes_s && s->options->max_bytes_s < bytes_s)
+		bytes_s = s->options->max_bytes_s;
+	return bytes_s * s->options->max_downtime_ms / 1000 / OS_PAGE_BYTES;
+}
+
+/* While the guest runs: until what has changed meanwhile fits into the downtime, or does not become less. */
+static int put_passes(struct send *s)
+{
+	uint64_t before = UINT64_MAX, settled;
+	int r = 0;
+
+	s->first_pass_us = os_now_us();
+	for (unsigned pass = 1; !r && pass <= PASSES_MAX; pass++) {
+		uint64_t left;
+
+		r = source_settle(s->source, &settled, s->why);
+		s->result->settled_pages += settled;
+		if (!r)
+			r = source_arm(s->source, s->why);
+		if (r)
+			return r;
+		left = teller_collect(s->teller);
+		if (pass > 1 && (left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || left > before / 4 * 3))
+			return 0;
+		before = left;
+		s->progress->pass = s->result->passes = pass;
+		r = put_all(s, teller_fill);
+		if (!r)
+			r = end_pass(s);
+	}
+	return r;
+}
+
+/* ---- the switch --------------------------------------------------------------------------------------- */
+
+static int put_state(struct send *s, struct wire_switch *sw)
+{
+	uint64_t bytes = s->result->state_bytes;
+	uint8_t *state = mmap(NULL, bytes ? bytes : 1, PROT_READ, MAP_SHARED, s->vmm.state_fd, 0);
+	int r = 0;
+
+	if (state == MAP_FAILED)
+		return snapshot_fail(s->why, -errno, "the device state cannot be read");
+	sw->state_bytes = bytes;
+	sw->checksum = XXH3_64bits(state, bytes);
+	for (uint64_t at = 0, n; !r && at < bytes; at += n) {
+		n = bytes - at < WIRE_STATE_MAX ? bytes - at : WIRE_STATE_MAX;
+		r = put(s, WIRE_STATE, state + at, n);
+	}
+	munmap(state, bytes ? bytes : 1);
+	return r;
+}
+
+static int stop_guest(struct send *s)
+{
+	uint64_t paused_us;
+	int r = vmm_begin_pause(&s->vmm);
+
+	if (!r)
+		r = vmm_wait_stopped(&s->vmm);
+	if (!r)
+		r = vmm_save_devices(&s->vmm, &s->result->state_bytes);
+	if (!r)
+		r = source_point(s->source, &paused_us, s->why);
+	return r ? r : teller_collect_last(s->teller, s->source, s->why);
+}
+
+/* From the stop of the guest to the word that it runs there. */
+static int switch_over(struct send *s)
+{
+	bool all = s->options->no_postcopy;
+	struct wire_switch sw = { 0 };
+	struct wire_message m;
+	int r = stop_guest(s);
+
+	if (!r && (all || teller_left(s->teller) <= pages_in_downtime(s)))
+		r = put_all(s, teller_fill);
+	else if (!r)
+		r = put_all(s, teller_fill_missing);
+	if (!r)
+		r = put_state(s, &sw);
+	sw.missing = s->result->pages_missing = teller_left(s->teller);
+	if (!r)
+		r = put(s, WIRE_SWITCH, &sw, sizeof sw);
+	if (!r)
+		r = await(s, WIRE_LOADED, &m);
+	if (!r)
+		r = source_give(s->source, s->why);
+	if (!r)
+		r = link_send(s->link, WIRE_TOKEN, NULL, 0, false);
+	if (r)
+		return r;
+	s->given = true;
+	r = await(s, WIRE_RUNNING, &m);
+	s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
+	return r;
+}
+
+/* ---- what was missing --------------------------------------------------------------------------------- */
+
+/* Pages that nobody asks for, hottest first, as long as the link takes them. */
+static int put_rest(struct send *s)
+{
+	int r = 0;
+
+	while (!r && link_waiting(s->link) < LINK_ROOM) {
+		r = teller_fill(s->teller, s->batch, s->why);
+		if (r || !s->batch->runs)
+			break;
+		r = put_batch(s, false);
+	}
+	return r;
+}
+
+/* Until the destination has all. */
+static int serve(struct send *s)
+{
+	struct wire_message m;
+	int r = 0;
+
+	while (!r) {
+		r = link_receive(s->link, &m, s->why);
+		if (!r && m.type == WIRE_DONE)
+			return put(s, WIRE_DONE, NULL, 0);
+		if (!r)
+			r = take_any(s, &m);
+		else if (r == -EAGAIN)
+			r = put_rest(s);
+		if (!r)
+			r = link_wait(s->link, teller_left(s->teller), NULL, 0, TURN_MS, s->why);
+		if (r > 0)
+			r = snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m.type);
+	}
+	return r;
+}
+
+/* ---- all of it ---------------------------------------------------------------------------------------- */
+
+static int prepare(struct send *s)
+{
+	struct source_progress loading = { 0 };
+	char control[VMDIR_PATH_BYTES];
+	struct source_view view;
+	int r;
+
+	s->batch = calloc(1, sizeof *s->batch);
+	s->payload = aligned_alloc(8, WIRE_PAYLOAD_MAX);
+	if (!s->batch || !s->payload)
+		return snapshot_fail(s->why, -ENOMEM, "no memory for messages");
+	r = vmm_open(s->options->run_dir, &s->progress->stop, s->why, &s->vmm);
+	if (r)
+		return r;
+	snprintf(control, sizeof control, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
+	r = source_open(control, &loading, &s->source, s->why);
+	if (!r)
+		r = source_begin(s->source, s->why);
+	if (r)
+		return r;
+	source_get_view(s->source, &view);
+	s->progress->pages_all = view.pages;
+	return 0;
+}
+
+static int set_phase(struct send *s, enum send_phase phase)
+{
+	int r = check_stop(s);
+
+	s->progress->phase = phase;
+	return r;
+}
+
+static int migrate(struct send *s)
+{
+	int r = connect_destination(s);
+
+	if (!r)
+		r = set_phase(s, SEND_PREPARING);
+	if (!r)
+		r = prepare(s);
+	if (!r)
+		r = introduce(s);
+	if (!r)
+		r = set_phase(s, SEND_PASSES);
+	if (!r)
+		r = put_passes(s);
+	if (!r)
+		r = set_phase(s, SEND_SWITCHING);
+	if (!r)
+		r = switch_over(s);
+	s->progress->phase = SEND_REST;
+	if (!r)
+		r = serve(s);
+	s->progress->phase = SEND_DONE;
+	return r;
+}
+
+/* The VM is elsewhere, for good. */
+static void end_vmm(struct send *s)
+{
+	char ignored[SNAPSHOT_WHY_BYTES];
+
+	source_end(s->source);
+	s->source = NULL;
+	s->vmm.why = ignored;
+	(void)vmm_run(&s->vmm, "quit", NULL, NULL);
+}
+
+/* The destination hears why, unless it is it that has said so. */
+static void take_back(struct send *s, int r)
+{
+	if (s->link && r != -EREMOTEIO)
+		link_send_last(s->link, WIRE_REFUSE, s->why);
+	source_end(s->source);
+	s->source = NULL;
+	vmm_undo(&s->vmm);
+}
+
+int migrate_send(const struct send_options *options, struct send_progress *progress, struct send_result *ret_result,
+		 enum send_end *ret_end, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct send *s = calloc(1, sizeof *s);
+	int r;
+
+	*ret_result = (struct send_result){ 0 };
+	*ret_end = SEND_HERE;
+	if (!s)
+		return snapshot_fail(why, -ENOMEM, "no memory");
+	s->options = options;
+	s->progress = progress;
+	s->result = ret_result;
+	s->why = why;
+	s->vmm.state_fd = -1;
+	s->begin_us = os_now_us();
+	r = migrate(s);
+	*ret_end = !r ? SEND_THERE : s->given ? SEND_UNKNOWN : SEND_HERE;
+	if (!r)
+		end_vmm(s);
+	else if (!s->given)
+		take_back(s, r);
+	ret_result->total_us = os_now_us() - s->begin_us;
+	ret_result->bytes_sent = s->link ? link_bytes_sent(s->link) : 0;
+	if (s->teller)
+		teller_get_counts(s->teller, &ret_result->told);
+	teller_destroy(s->teller);
+	source_end(s->source);
+	vmm_close(&s->vmm);
+	link_close(s->link);
+	link_keys_free(s->keys);
+	machine_free(s->manifest.machine);
+	free(s->batch);
+	free(s->payload);
+	free(s);
+	return r;
+}

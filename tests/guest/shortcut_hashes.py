@@ -77,8 +77,9 @@ def past_the_page_cache(test):
             show(test, guest)
         check_share(test, second, image, 90)
         one = latent.volume(latent.stat(first), image)
-        copied = sum(miss["bytes"] for miss in one["misses"].values())
-        test.check(one["bytes_from_storage"] >= 0.9 * copied, "what was copied came from storage, and is counted so")
+        # (Reads into a buffer of QEMU's own, of the image's header and tables, are none of guest RAM.)
+        copied = sum(miss["bytes"] for why, miss in one["misses"].items() if why != "buffer")
+        test.check(one["bytes_from_storage"] >= copied, f"what was copied, {copied} bytes, came from storage, and is counted so")
         for guest in (first, second):
             guest.shutdown()
 

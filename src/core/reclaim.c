@@ -65,8 +65,9 @@ void reclaim_touched(struct ram *ram, struct ram_block *b, uint64_t page)
 {
 	const struct ram_reclaim *c = &ram->reclaim;
 
-	if (c->block != b || page < c->page || page - c->page >= c->pages || !c->take[page - c->page])
+	if (c->block != b || page < c->page || page - c->page >= c->pages)
 		return;
+	/* Also a page that was left before: it may still be protected. */
 	reclaim_leave(ram, b, page, 1);
 	(void)os_uffd_protect(ram->uffd, page_hva(b, page), OS_PAGE_BYTES, false);
 }

@@ -18,7 +18,7 @@
 
 #define THREADS 2048
 #define POLL_NS 50000
-#define SPARED 4
+#define SPARED 5
 
 static struct {
 	_Atomic uint32_t frozen; /* 1: who gets the signal stops until it is 0 */

@@ -234,7 +234,11 @@ static ssize_t read_vector(int fd, const struct iovec *iov, int count, off_t off
 	ssize_t n;
 
 	if (a && count > 0 && count <= 1024 && into_ram(a, iov, count)) {
+		struct ram_read read = { .iov = iov, .count = count };
+
+		ram_read_begins(a->ram, &read); /* with O_DIRECT it is a device that writes these pages */
 		n = volumes_read(a->volumes, fd, iov, count, offset);
+		ram_read_ends(a->ram, &read);
 		return n < 0 ? fail((int)n) : n;
 	}
 	n = raw(SYS_preadv, fd, (long)iov, count, offset, 0, 0);

@@ -321,12 +321,31 @@ static void do_detach(struct service *s, const struct control_request *q, struct
 		snprintf(p->text, sizeof p->text, "the pages could not be moved to base: %s", strerror(-p->error));
 }
 
-static void do_scan(struct service *s, const struct control_request *q, struct control_reply *p)
+static bool parse_us(const char *text, uint64_t *ret_us)
 {
 	char *end;
-	unsigned long long period_us = strtoull(q->path, &end, 10);
 
-	p->error = !q->path[0] || *end || q->path[0] == '-' ? -EINVAL : scanner_set(s->agent, period_us);
+	*ret_us = strtoull(text, &end, 10);
+	return *text >= '0' && *text <= '9' && !*end;
+}
+
+static void do_reclaim(struct service *s, const struct control_request *q, struct control_reply *p)
+{
+	uint64_t unused_us;
+
+	if (parse_us(q->path, &unused_us) && unused_us) {
+		reclaimer_begin(s->agent, unused_us, p);
+		return;
+	}
+	p->error = -EINVAL;
+	snprintf(p->text, sizeof p->text, "say for how many microseconds pages have not been used");
+}
+
+static void do_scan(struct service *s, const struct control_request *q, struct control_reply *p)
+{
+	uint64_t period_us;
+
+	p->error = parse_us(q->path, &period_us) ? scanner_set(s->agent, period_us) : -EINVAL;
 	if (p->error == -EINVAL)
 		snprintf(p->text, sizeof p->text, "a scan period is from %llu to %llu microseconds, or 0", SCAN_PERIOD_MIN_US,
 			 SCAN_PERIOD_MAX_US);
@@ -374,6 +393,9 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_SCAN:
 		do_scan(s, q, p);
+		break;
+	case CONTROL_RECLAIM:
+		do_reclaim(s, q, p);
 		break;
 	case CONTROL_ENTRIES:
 		break; /* follow_up */

@@ -34,6 +34,7 @@
 #include <linux/udmabuf.h>
 #include <linux/vfio.h>
 #include <linux/vhost.h>
+#include <scsi/sg.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -496,6 +497,8 @@ HOOK int ioctl(int fd, unsigned long request, ...)
 	r = agent_get() ? check_ioctl(request) : 0;
 	if (request == VHOST_SET_OWNER)
 		agent_note_kernel_io(false);
+	if (request == SG_IO && agent_get())
+		reclaimer_leave(); /* a disk that is passed through: it may write pages that it has pinned */
 	if (r)
 		return fail((int)r);
 	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);

@@ -55,9 +55,12 @@ void reclaim_leave(struct ram *ram, const struct ram_block *b, uint64_t page, ui
 		return;
 	first = page > c->page ? page : c->page;
 	end = page + pages < c->page + c->pages ? page + pages : c->page + c->pages;
+	/* Not taken already: it may be an overlay by now, and the mask lock not ours. */
 	for (; first < end; first++) {
-		c->counts.left_touched += c->take[first - c->page];
+		if (!c->take[first - c->page])
+			continue;
 		c->take[first - c->page] = false;
+		c->counts.left_touched++;
 	}
 }
 

@@ -14,7 +14,7 @@
 #define PAGES 64
 #define FILE_PAGES 96
 #define MAX_OPERATIONS 48
-#define WORDS 252 /* known beforehand: reclaim masks four more, and packs what comes then */
+#define WORDS 255 /* known beforehand: reclaim masks one more, and packs what comes then */
 #define STORE_BYTES (2u * 65536)
 
 const struct fuzz_target fuzz_target = { "mask", 256, NULL, false };

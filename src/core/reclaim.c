@@ -343,7 +343,8 @@ static bool next_data(const struct unit *u, uint64_t *page, uint64_t *ret_end)
 {
 	uint64_t from, to;
 
-	if (*page >= u->pages || !os_next_data(u->memfd, u->memfd_offset + os_bytes(*page), u->memfd_offset + os_bytes(u->pages), &from, &to))
+	if (*page >= u->pages || !os_next_data(u->memfd, u->memfd_offset + os_bytes(*page),
+					       u->memfd_offset + os_bytes(u->pages), &from, &to))
 		return false;
 	*page = (from - u->memfd_offset) >> OS_PAGE_SHIFT;
 	*ret_end = (to - u->memfd_offset) >> OS_PAGE_SHIFT;

@@ -105,14 +105,17 @@ cache (mincore); QEMU itself stays there.""")
         """How much of what a guest asks for in its first second the snapshot had predicted."""
         needed = self.small.with_contents(self.demanded)
         rows = [["asked for until a second after the first answer", len(self.demanded)],
-                ["of these not zero: what a snapshot can predict", len(needed)]]
+                ["of these not zero: what has to be brought", len(needed)]]
         active = self.small.active_set()
         if active is None:
             self.result.missing.add("the active set of a snapshot")
         else:
-            self.result.metric("active_set_recall", len(needed & active) / len(needed))
+            self.result.metric("active_set_recall", len(self.demanded & active) / len(self.demanded))
+            self.result.metric("active_set_recall_not_zero", len(needed & active) / len(needed))
             self.result.metric("active_set_pages", len(active))
-            rows += [["in the snapshot's active set", len(active)], ["in both", len(needed & active)]]
+            rows += [["in the snapshot's active set", len(active)],
+                     ["asked for and in it", len(self.demanded & active)],
+                     ["of these not zero", len(needed & active)]]
         if self.result.env["accel"] == "tcg":
             self.result.note("""\
 Under TCG a guest's code is read when QEMU translates it, and not when it runs. So the save of a running guest does not

@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -72,7 +73,7 @@ int restored_read(struct restored *vm)
 		return -EPIPE;
 	report.name[sizeof report.name - 1] = '\0';
 	cli_make_plain(report.name);
-	vm->vmm = (pid_t)report.pid;
+	vm->vmm = report.pid > 1 && report.pid <= INT_MAX ? (pid_t)report.pid : 0; /* it will be killed if others fail */
 	vm->report = report;
 	vm->ready = true;
 	return (int)report.kind;

@@ -252,8 +252,10 @@ int os_uffd_next_fault(int uffd, uintptr_t *ret_addr);
  */
 int os_freeze(int signal, unsigned timeout_ms);
 void os_thaw(void);
-/* A thread that a freeze never stops: others may wait for what it does, and it touches no guest RAM. Five at most. */
+/* A thread that a freeze never stops: others may wait for what it does, and it touches no guest RAM. Sixteen at most.
+ * os_may_freeze: before it ends, for its number may become another thread's. */
 void os_never_freeze(pid_t tid);
+void os_may_freeze(pid_t tid);
 
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
 

@@ -180,6 +180,12 @@ __attribute__((constructor)) static void load(void)
 	if (c->restore.active) {
 		keep_from_children(c->restore.report_fd);
 		keep_from_children(c->restore.overlays_fd);
+		keep_from_children(c->restore.ram_fd);
+		keep_from_children(c->restore.pages_fd);
+		keep_from_children(c->restore.state_fd);
+		keep_from_children(c->restore.active_fd);
+		for (uint32_t i = 0; i < c->restore.volumes && i < AGENT_RESTORE_VOLUMES; i++)
+			keep_from_children(c->restore.volume_fd[i]);
 	}
 	configured = true;
 }
@@ -296,8 +302,13 @@ void agent_ram_mapped(void *hva, size_t bytes, int fd, uint64_t offset)
 	if (!r)
 		r = add_block(a, hva, bytes, fd, offset);
 	pthread_mutex_unlock(&start_lock);
-	if (r)
-		agent_say("guest RAM is not managed: %s", strerror(-r));
+	if (!r)
+		return;
+	agent_say("guest RAM is not managed: %s", strerror(-r));
+	if (configured && a->config.restore.active) { /* it would begin with nothing in it */
+		resume_drop_disks(a);
+		_exit(1);
+	}
 }
 
 void agent_ram_unmapped(void *hva, size_t bytes)
@@ -434,10 +445,11 @@ int agent_before_write(int dir, const char *path)
 
 	if (!a || fstatat(dir, path, &st, 0))
 		return 0;
+	if (restorer_uses(a, &st))
+		restorer_wait(); /* which may be about to map it */
 	v = volume_get(a->volumes, &st);
 	if (!v)
 		return 0;
-	restorer_wait();
 	/* Also when somebody else is about to give it up, or could not. */
 	r = volume_is_mapped(v) || volume_overlay_pages(v) ? give_up(a, v, path) : 0;
 	volume_put(v);

@@ -135,6 +135,7 @@ uint64_t saver_tick(void); /* to be called again after so many microseconds at t
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
+bool saver_is_client(int client); /* it saves the VM, or is about to */
 
 /* layout.c, from the service thread. layout_send: at most LAYOUT_FDS descriptors; -EPIPE. */
 #define LAYOUT_FDS (CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2)
@@ -174,6 +175,7 @@ int restorer_begin(struct agent *agent, struct ram_block *block);
  * With no lock held but the start lock. */
 void restorer_wait(void);
 bool restorer_is_filling(void);
+bool restorer_uses(const struct agent *agent, const struct stat *file);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
 

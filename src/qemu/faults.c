@@ -123,7 +123,7 @@ static void *serve(void *arg)
 		(void)poll(p, POLLS, faults.failures ? AGAIN_MS : -1);
 		if (p[POLL_WAKE].revents)
 			forget_wake();
-		if (p[POLL_PEER].revents & (POLLRDHUP | POLLHUP | POLLERR))
+		if (p[POLL_PEER].revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))
 			serve_peer();
 		while (faults.uffd >= 0 && os_uffd_next_fault(faults.uffd, &page) == 1)
 			make(page);

@@ -291,6 +291,14 @@ static uint64_t whole_pages(int fd)
 	return fstat(fd, &st) ? 0 : (uint64_t)st.st_size >> OS_PAGE_SHIFT;
 }
 
+/* The last one may end within a page. */
+static uint64_t pages_of(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) ? 0 : ((uint64_t)st.st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
+}
+
 /* Is what the guest uses of this file out of memory? Sampled; a file that cannot be looked at is not cold. */
 static bool is_cold(const struct fill *f, const struct snapshot_image *image, int fd, uint32_t kind, uint32_t volume)
 {
@@ -498,10 +506,38 @@ static int find_block(struct fill *f, const struct snapshot_image *image)
 	return -EINVAL;
 }
 
+/* Places that the metadata names and their files do not have: such a page could never be had. */
+static int check_places(const struct fill *f, const struct snapshot_image *image)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+	uint64_t volume_pages[AGENT_RESTORE_VOLUMES] = { 0 };
+
+	if (whole_pages(restore->ram_fd) < image->pages) {
+		agent_say("the snapshot's RAM is %llu pages long, and %llu are said", (unsigned long long)whole_pages(restore->ram_fd),
+			  (unsigned long long)image->pages);
+		return -EBADMSG;
+	}
+	for (uint32_t i = 0; i < image->volumes; i++)
+		volume_pages[i] = pages_of(restore->volume_fd[i]);
+	for (uint64_t i = 0; i < f->pages; i++) {
+		const struct snapshot_page *p = &f->table[i];
+		uint64_t number = f->ram_page + i;
+
+		if (p->kind != SNAPSHOT_VOLUME || p->value < volume_pages[p->volume])
+			continue;
+		agent_say("page %llu of the snapshot refers to page %llu of a file of %llu", (unsigned long long)number,
+			  (unsigned long long)p->value, (unsigned long long)volume_pages[p->volume]);
+		return -EBADMSG;
+	}
+	return 0;
+}
+
 static int fill_block(struct fill *f, const struct snapshot_image *image)
 {
-	int r;
+	int r = check_places(f, image);
 
+	if (r)
+		return r;
 	f->copied = calloc(f->pages, sizeof *f->copied);
 	f->use = calloc(f->pages, sizeof *f->use);
 	f->entries = malloc(f->pages * sizeof *f->entries);
@@ -575,8 +611,11 @@ static void end_job(struct job *job)
 
 static void *fill_main(void *job)
 {
-	os_never_freeze((pid_t)syscall(SYS_gettid)); /* who freezes has waited for its end */
+	pid_t tid = (pid_t)syscall(SYS_gettid);
+
+	os_never_freeze(tid); /* who freezes has waited for its end */
 	end_job(job);
+	os_may_freeze(tid);
 	return NULL;
 }
 
@@ -625,10 +664,29 @@ bool restorer_is_filling(void)
 	return is;
 }
 
+static bool is_file(int fd, const struct stat *file)
+{
+	struct stat st;
+
+	return fd >= 0 && !fstat(fd, &st) && st.st_ino == file->st_ino && st.st_dev == file->st_dev;
+}
+
+bool restorer_uses(const struct agent *a, const struct stat *file)
+{
+	const struct agent_restore *restore = &a->config.restore;
+	bool uses = restorer_is_filling() && is_file(restore->ram_fd, file);
+
+	for (uint32_t i = 0; !uses && restorer_is_filling() && i < restore->volumes; i++)
+		uses = is_file(restore->volume_fd[i], file);
+	return uses;
+}
+
 void restorer_load_state(struct agent *a, struct pause *pause)
 {
 	char why[256] = "the agent has no monitor";
 	int r = pause ? pause_load_state(pause, a->config.restore.state_fd, why, sizeof why) : -ENOTCONN;
 	if (r)
 		agent_say("the device state cannot be loaded: %s", why);
+	if (r && pause)
+		pause_quit(pause); /* if it does not by itself: nobody would know what it stands for */
 }

@@ -7,6 +7,7 @@
 #include "qemu/agent.h"
 
 #include "os/os.h"
+#include "os/probe.h"
 #include "vmdir/vmdir.h"
 
 #include <errno.h>
@@ -75,6 +76,22 @@ void resume_note(struct agent *a, struct pause *p)
 		set_step(a, RESTORE_RESUMED, pause_resumed_us(p));
 }
 
+/* Leases are looked after as soon as the restore is done. One that somebody waited for so long that the kernel may
+ * have let him write: what is mapped from that file may no longer be what was saved. */
+static const char *file_that_changed(struct agent *a)
+{
+	int seconds = os_features_get()->lease_break_s;
+	uint64_t lasts_us = (uint64_t)(seconds > 0 ? seconds : 45) * 1000000;
+	struct volume *v;
+
+	if (os_now_us() - stat_get(&a->stats->restore_us[RESTORE_EXEC]) < lasts_us / 8 * 7)
+		return NULL;
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
+		if (volume_lease_breaks(v) && volume_showing_pages(v))
+			return volume_path(v);
+	return NULL;
+}
+
 static int resume(struct agent *a, struct pause *p)
 {
 	int r = pause_resume(p);
@@ -102,8 +119,17 @@ static void tell(struct agent *a, enum agent_report_kind kind)
 
 void resume_restored(struct agent *a, struct pause *p)
 {
+	const char *changed = NULL;
+
 	if (!p || !pause_is_loaded(p))
-		return; /* it has been said; QEMU ends by itself */
+		return; /* it has been said, and QEMU ends */
+	changed = file_that_changed(a);
+	if (changed) {
+		agent_say("%s was opened for writing while the guest was restored, and the guest cannot run with it: restore it again",
+			  changed);
+		pause_quit(p);
+		return;
+	}
 	set_step(a, RESTORE_STATE, os_now_us());
 	if (a->config.restore.then == RESTORE_THEN_WAIT) {
 		prefault(a);

@@ -350,6 +350,11 @@ static void end(struct agent *a)
 	saver.client = -1;
 }
 
+bool saver_is_client(int client)
+{
+	return client >= 0 && (client == saver.client || client == saver.loader);
+}
+
 bool saver_client_gone(struct agent *a, int client)
 {
 	if (client == saver.loader) {

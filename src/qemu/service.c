@@ -474,7 +474,9 @@ static void on_connect(struct service *s)
 	while (place < CLIENTS && s->clients[place] >= 0)
 		place++;
 	if (place == CLIENTS) {
-		place = next++ % CLIENTS;
+		do
+			place = next++ % CLIENTS;
+		while (saver_is_client(s->clients[place])); /* at most two */
 		close(s->clients[place]);
 	}
 	s->clients[place] = client;

@@ -559,6 +559,21 @@ static int note_base(struct source *s, uint32_t block, uint64_t page, uint64_t p
 	return 0;
 }
 
+/* Where base held nothing at the instant there is nothing to save. Only then may it be written: the server would take
+ * what is being written for what was there. */
+static void give_hole(struct source *s, uint32_t block, uint64_t page, uint64_t pages)
+{
+	for (uint64_t i = page; i < page + pages; i++) {
+		_Atomic uint8_t *state = &s->block[block].state[i];
+		uint8_t pending = PAGE_PENDING;
+
+		if (!atomic_compare_exchange_strong(state, &pending, PAGE_SAVED))
+			while (*state == PAGE_BUSY)
+				sched_yield();
+	}
+	unprotect(s, block, page, pages);
+}
+
 /*
  * What base holds now, and so all that it held at the instant: since then every write has had to wait for us. Where
  * it holds nothing it was zero, whatever is written there from now on.
@@ -576,7 +591,7 @@ static int find_base(struct source *s, uint32_t block, uint64_t page, uint64_t e
 			last = (to - b->memfd_offset) >> OS_PAGE_SHIFT;
 		}
 		if (first > page)
-			unprotect(s, block, page, first - page);
+			give_hole(s, block, page, first - page);
 		r = last > first ? note_base(s, block, first, last - first) : 0;
 		page = last;
 	}

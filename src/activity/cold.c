@@ -27,6 +27,7 @@ int cold_step(struct ram *ram, struct cold_walk *walk)
 		r = ram_reclaim(ram, walk->slot, walk->page, to_next_unit(walk->page), is_cold, walk, &pages);
 		if (r != -ENOENT) {
 			walk->page += pages;
+			walk->looked += pages;
 			return r ? r : 1;
 		}
 		walk->slot++;

@@ -14,6 +14,7 @@ struct cold_walk {
 	uint64_t shortest_us; /* as for activity_unused_us */
 	unsigned slot;        /* where the walk is; all zero: at the beginning */
 	uint64_t page;
+	uint64_t looked; /* pages, so far */
 };
 
 /* The next unit. 1: there is more to come; 0: that was the last one, and the walk is at the beginning again; else as

@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -21,18 +22,32 @@ static struct {
 	struct agent *agent;
 	pthread_mutex_t lock; /* protects the next; before the range lock */
 	pthread_cond_t woken;
-	uint64_t unused_us; /* of the walk to come; 0: none */
-	bool runs;          /* the thread */
-	bool left;          /* for good */
-	bool yielded;       /* while guest RAM is saved */
+	struct reclaim_order order; /* of the walk to come or under way; unused_us is 0: none */
+	bool runs;                  /* the thread */
+	bool left;                  /* for good */
+	bool yielded;               /* while guest RAM is saved */
+	_Atomic bool ended;         /* the walk shall end */
 } reclaimer = { .lock = PTHREAD_MUTEX_INITIALIZER, .woken = PTHREAD_COND_INITIALIZER };
 
-static void publish(struct agent *a)
+/* What the VM takes of the host's memory: its own RAM file, its copies of image pages, and the store. */
+static uint64_t memory_bytes(struct agent *a, uint64_t store_bytes)
+{
+	struct ram_counts c;
+	struct stat st;
+
+	ram_get_counts(a->ram, &c);
+	return (fstat(a->config.ram_fd, &st) ? 0 : (uint64_t)st.st_blocks * 512) + os_bytes(c.private_pages) + store_bytes;
+}
+
+uint64_t reclaimer_publish(struct agent *a)
 {
 	struct reclaim_stats *to = &a->stats->reclaim;
 	struct ram_reclaim_counts c;
+	uint64_t bytes;
 
 	ram_get_reclaim_counts(a->ram, &c);
+	bytes = memory_bytes(a, c.spill_bytes_now);
+	stat_set(&to->memory_bytes_now, bytes);
 	stat_set(&to->zeros, c.zeros);
 	stat_set(&to->words, c.words);
 	stat_set(&to->spilled, c.spilled);
@@ -43,37 +58,46 @@ static void publish(struct agent *a)
 	stat_set(&to->left_reads, c.left_reads);
 	stat_set(&to->left_unpacked, c.left_unpacked);
 	stat_set(&to->left_failed, c.left_failed);
+	return bytes;
 }
 
-/* Ends when all was looked at, or when there is no use in going on. */
-static int walk(struct agent *a, uint64_t unused_us)
+/* Ends when all was looked at, when it is enough, or when there is no use in going on. */
+static int walk(struct agent *a, const struct reclaim_order *order)
 {
-	struct cold_walk w = { .unused_us = unused_us, .shortest_us = scanner_shortest_us() };
+	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
 	int r = 1;
 
 	while (r == 1 || r == -EDQUOT) { /* a unit that would take too many mappings is not the last one */
+		if (reclaimer.ended)
+			return -ECANCELED;
+		if (reclaimer_publish(a) <= order->until_bytes)
+			return 0;
 		r = cold_step(a->ram, &w);
-		publish(a);
+		stat_set(&a->stats->reclaim.looked_now, w.looked);
 	}
+	reclaimer_publish(a);
 	return r;
 }
 
-static uint64_t next_walk(void)
+static struct reclaim_order next_walk(void)
 {
-	uint64_t unused_us;
+	struct reclaim_order order;
 
 	pthread_mutex_lock(&reclaimer.lock);
-	while (!reclaimer.unused_us)
+	while (!reclaimer.order.unused_us)
 		pthread_cond_wait(&reclaimer.woken, &reclaimer.lock);
-	unused_us = reclaimer.unused_us;
+	order = reclaimer.order;
 	pthread_mutex_unlock(&reclaimer.lock);
-	return unused_us;
+	return order;
 }
 
-static void end_walk(void)
+/* Who sees in the statistics that it has ended can order the next one. */
+static void end_walk(struct agent *a, int r)
 {
 	pthread_mutex_lock(&reclaimer.lock);
-	reclaimer.unused_us = 0;
+	reclaimer.order.unused_us = 0;
+	stat_set(&a->stats->reclaim.error_now, (uint64_t)-r);
+	stat_add(&a->stats->reclaim.walks, 1);
 	pthread_mutex_unlock(&reclaimer.lock);
 }
 
@@ -83,14 +107,12 @@ static void *work(void *arg)
 
 	os_never_freeze((pid_t)syscall(SYS_gettid));
 	for (;;) {
-		uint64_t unused_us = next_walk();
-		int r = walk(a, unused_us);
+		struct reclaim_order order = next_walk();
+		int r = walk(a, &order);
 
-		if (r && r != -EBUSY) /* that was said when it came to be so */
+		if (r && r != -EBUSY && r != -ECANCELED) /* that was said when it came to be so, and this wanted */
 			agent_say("not all of the memory that is cold could be given back: %s", strerror(-r));
-		end_walk();
-		stat_set(&a->stats->reclaim.error_now, (uint64_t)-r);
-		stat_add(&a->stats->reclaim.walks, 1);
+		end_walk(a, r);
 	}
 	return NULL;
 }
@@ -175,31 +197,38 @@ static const char *why_not_started(int r)
 	}
 }
 
-static int begin(struct agent *a, uint64_t unused_us)
+static int begin(struct agent *a, const struct reclaim_order *order)
 {
 	int r;
 
 	pthread_mutex_lock(&reclaimer.lock);
 	r = start(a);
-	if (!r && reclaimer.unused_us)
+	if (!r && reclaimer.order.unused_us)
 		r = -EALREADY;
 	if (!r) {
-		reclaimer.unused_us = unused_us;
+		reclaimer.order = *order;
+		reclaimer.ended = false;
+		stat_set(&a->stats->reclaim.looked_now, 0);
 		pthread_cond_signal(&reclaimer.woken);
 	}
 	pthread_mutex_unlock(&reclaimer.lock);
 	return r;
 }
 
-void reclaimer_begin(struct agent *a, uint64_t unused_us, struct control_reply *p)
+void reclaimer_begin(struct agent *a, const struct reclaim_order *order, struct control_reply *p)
 {
 	const char *why = why_not(a);
 
-	p->error = why ? -EBUSY : begin(a, unused_us);
+	p->error = why ? -EBUSY : begin(a, order);
 	if (p->error == -EALREADY)
 		snprintf(p->text, sizeof p->text, "memory is being given back already");
 	else if (p->error)
 		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
+}
+
+void reclaimer_end(void)
+{
+	reclaimer.ended = true;
 }
 
 void reclaimer_yield(bool yield)

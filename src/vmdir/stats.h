@@ -106,8 +106,10 @@ struct scan_stats {
 struct reclaim_stats {
 	stat_counter zeros, words, spilled, returned, spilled_now, spill_bytes_now;
 	stat_counter left_touched, left_reads, left_unpacked, left_failed;
-	stat_counter walks;     /* through all of guest RAM that have ended, */
-	stat_counter error_now; /* the last one with this errno, or 0 */
+	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the store */
+	stat_counter looked_now; /* in the walk through guest RAM that is under way, or was the last one */
+	stat_counter walks;      /* that have ended, */
+	stat_counter error_now;  /* the last one with this errno, or 0 */
 };
 
 struct vm_stats {

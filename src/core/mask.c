@@ -526,6 +526,27 @@ int ram_unmask(struct ram *ram)
 	return r ? r : end_watches(ram);
 }
 
+int ram_unmask_part(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct ram_range range;
+	int r = 0;
+
+	assert_locked(ram);
+	pthread_mutex_lock(&ram->mask_lock);
+	for (uint64_t i = page; i < page + pages; i += range.pages) {
+		int one = 0;
+
+		range = ram_range_at(b, i, page + pages);
+		if (range.source != ENTRY_WATCHED)
+			continue;
+		mask_rescue(ram, b, i, range.pages);
+		one = end_watch(ram, b, i, range.pages);
+		r = r ? r : one;
+	}
+	pthread_mutex_unlock(&ram->mask_lock);
+	return r;
+}
+
 void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts)
 {
 	pthread_mutex_lock(&ram->mask_lock);

@@ -220,6 +220,8 @@ int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_
  * ram_unmask_file: makes all that comes from the file, by copying; it may be rewritten afterwards. May wait for
  *     storage. Needs no lock; the guest may run. Goes on after a failure and returns the first one.
  * ram_unmask: makes everything, by mapping where that is possible, and watches nothing any more.
+ * ram_unmask_part: [locked] makes these pages and watches them no more, because somebody is about to map their memfd
+ *     anew there. May wait for storage. What could not be made stays masked, and must not be mapped anew.
  */
 void ram_watch(struct ram *ram, int uffd);
 int ram_add_word(struct ram *ram, uint64_t word, uint64_t *ret_number);
@@ -227,6 +229,7 @@ int ram_mask(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t p
 int ram_make(struct ram *ram, void *hva);
 int ram_unmask_file(struct ram *ram, unsigned file);
 int ram_unmask(struct ram *ram);
+int ram_unmask_part(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
 
 /*

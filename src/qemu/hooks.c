@@ -75,13 +75,19 @@ static int fail(int r)
 /* QEMU maps a page of guest RAM anew after a memory error. */
 static void *map_again(struct agent *a, void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
 {
-	void *at;
+	void *at = MAP_FAILED;
+	int r;
 
 	restorer_wait();
 	ram_lock(a->ram);
-	(void)ram_for_part(a->ram, addr, bytes, ram_return_base);
-	at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+	r = ram_for_part(a->ram, addr, bytes, ram_unmask_part); /* a new mapping is not watched */
+	if (!r) {
+		(void)ram_for_part(a->ram, addr, bytes, ram_return_base);
+		at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+	}
 	ram_unlock(a->ram);
+	if (r)
+		errno = -r;
 	return at;
 }
 

@@ -212,6 +212,34 @@ static void test_writable_after(void **state)
 	assert_int_equal(mask_server_start(&t.server, RAM), 0);
 }
 
+/* QEMU does it after a memory error: with MAP_FIXED, in the middle of what is watched. */
+static void test_mapped_anew(void **state)
+{
+	enum { FIRST = 100, COUNT = 450 };
+
+	(void)state;
+	open_store(STORE_BYTES, true);
+	for (uint64_t i = 0; i < PAGES; i++)
+		put(i, i, SMALL);
+	assert_int_equal(reclaim(), 0);
+	ram_lock(RAM);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 1, EIO);
+	assert_int_not_equal(ram_unmask_part(RAM, BLOCK, FIRST, COUNT), 0);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 0, 0);
+	assert_int_equal(ram_unmask_part(RAM, BLOCK, FIRST, COUNT), 0);
+	assert_ptr_equal(mmap(hva(FIRST), os_bytes(COUNT), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, BLOCK->memfd,
+			      (off_t)(BLOCK->memfd_offset + os_bytes(FIRST))), hva(FIRST));
+	ram_unlock(RAM);
+	check_maps();
+	assert_int_equal(counts().spilled_now, PAGES - COUNT);
+	for (uint64_t i = 0; i < PAGES; i++)
+		assert_true(has(i, i, SMALL));
+	assert_int_equal(reclaim(), 0); /* it can be taken again */
+	assert_int_equal(counts().spilled_now, PAGES);
+	for (uint64_t i = 0; i < PAGES; i++)
+		assert_true(has(i, i, SMALL));
+}
+
 static bool by_activity(void *ctx, uint64_t entry) { return entry_short(entry) == *(unsigned *)ctx; }
 
 static void test_only_what_is_wanted(void **state)
@@ -710,7 +738,7 @@ static void test_damaged_slot(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		TEST(test_all_kinds), TEST(test_writable_after), TEST(test_only_what_is_wanted), TEST(test_a_walk),
+		TEST(test_all_kinds), TEST(test_writable_after), TEST(test_mapped_anew), TEST(test_only_what_is_wanted), TEST(test_a_walk),
 		TEST(test_full_store), TEST(test_failures), TEST(test_storage_fails_for_a_while), TEST(test_read_in_flight),
 		TEST(test_devices_beside), TEST(test_writers_beside), TEST(test_written_meanwhile),
 		TEST(test_left_page_is_written), TEST(test_discarded_meanwhile), TEST(test_mapped_over_meanwhile), TEST(test_unmasked_meanwhile),

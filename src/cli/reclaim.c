@@ -148,7 +148,7 @@ uint64_t reclaim_pages(const struct vm_stats *stats)
 {
 	const struct reclaim_stats *c = &stats->reclaim;
 
-	return stat_get(&c->zeros) + stat_get(&c->words) + stat_get(&c->spilled);
+	return stat_get(&c->zeros) + stat_get(&c->words) + stat_get(&c->spilled) + stat_get(&c->clean);
 }
 
 uint64_t reclaim_floor_us(const struct vm_stats *stats)
@@ -298,12 +298,13 @@ static int reclaim(struct vm_view *view, const struct request *request)
 static void print_text(const struct vm_view *view, const struct result *result)
 {
 	const struct reclaim_stats *now = &view->stats.reclaim;
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT];
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT];
 
-	printf("%s: given back %s: zeros %s, of one word %s, packed %s\n", view->name,
-	       cli_size((DELTA(zeros) + DELTA(words) + DELTA(spilled)) * PAGE_BYTES, a), cli_size(DELTA(zeros) * PAGE_BYTES, b),
-	       cli_size(DELTA(words) * PAGE_BYTES, c), cli_size(DELTA(spilled) * PAGE_BYTES, d));
-	printf("  it takes %s of memory now; of that %s are %s, packed\n", cli_size(stat_get(&now->memory_bytes_now), a),
+	printf("%s: given back %s: zeros %s, of one word %s, packed %s, of images %s\n", view->name,
+	       cli_size((reclaim_pages(&view->stats) - reclaim_pages(&result->before)) * PAGE_BYTES, a),
+	       cli_size(DELTA(zeros) * PAGE_BYTES, b), cli_size(DELTA(words) * PAGE_BYTES, c),
+	       cli_size(DELTA(spilled) * PAGE_BYTES, d), cli_size(DELTA(clean) * PAGE_BYTES, e));
+	printf("  it takes %s of memory of its own now; of that %s are %s, packed\n", cli_size(stat_get(&now->memory_bytes_now), a),
 	       cli_size(stat_get(&now->spill_bytes_now), b), cli_size(stat_get(&now->spilled_now) * PAGE_BYTES, c));
 }
 
@@ -323,6 +324,7 @@ static void print_json(const struct vm_view *view, const struct result *result)
 	add(json, "pages_zero", DELTA(zeros));
 	add(json, "pages_of_one_word", DELTA(words));
 	add(json, "pages_packed", DELTA(spilled));
+	add(json, "pages_of_files", DELTA(clean));
 	add(json, "left_used", DELTA(left_touched));
 	add(json, "left_being_read", DELTA(left_reads));
 	add(json, "left_not_packed", DELTA(left_unpacked));

@@ -11,16 +11,17 @@
 void stat_print_reclaim(const struct vm_stats *stats)
 {
 	const struct reclaim_stats *c = &stats->reclaim;
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT];
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT], f[CLI_SIZE_TEXT];
 
 	if (!stat_get(&c->walks) && !stat_get(&c->looked_now))
 		return;
 	printf("\nGiven back to the host; the machine takes %s of memory now\n", cli_size(stat_get(&c->memory_bytes_now), a));
 	printf("  packed now %s, into %s\n", cli_size(stat_get(&c->spilled_now) * PAGE_BYTES, a),
 	       cli_size(stat_get(&c->spill_bytes_now), b));
-	printf("  so far: zeros %s, of one word %s, packed %s, and of that came back %s\n",
+	printf("  so far: zeros %s, of one word %s, packed %s, and of that came back %s; pages of images %s\n",
 	       cli_size(stat_get(&c->zeros) * PAGE_BYTES, a), cli_size(stat_get(&c->words) * PAGE_BYTES, b),
-	       cli_size(stat_get(&c->spilled) * PAGE_BYTES, d), cli_size(stat_get(&c->returned) * PAGE_BYTES, e));
+	       cli_size(stat_get(&c->spilled) * PAGE_BYTES, d), cli_size(stat_get(&c->returned) * PAGE_BYTES, e),
+	       cli_size(stat_get(&c->clean) * PAGE_BYTES, f));
 	printf("  left where they were: pages used meanwhile %ju, being read into %ju, that do not pack %ju, failed %ju\n",
 	       (uintmax_t)stat_get(&c->left_touched), (uintmax_t)stat_get(&c->left_reads),
 	       (uintmax_t)stat_get(&c->left_unpacked), (uintmax_t)stat_get(&c->left_failed));
@@ -39,6 +40,7 @@ struct json_object *stat_reclaim_to_json(const struct reclaim_stats *c)
 	add(json, "pages_zero", &c->zeros);
 	add(json, "pages_of_one_word", &c->words);
 	add(json, "pages_packed", &c->spilled);
+	add(json, "pages_of_files", &c->clean);
 	add(json, "pages_returned", &c->returned);
 	add(json, "pages_packed_now", &c->spilled_now);
 	add(json, "store_bytes_now", &c->spill_bytes_now);

@@ -88,6 +88,7 @@ struct ram_reclaim_counts {
 	uint64_t words;    /* or one word repeated, */
 	uint64_t spilled;  /* or went to the store; */
 	uint64_t returned; /* and of those: came back when they were touched */
+	uint64_t clean;    /* shown of files, in overlays, and went out of the page cache */
 	uint64_t spilled_now, spill_bytes_now, spill_most_bytes;
 	/* Wanted, and left where they are, because: */
 	uint64_t left_touched;  /* somebody wrote them or changed what lies there meanwhile, */
@@ -234,8 +235,8 @@ void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
 
 /*
  * Reclaim: memory of base is given back to the host, and what was there comes back when somebody touches it. Zeros
- * are forgotten, a repeated word becomes a masked page, everything else is packed into a store and then masked. The
- * guest runs, and loses nothing; but no thread may have pages of guest RAM pinned for writing that are not told of
+ * are forgotten, a repeated word becomes a masked page, everything else is packed into a store and then masked. Of
+ * overlays the host drops what it has cached of the file, and nobody has in a page table. The guest runs, and loses nothing; but no thread may have pages of guest RAM pinned for writing that are not told of
  * by ram_read_begins (see "Reclaim" in ARCHITECTURE.md).
  *
  * ram_reclaim_open: where what is taken goes to, once and for good: `fd` and the others as in spill_open. Masks must be
@@ -243,8 +244,8 @@ void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
  *     -EALREADY; -ENOMEM; -EINVAL. Then ram_reclaim is allowed.
  * ram_reclaim_allow: false: nothing is reclaimed from now on, and nothing is when it returns; for who ends all masks
  *     (ram_unmask) and wants it to stay so. What is reclaimed stays.
- * ram_reclaim: of the `count` next pages, RAM_RECLAIM_PAGES at most, from `page` of the block in `slot` on: those of base
- *     that `wanted` says yes to. `*ret_pages`: so many were looked at; go on behind them. One thread at a time,
+ * ram_reclaim: of the `count` next pages, RAM_RECLAIM_PAGES at most, from `page` of the block in `slot` on: those
+ *     that `wanted` says yes to, and no private copies. `*ret_pages`: so many were looked at; go on behind them. One thread at a time,
  *     which no freeze stops. May wait for storage, with no lock held.
  *     -ENOENT: there is no such page, and `*ret_pages` is untouched; -EBUSY: not allowed, or held, or another userfaultfd
  *     is there; -EDQUOT: over the budget of mappings; -ENOSPC: the store is full; else as os_write_all. What was taken

@@ -7,6 +7,7 @@
  *           pages takes the page out of the unit (reclaim_touched) and lets him go on;
  *   take    under both locks: pages that nobody has touched are masked and punched. Who waits then is woken, touches a
  *           page that is not there, and gets it from the store.
+ * What shows a file stays as it is mapped; the page cache is told to drop what nobody has in a page table.
  */
 #include "core/internal.h"
 
@@ -26,8 +27,10 @@ struct unit {
 	struct ram *ram;
 	struct ram_block *block; /* may be gone: compared only, and used when ram->reclaim.block is the same */
 	uint64_t page, pages;
-	int memfd; /* a duplicate */
+	int memfd; /* a duplicate; of an overlay: its file */
 	uint64_t memfd_offset; /* of the unit's first page */
+	bool overlay;
+	const void *hva; /* of an overlay */
 	bool wanted[RAM_RECLAIM_PAGES];
 	uint64_t becomes[RAM_RECLAIM_PAGES]; /* the page's next entry; ENTRY_BASE: it stays */
 };
@@ -197,12 +200,25 @@ static bool find_wanted(struct unit *u, ram_wanted wanted, void *ctx)
 
 	for (uint64_t i = 0; i < u->pages; i++) {
 		uint64_t entry = atomic_load_explicit(&u->block->entries[u->page + i], memory_order_relaxed);
-		enum entry_source source = entry_source(entry);
 
-		u->wanted[i] = (source == ENTRY_BASE || source == ENTRY_WATCHED) && wanted(ctx, entry);
+		u->wanted[i] = entry_source(entry) != ENTRY_MASKED && !entry_is_private(entry) && wanted(ctx, entry);
 		any |= u->wanted[i];
 	}
 	return any;
+}
+
+static int duplicate(struct unit *u, int fd, uint64_t offset)
+{
+	u->memfd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	u->memfd_offset = offset;
+	return u->memfd < 0 ? -errno : 0;
+}
+
+static int begin_overlay(struct unit *u, const struct ram_range *range)
+{
+	u->overlay = true;
+	u->hva = page_hva(u->block, u->page);
+	return duplicate(u, u->ram->files[range->file].fd, os_bytes(range->file_page));
 }
 
 /* Watches the unit and protects what is wanted of it. */
@@ -210,16 +226,15 @@ static int begin_watched(struct unit *u)
 {
 	struct ram *ram = u->ram;
 	bool watched = entry_is_watched(entry_get(u->block, u->page));
-	int r = 0;
+	int r;
 
 	if (!watched && !within_budget(ram, mask_more_maps(u->block, u->page, u->pages)))
 		return -EDQUOT;
 	if (!watched)
 		ram_not_single(ram, u->block, u->page, u->pages); /* one userfaultfd a mapping */
-	u->memfd = fcntl(u->block->memfd, F_DUPFD_CLOEXEC, 0);
-	if (u->memfd < 0)
-		return -errno;
-	u->memfd_offset = memfd_at(u->block, u->page);
+	r = duplicate(u, u->block->memfd, memfd_at(u->block, u->page));
+	if (r)
+		return r;
 	pthread_mutex_lock(&ram->mask_lock);
 	r = mask_watch(ram, u->block, u->page, u->pages);
 	if (!r)
@@ -246,9 +261,9 @@ static int begin(struct unit *u, unsigned slot, uint64_t count, ram_wanted wante
 	u->pages = range.pages;
 	if (!ram->reclaim.allowed || ram->base_held)
 		return -EBUSY;
-	if (range.source == ENTRY_OVERLAY || !find_wanted(u, wanted, ctx))
+	if (!find_wanted(u, wanted, ctx))
 		return 0;
-	r = begin_watched(u);
+	r = range.source == ENTRY_OVERLAY ? begin_overlay(u, &range) : begin_watched(u);
 	return r ? r : 1;
 }
 
@@ -464,13 +479,38 @@ static int take(struct unit *u)
 	return r;
 }
 
+/* ---- overlays; with no lock --------------------------------------------------------------------------- */
+
+/* The mapping stays: who touches a page reads it from the file again. It may be another one by now, which matters to
+ * the count alone. */
+static void drop_run(struct unit *u, uint64_t first, uint64_t end)
+{
+	uint64_t before = os_resident_pages(u->hva, os_bytes(first), end - first), after;
+
+	os_drop_cached(u->memfd, u->memfd_offset + os_bytes(first), os_bytes(end - first));
+	after = os_resident_pages(u->hva, os_bytes(first), end - first);
+	pthread_mutex_lock(&u->ram->mask_lock);
+	u->ram->reclaim.counts.clean += before > after ? before - after : 0;
+	pthread_mutex_unlock(&u->ram->mask_lock);
+}
+
+static void drop(struct unit *u)
+{
+	for (uint64_t i = 0, end; i < u->pages; i = end + 1) {
+		for (end = i; end < u->pages && u->wanted[end]; end++)
+			;
+		if (end > i)
+			drop_run(u, i, end);
+	}
+}
+
 /* ---- all of it ----------------------------------------------------------------------------------------- */
 
 int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, ram_wanted wanted, void *ctx,
 		uint64_t *ret_pages)
 {
 	struct unit u = { .ram = ram, .page = page };
-	int r, r2;
+	int r, r2 = 0;
 
 	ram_lock(ram);
 	r = begin(&u, slot, count, wanted, ctx);
@@ -479,8 +519,11 @@ int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, r
 		*ret_pages = u.pages;
 	if (r <= 0)
 		return r;
-	r = pack(&u);
-	r2 = take(&u);
+	r = u.overlay ? 0 : pack(&u);
+	if (u.overlay)
+		drop(&u);
+	else
+		r2 = take(&u);
 	close(u.memfd);
 	return r ? r : r2;
 }

@@ -51,6 +51,7 @@ uint64_t reclaimer_publish(struct agent *a)
 	stat_set(&to->zeros, c.zeros);
 	stat_set(&to->words, c.words);
 	stat_set(&to->spilled, c.spilled);
+	stat_set(&to->clean, c.clean);
 	stat_set(&to->returned, c.returned);
 	stat_set(&to->spilled_now, c.spilled_now);
 	stat_set(&to->spill_bytes_now, c.spill_bytes_now);

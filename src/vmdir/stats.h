@@ -104,7 +104,7 @@ struct scan_stats {
 
 /* Memory that was given back, in pages but where the name says it (core/ram.h, struct ram_reclaim_counts). */
 struct reclaim_stats {
-	stat_counter zeros, words, spilled, returned, spilled_now, spill_bytes_now;
+	stat_counter zeros, words, spilled, clean, returned, spilled_now, spill_bytes_now;
 	stat_counter left_touched, left_reads, left_unpacked, left_failed;
 	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the store */
 	stat_counter looked_now; /* in the walk through guest RAM that is under way, or was the last one */

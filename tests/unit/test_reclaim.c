@@ -196,6 +196,15 @@ static void test_all_kinds(void **state)
 	check_maps();
 }
 
+static bool is_file_system_with_cache(int fd, const void *view)
+{
+	uint8_t byte;
+
+	assert_int_equal(pread(fd, &byte, 1, 0), 1);
+	os_drop_cached(fd, 0, os_bytes(1));
+	return os_residency_is_told(fd) && !os_resident_pages(view, 0, 1);
+}
+
 /* What a write-protected page is, and an untouched one beside it, after the unit is over. */
 static void test_writable_after(void **state)
 {
@@ -238,6 +247,44 @@ static void test_mapped_anew(void **state)
 	assert_int_equal(counts().spilled_now, PAGES);
 	for (uint64_t i = 0; i < PAGES; i++)
 		assert_true(has(i, i, SMALL));
+}
+
+/* The file system of the rig's files must have a page cache that can be dropped. */
+static void test_overlays(void **state)
+{
+	struct rig_file *f = &t.rig.files[0];
+	enum { FIRST = 40, COUNT = 300, ZAPPED = 128, WRITTEN = 250, COPIES = 5 };
+	uint64_t left;
+	void *view;
+
+	(void)state;
+	open_store(STORE_BYTES, true);
+	ram_lock(RAM);
+	assert_int_equal(ram_map_overlay(RAM, BLOCK, FIRST, COUNT, f->index, 0), 0);
+	ram_unlock(RAM);
+	for (uint64_t i = WRITTEN; i < COUNT; i += 10) /* and nobody has looked at that yet */
+		put(FIRST + i, i, SMALL);
+	assert_int_equal(fdatasync(f->fd_rw), 0);
+	view = os_view_file(f->fd, os_bytes(COUNT), false);
+	if (!is_file_system_with_cache(f->fd, view)) {
+		os_unview_file(view, os_bytes(COUNT));
+		skip();
+	}
+	for (uint64_t i = 0; i < WRITTEN; i++) /* in the page cache, and in the page table */
+		assert_true(rig_holds(hva(FIRST + i), rig_file_tag(0, 0, i)));
+	assert_int_equal(os_resident_pages(view, 0, COUNT), COUNT);
+	ram_lock(RAM);
+	assert_int_equal(ram_update_private(RAM, BLOCK, FIRST, ZAPPED), 0);
+	assert_int_equal(ram_zap_clean(RAM, BLOCK, FIRST, ZAPPED), 0); /* as the scan does */
+	ram_unlock(RAM);
+	assert_int_equal(reclaim(), 0);
+	assert_in_range(counts().clean, ZAPPED / 2, COUNT - 1); /* large folios go as a whole, or stay */
+	left = COUNT - counts().clean;
+	assert_in_range(os_resident_pages(view, 0, COUNT), left - COPIES, left); /* what is beneath a copy is not counted */
+	for (uint64_t i = 0; i < COUNT; i++)
+		assert_true(i >= WRITTEN && i % 10 == 0 ? has(FIRST + i, i, SMALL) : rig_holds(hva(FIRST + i), rig_file_tag(0, 0, i)));
+	os_unview_file(view, os_bytes(COUNT));
+	check_maps();
 }
 
 static bool by_activity(void *ctx, uint64_t entry) { return entry_short(entry) == *(unsigned *)ctx; }
@@ -738,7 +785,7 @@ static void test_damaged_slot(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		TEST(test_all_kinds), TEST(test_writable_after), TEST(test_mapped_anew), TEST(test_only_what_is_wanted), TEST(test_a_walk),
+		TEST(test_all_kinds), TEST(test_writable_after), TEST(test_mapped_anew), TEST(test_overlays), TEST(test_only_what_is_wanted), TEST(test_a_walk),
 		TEST(test_full_store), TEST(test_failures), TEST(test_storage_fails_for_a_while), TEST(test_read_in_flight),
 		TEST(test_devices_beside), TEST(test_writers_beside), TEST(test_written_meanwhile),
 		TEST(test_left_page_is_written), TEST(test_discarded_meanwhile), TEST(test_mapped_over_meanwhile), TEST(test_unmasked_meanwhile),

@@ -13,10 +13,7 @@ static bool is_cold(void *ctx, uint64_t entry)
 }
 
 /* Units begin where groups of the scan do: what is cold comes in those. */
-static uint64_t to_next_unit(uint64_t page)
-{
-	return RAM_RECLAIM_PAGES - page % RAM_RECLAIM_PAGES;
-}
+static uint64_t to_next_unit(uint64_t page) { return RAM_RECLAIM_PAGES - page % RAM_RECLAIM_PAGES; }
 
 int cold_step(struct ram *ram, struct cold_walk *walk)
 {
@@ -24,7 +21,8 @@ int cold_step(struct ram *ram, struct cold_walk *walk)
 	int r;
 
 	while (walk->slot < RAM_BLOCKS) {
-		r = ram_reclaim(ram, walk->slot, walk->page, to_next_unit(walk->page), is_cold, walk, &pages);
+		r = ram_reclaim(ram, walk->slot, walk->page, to_next_unit(walk->page), is_cold, walk,
+				&pages);
 		if (r != -ENOENT) {
 			walk->page += pages;
 			walk->looked += pages;

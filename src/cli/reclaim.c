@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-/* latent reclaim: gives the memory of cold pages back to the host. The agent does it; here it is asked, and shown. */
+/* latent reclaim: gives the memory of cold pages back to the host. The agent does it; here it is asked,
+ * and shown. */
 #include "cli/reclaim.h"
 
 #include "cli/cli.h"
@@ -21,10 +22,14 @@ enum { OPT_COLD_FOR, OPT_TO, OPT_AUTO, OPT_PRESSURE, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_COLD_FOR] = { "cold-for", CLI_VALUE, "TIME", "what was not used for so long: 30s, 2m" },
-	[OPT_TO] = { "to", CLI_VALUE, "SIZE", "what was not used for longest, until the machine takes no more than SIZE" },
-	[OPT_AUTO] = { "auto", CLI_FLAG, NULL, "again and again, while the host's memory is under pressure" },
-	[OPT_PRESSURE] = { "pressure", CLI_VALUE, "PERCENT", "with --auto: the pressure that is all right (default: 1)" },
-	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object (with --auto one a line)" },
+	[OPT_TO] = { "to", CLI_VALUE, "SIZE",
+		     "what was not used for longest, until the machine takes no more than SIZE" },
+	[OPT_AUTO] = { "auto", CLI_FLAG, NULL,
+		       "again and again, while the host's memory is under pressure" },
+	[OPT_PRESSURE] = { "pressure", CLI_VALUE, "PERCENT",
+			   "with --auto: the pressure that is all right (default: 1)" },
+	[OPT_JSON] = { "json", CLI_FLAG, NULL,
+		       "print the result as a JSON object (with --auto one a line)" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
 
@@ -34,7 +39,8 @@ const struct cli_command cli_reclaim = {
 	.name = "reclaim",
 	.arguments = "NAME --cold-for TIME | NAME --to SIZE | NAME --auto [--pressure PERCENT]",
 	.summary = "Give memory that a virtual machine does not use back to the host",
-	.details = "It is packed, and comes back when it is used. `latent scan` has to look which memory that is.\n"
+	.details = "It is packed, and comes back when it is used. `latent scan` has to look which "
+		   "memory that is.\n"
 		   "Ctrl-C ends it; what was given back by then stays so.",
 	.options = options,
 	.run = run,
@@ -73,8 +79,9 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		return status;
 	reclaim_catch_interrupts();
 	if (request.is_auto)
-		status = reclaim_auto(&view, request.pressure_percent > 0 ? request.pressure_percent : TARGET_PERCENT,
-				      request.json);
+		status = reclaim_auto(
+			&view, request.pressure_percent > 0 ? request.pressure_percent : TARGET_PERCENT,
+			request.json);
 	else
 		status = reclaim(&view, &request);
 	vm_view_close(&view);
@@ -86,15 +93,21 @@ static int take_option(struct request *request, int option, const char *value)
 	switch (option) {
 	case OPT_COLD_FOR:
 		if (!cli_parse_time(value, &request->cold_for_us) || !request->cold_for_us)
-			return cli_fail(CLI_USAGE, "reclaim: --cold-for takes a time (30s, 2m), not '%.80s'", value);
+			return cli_fail(CLI_USAGE,
+					"reclaim: --cold-for takes a time (30s, 2m), not '%.80s'",
+					value);
 		break;
 	case OPT_TO:
 		if (!cli_parse_size(value, &request->to_bytes) || !request->to_bytes)
-			return cli_fail(CLI_USAGE, "reclaim: --to takes a size (512M, 1.5G), not '%.80s'", value);
+			return cli_fail(CLI_USAGE,
+					"reclaim: --to takes a size (512M, 1.5G), not '%.80s'", value);
 		break;
 	case OPT_PRESSURE:
 		if (!cli_parse_real(value, 0.01, 100, &request->pressure_percent))
-			return cli_fail(CLI_USAGE, "reclaim: --pressure takes percents from 0.01 to 100, not '%.80s'", value);
+			return cli_fail(
+				CLI_USAGE,
+				"reclaim: --pressure takes percents from 0.01 to 100, not '%.80s'",
+				value);
 		break;
 	case OPT_AUTO:
 		request->is_auto = true;
@@ -120,8 +133,10 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 	if (option != CLI_END)
 		return cli_end_status(option);
 	if (parser.operands != 1 || !!request->cold_for_us + !!request->to_bytes + request->is_auto != 1)
-		return cli_fail(CLI_USAGE, "reclaim: give a VM's name, and one of --cold-for, --to and --auto (see latent "
-					   "reclaim --help)");
+		return cli_fail(
+			CLI_USAGE,
+			"reclaim: give a VM's name, and one of --cold-for, --to and --auto (see latent "
+			"reclaim --help)");
 	if (request->pressure_percent > 0 && !request->is_auto)
 		return cli_fail(CLI_USAGE, "reclaim: --pressure goes with --auto");
 	request->name = argv[1];
@@ -155,10 +170,12 @@ uint64_t reclaim_floor_us(const struct vm_stats *stats)
 {
 	uint64_t shortest_us = stat_get(&stats->scan.shortest_us_now);
 
-	return shortest_us > FLOOR_MIN_US / 2 && shortest_us < RECLAIM_LONGEST_US / 2 ? 2 * shortest_us : FLOOR_MIN_US;
+	return shortest_us > FLOOR_MIN_US / 2 && shortest_us < RECLAIM_LONGEST_US / 2 ? 2 * shortest_us
+										      : FLOOR_MIN_US;
 }
 
-static int ask(const struct vm_view *view, uint64_t unused_us, uint64_t until_bytes, char why[RECLAIM_WHY_BYTES])
+static int ask(const struct vm_view *view, uint64_t unused_us, uint64_t until_bytes,
+	       char why[RECLAIM_WHY_BYTES])
 {
 	struct control_reply reply;
 	char text[48];
@@ -169,7 +186,8 @@ static int ask(const struct vm_view *view, uint64_t unused_us, uint64_t until_by
 	if (r)
 		snprintf(why, RECLAIM_WHY_BYTES, "the agent does not answer: %s", strerror(-r));
 	else if (reply.error)
-		snprintf(why, RECLAIM_WHY_BYTES, "%s", reply.text[0] ? reply.text : strerror(-reply.error));
+		snprintf(why, RECLAIM_WHY_BYTES, "%s",
+			 reply.text[0] ? reply.text : strerror(-reply.error));
 	return r ? r : reply.error;
 }
 
@@ -200,7 +218,8 @@ static int wait_for_end(struct vm_view *view, uint64_t walks, char why[RECLAIM_W
 		}
 		r = vm_view_update(view);
 		if (r)
-			snprintf(why, RECLAIM_WHY_BYTES, "its statistics cannot be read: %s", strerror(-r));
+			snprintf(why, RECLAIM_WHY_BYTES, "its statistics cannot be read: %s",
+				 strerror(-r));
 		else if (shown)
 			show_progress(view, pages_before);
 		if (r || stat_get(&view->stats.reclaim.walks) != walks)
@@ -221,16 +240,19 @@ static int result_of_walk(const struct vm_view *view, char why[RECLAIM_WHY_BYTES
 	if (error == ECANCELED)
 		snprintf(why, RECLAIM_WHY_BYTES, "it was ended before all of RAM was looked at");
 	else if (error == EBUSY)
-		snprintf(why, RECLAIM_WHY_BYTES, "it ended early: guest RAM is being saved, or something needs all of it as "
-						 "it is (see `latent stat`)");
+		snprintf(why, RECLAIM_WHY_BYTES,
+			 "it ended early: guest RAM is being saved, or something needs all of it as "
+			 "it is (see `latent stat`)");
 	else if (error)
-		snprintf(why, RECLAIM_WHY_BYTES, "not all could be given back: %s", error < 4096 ? strerror((int)error) : "?");
+		snprintf(why, RECLAIM_WHY_BYTES, "not all could be given back: %s",
+			 error < 4096 ? strerror((int)error) : "?");
 	if (error == EBUSY)
 		return -EAGAIN;
 	return error < 4096 ? -(int)error : -EPROTO;
 }
 
-int reclaim_walk(struct vm_view *view, uint64_t unused_us, uint64_t until_bytes, char why[RECLAIM_WHY_BYTES])
+int reclaim_walk(struct vm_view *view, uint64_t unused_us, uint64_t until_bytes,
+		 char why[RECLAIM_WHY_BYTES])
 {
 	uint64_t walks;
 	int r = vm_view_update(view);
@@ -246,7 +268,8 @@ int reclaim_walk(struct vm_view *view, uint64_t unused_us, uint64_t until_bytes,
 	return r ? r : result_of_walk(view, why);
 }
 
-/* ---- --cold-for, --to ------------------------------------------------------------------------------ */
+/* ---- --cold-for, --to ------------------------------------------------------------------------------
+ */
 
 static bool is_reached(const struct vm_view *view, uint64_t to_bytes)
 {
@@ -254,7 +277,8 @@ static bool is_reached(const struct vm_view *view, uint64_t to_bytes)
 }
 
 /* What is coldest first, then what is less so. */
-static int walk_to(struct vm_view *view, uint64_t to_bytes, uint64_t *ret_unused_us, char why[RECLAIM_WHY_BYTES])
+static int walk_to(struct vm_view *view, uint64_t to_bytes, uint64_t *ret_unused_us,
+		   char why[RECLAIM_WHY_BYTES])
 {
 	uint64_t floor_us = reclaim_floor_us(&view->stats), unused_us = RECLAIM_LONGEST_US;
 	int r;
@@ -271,13 +295,18 @@ static int tell_not_reached(const struct vm_view *view, uint64_t to_bytes)
 {
 	char now[CLI_SIZE_TEXT], to[CLI_SIZE_TEXT];
 
-	return cli_fail(CLI_NO_ANSWER, "%s takes %s and not %s: it uses the rest, or has not been looked at for long enough",
-			view->name, cli_size(stat_get(&view->stats.reclaim.memory_bytes_now), now), cli_size(to_bytes, to));
+	return cli_fail(
+		CLI_NO_ANSWER,
+		"%s takes %s and not %s: it uses the rest, or has not been looked at for long enough",
+		view->name, cli_size(stat_get(&view->stats.reclaim.memory_bytes_now), now),
+		cli_size(to_bytes, to));
 }
 
 static int reclaim(struct vm_view *view, const struct request *request)
 {
-	struct result result = { .before = view->stats, .unused_us = request->cold_for_us, .begun_us = os_now_us() };
+	struct result result = { .before = view->stats,
+				 .unused_us = request->cold_for_us,
+				 .begun_us = os_now_us() };
 	char why[RECLAIM_WHY_BYTES];
 	int r = request->to_bytes ? walk_to(view, request->to_bytes, &result.unused_us, why)
 				  : reclaim_walk(view, request->cold_for_us, 0, why);
@@ -291,7 +320,8 @@ static int reclaim(struct vm_view *view, const struct request *request)
 	return CLI_OK;
 }
 
-/* ---- results --------------------------------------------------------------------------------------- */
+/* ---- results ---------------------------------------------------------------------------------------
+ */
 
 #define DELTA(field) (stat_get(&view->stats.reclaim.field) - stat_get(&result->before.reclaim.field))
 
@@ -304,8 +334,10 @@ static void print_text(const struct vm_view *view, const struct result *result)
 	       cli_size((reclaim_pages(&view->stats) - reclaim_pages(&result->before)) * PAGE_BYTES, a),
 	       cli_size(DELTA(zeros) * PAGE_BYTES, b), cli_size(DELTA(words) * PAGE_BYTES, c),
 	       cli_size(DELTA(spilled) * PAGE_BYTES, d), cli_size(DELTA(clean) * PAGE_BYTES, e));
-	printf("  it takes %s of memory of its own now; of that %s are %s, packed\n", cli_size(stat_get(&now->memory_bytes_now), a),
-	       cli_size(stat_get(&now->spill_bytes_now), b), cli_size(stat_get(&now->spilled_now) * PAGE_BYTES, c));
+	printf("  it takes %s of memory of its own now; of that %s are %s, packed\n",
+	       cli_size(stat_get(&now->memory_bytes_now), a),
+	       cli_size(stat_get(&now->spill_bytes_now), b),
+	       cli_size(stat_get(&now->spilled_now) * PAGE_BYTES, c));
 }
 
 static void add(struct json_object *json, const char *key, uint64_t number)

@@ -11,13 +11,15 @@
 #include <string.h>
 #include <unistd.h>
 
-#define PRESSURE "/proc/pressure/memory" /* Documentation/accounting/psi.rst; computed anew every 2 s */
+#define PRESSURE "/proc/pressure/memory" /* Documentation/accounting/psi.rst; computed anew every 2 s   \
+					  */
 #define STEP_US 2000000ull
 #define PAGE_BYTES 4096
-#define BACKOFFS_MAX 6u /* up to 64 steps of rest */
+#define BACKOFFS_MAX 6u           /* up to 64 steps of rest */
 #define REFAULTS_MOST_PER_S 250.0 /* of 20 to 40 us each: a hundredth of a processor */
 
-/* ---- what to do: a function of what was measured ---------------------------------------------------- */
+/* ---- what to do: a function of what was measured ----------------------------------------------------
+ */
 
 static uint64_t at_most(uint64_t us) { return us < RECLAIM_LONGEST_US ? us : RECLAIM_LONGEST_US; }
 
@@ -29,7 +31,8 @@ static enum pressure_act back_off(struct pressure_control *c)
 	return PRESSURE_BACK_OFF;
 }
 
-enum pressure_act pressure_step(struct pressure_control *c, double percent, double refaults_per_s, uint64_t *ret_unused_us)
+enum pressure_act pressure_step(struct pressure_control *c, double percent, double refaults_per_s,
+				uint64_t *ret_unused_us)
 {
 	if (refaults_per_s > c->refaults_most_per_s)
 		return back_off(c);
@@ -47,7 +50,8 @@ enum pressure_act pressure_step(struct pressure_control *c, double percent, doub
 	return PRESSURE_WALK;
 }
 
-/* ---- doing it ----------------------------------------------------------------------------------------- */
+/* ---- doing it
+ * ----------------------------------------------------------------------------------------- */
 
 struct loop {
 	struct vm_view *view;
@@ -78,10 +82,13 @@ static double refaults_per_s(struct loop *l)
 }
 
 static const char *const act_names[] = {
-	[PRESSURE_REST] = "rest", [PRESSURE_WALK] = "reclaim", [PRESSURE_BACK_OFF] = "back-off",
+	[PRESSURE_REST] = "rest",
+	[PRESSURE_WALK] = "reclaim",
+	[PRESSURE_BACK_OFF] = "back-off",
 };
 
-static void tell(const struct loop *l, enum pressure_act act, double percent, double refaults, uint64_t unused_us)
+static void tell(const struct loop *l, enum pressure_act act, double percent, double refaults,
+		 uint64_t unused_us)
 {
 	const struct reclaim_stats *now = &l->view->stats.reclaim;
 	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT];
@@ -93,17 +100,21 @@ static void tell(const struct loop *l, enum pressure_act act, double percent, do
 		json_object_object_add(json, "pressure_percent", json_object_new_double(percent));
 		json_object_object_add(json, "refaults_per_s", json_object_new_double(refaults));
 		json_object_object_add(json, "cold_for_us", json_object_new_uint64(unused_us));
-		json_object_object_add(json, "memory_bytes_now", json_object_new_uint64(stat_get(&now->memory_bytes_now)));
-		json_object_object_add(json, "pages_packed_now", json_object_new_uint64(stat_get(&now->spilled_now)));
-		json_object_object_add(json, "store_bytes_now", json_object_new_uint64(stat_get(&now->spill_bytes_now)));
+		json_object_object_add(json, "memory_bytes_now",
+				       json_object_new_uint64(stat_get(&now->memory_bytes_now)));
+		json_object_object_add(json, "pages_packed_now",
+				       json_object_new_uint64(stat_get(&now->spilled_now)));
+		json_object_object_add(json, "store_bytes_now",
+				       json_object_new_uint64(stat_get(&now->spill_bytes_now)));
 		puts(json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
 		json_object_put(json);
 		return;
 	}
 	if (!l->shown && act == PRESSURE_REST)
 		return;
-	printf("%spressure %.2f %%, refaults %.0f/s: %s, %.0f s; %s takes %s, packed %s%s", l->shown ? "\r\033[K" : "", percent,
-	       refaults, act_names[act], (double)unused_us / 1e6, l->view->name, cli_size(stat_get(&now->memory_bytes_now), a),
+	printf("%spressure %.2f %%, refaults %.0f/s: %s, %.0f s; %s takes %s, packed %s%s",
+	       l->shown ? "\r\033[K" : "", percent, refaults, act_names[act], (double)unused_us / 1e6,
+	       l->view->name, cli_size(stat_get(&now->memory_bytes_now), a),
 	       cli_size(stat_get(&now->spilled_now) * PAGE_BYTES, b), l->shown ? "" : "\n");
 }
 
@@ -120,12 +131,14 @@ static int step(struct loop *l, char why[RECLAIM_WHY_BYTES])
 		return r;
 	}
 	if (!read_pressure(&percent)) {
-		snprintf(why, RECLAIM_WHY_BYTES, "the kernel does not tell of pressure on memory (%s): boot it with psi=1",
+		snprintf(why, RECLAIM_WHY_BYTES,
+			 "the kernel does not tell of pressure on memory (%s): boot it with psi=1",
 			 PRESSURE);
 		return -EOPNOTSUPP;
 	}
 	if (!stat_get(&l->view->stats.scan.period_us_now)) {
-		snprintf(why, RECLAIM_WHY_BYTES, "nobody knows which pages are cold: run `latent scan` first");
+		snprintf(why, RECLAIM_WHY_BYTES,
+			 "nobody knows which pages are cold: run `latent scan` first");
 		return -EBUSY;
 	}
 	refaults = refaults_per_s(l);
@@ -147,7 +160,8 @@ int reclaim_auto(struct vm_view *view, double target_percent, bool json)
 {
 	struct loop l = {
 		.view = view,
-		.control = { target_percent, REFAULTS_MOST_PER_S, reclaim_floor_us(&view->stats), RECLAIM_LONGEST_US, 0, 0 },
+		.control = { target_percent, REFAULTS_MOST_PER_S, reclaim_floor_us(&view->stats),
+			     RECLAIM_LONGEST_US, 0, 0 },
 		.json = json,
 		.shown = !json && isatty(STDOUT_FILENO),
 		.returned = stat_get(&view->stats.reclaim.returned),

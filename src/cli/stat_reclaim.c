@@ -15,14 +15,19 @@ void stat_print_reclaim(const struct vm_stats *stats)
 
 	if (!stat_get(&c->walks) && !stat_get(&c->looked_now))
 		return;
-	printf("\nGiven back to the host; the machine takes %s of memory now\n", cli_size(stat_get(&c->memory_bytes_now), a));
+	printf("\nGiven back to the host; the machine takes %s of memory now\n",
+	       cli_size(stat_get(&c->memory_bytes_now), a));
 	printf("  packed now %s, into %s\n", cli_size(stat_get(&c->spilled_now) * PAGE_BYTES, a),
 	       cli_size(stat_get(&c->spill_bytes_now), b));
-	printf("  so far: zeros %s, of one word %s, packed %s, and of that came back %s; pages of images %s\n",
-	       cli_size(stat_get(&c->zeros) * PAGE_BYTES, a), cli_size(stat_get(&c->words) * PAGE_BYTES, b),
-	       cli_size(stat_get(&c->spilled) * PAGE_BYTES, d), cli_size(stat_get(&c->returned) * PAGE_BYTES, e),
+	printf("  so far: zeros %s, of one word %s, packed %s, and of that came back %s; pages of "
+	       "images %s\n",
+	       cli_size(stat_get(&c->zeros) * PAGE_BYTES, a),
+	       cli_size(stat_get(&c->words) * PAGE_BYTES, b),
+	       cli_size(stat_get(&c->spilled) * PAGE_BYTES, d),
+	       cli_size(stat_get(&c->returned) * PAGE_BYTES, e),
 	       cli_size(stat_get(&c->clean) * PAGE_BYTES, f));
-	printf("  left where they were: pages used meanwhile %ju, being read into %ju, that do not pack %ju, failed %ju\n",
+	printf("  left where they were: pages used meanwhile %ju, being read into %ju, that do not pack "
+	       "%ju, failed %ju\n",
 	       (uintmax_t)stat_get(&c->left_touched), (uintmax_t)stat_get(&c->left_reads),
 	       (uintmax_t)stat_get(&c->left_unpacked), (uintmax_t)stat_get(&c->left_failed));
 }

@@ -21,8 +21,8 @@ struct ram_file {
 	struct ram_observer observer;
 };
 
-/* Of masked pages of one repeated word. Who has a word's number may read it without a lock: chunk k has twice as many
- * as the one before it, and stays where it is. See word_at in mask.c. */
+/* Of masked pages of one repeated word. Who has a word's number may read it without a lock: chunk k has
+ * twice as many as the one before it, and stays where it is. See word_at in mask.c. */
 #define WORDS_FIRST_CHUNK 64u
 struct ram_words {
 	uint64_t *chunks[ENTRY_PAGE_BITS];
@@ -38,7 +38,7 @@ struct ram_reclaim {
 	uint64_t page, pages;
 	bool take[RAM_RECLAIM_PAGES]; /* protected, and nobody has touched it since */
 	struct ram_reclaim_counts counts;
-	pthread_mutex_t reads_lock;   /* the last lock; protects the next */
+	pthread_mutex_t reads_lock; /* the last lock; protects the next */
 	struct ram_read *reads;
 };
 
@@ -142,8 +142,8 @@ void mask_rescue(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t p
 
 /* reclaim.c */
 
-/* These pages get other contents, another mapping, or another watcher: those of the unit under way stay. With the mask
- * lock; for pages that are not watched, with the range lock alone. */
+/* These pages get other contents, another mapping, or another watcher: those of the unit under way stay.
+ * With the mask lock; for pages that are not watched, with the range lock alone. */
 void reclaim_leave(struct ram *ram, const struct ram_block *b, uint64_t page, uint64_t pages);
 /* With the mask lock. Somebody waits for the page: it may be written from now on. */
 void reclaim_touched(struct ram *ram, struct ram_block *b, uint64_t page);

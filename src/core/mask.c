@@ -421,8 +421,10 @@ static int make_batch(struct ram *ram, size_t slot, struct batch *batch)
 	pthread_mutex_lock(&ram->mask_lock);
 	unpin_batch(ram, batch);
 	for (size_t i = 0; i < batch->count && ram->blocks[slot] == batch->block; i++) {
-		int one = batch->failed[i] ? 0
-				: put_contents(ram, batch->block, batch->page[i], batch->entry[i], batch->contents + os_bytes(i));
+		int one = batch->failed[i]
+				  ? 0
+				  : put_contents(ram, batch->block, batch->page[i], batch->entry[i],
+						 batch->contents + os_bytes(i));
 
 		r = r ? r : one;
 	}

@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * Memory of base given back to the host, while the guest runs; see "Reclaim" in ARCHITECTURE.md. A unit of pages goes
- * through three steps:
- *   begin   under both locks: the unit's mapping is watched, and the wanted pages are write-protected;
- *   pack    with no lock: what they hold goes to the store. Who writes one of them waits, until the thread that makes
- *           pages takes the page out of the unit (reclaim_touched) and lets him go on;
- *   take    under both locks: pages that nobody has touched are masked and punched. Who waits then is woken, touches a
- *           page that is not there, and gets it from the store.
- * What shows a file stays as it is mapped; the page cache is told to drop what nobody has in a page table.
+ * Memory of base given back to the host, while the guest runs; see "Reclaim" in ARCHITECTURE.md. A unit
+ * of pages goes through three steps: begin   under both locks: the unit's mapping is watched, and the
+ * wanted pages are write-protected; pack    with no lock: what they hold goes to the store. Who writes
+ * one of them waits, until the thread that makes pages takes the page out of the unit (reclaim_touched)
+ * and lets him go on; take    under both locks: pages that nobody has touched are masked and punched.
+ * Who waits then is woken, touches a page that is not there, and gets it from the store. What shows a
+ * file stays as it is mapped; the page cache is told to drop what nobody has in a page table.
  */
 #include "core/internal.h"
 
@@ -25,9 +24,10 @@
 /* A unit, as the thread that reclaims it sees it with no lock. */
 struct unit {
 	struct ram *ram;
-	struct ram_block *block; /* may be gone: compared only, and used when ram->reclaim.block is the same */
+	struct ram_block
+		*block; /* may be gone: compared only, and used when ram->reclaim.block is the same */
 	uint64_t page, pages;
-	int memfd; /* a duplicate; of an overlay: its file */
+	int memfd;             /* a duplicate; of an overlay: its file */
 	uint64_t memfd_offset; /* of the unit's first page */
 	bool overlay;
 	const void *hva; /* of an overlay */
@@ -84,7 +84,8 @@ static void unprotect(struct ram *ram, struct ram_block *b, uint64_t page, uint6
 	for (struct ram_range range; page < end; page += range.pages) {
 		range = ram_range_at(b, page, end);
 		if (range.source == ENTRY_WATCHED)
-			(void)os_uffd_protect(ram->uffd, page_hva(b, page), os_bytes(range.pages), false);
+			(void)os_uffd_protect(ram->uffd, page_hva(b, page), os_bytes(range.pages),
+					      false);
 	}
 }
 
@@ -146,8 +147,8 @@ static uint64_t leave_buffer(struct ram *ram, const struct iovec *iov)
 }
 
 /*
- * With the mask lock, after the pages were protected: who begins to read later has to fault to get hold of one. A
- * read that has ended by now has written all that it will write, and nothing was taken yet.
+ * With the mask lock, after the pages were protected: who begins to read later has to fault to get hold
+ * of one. A read that has ended by now has written all that it will write, and nothing was taken yet.
  */
 static void leave_reads(struct ram *ram)
 {
@@ -160,7 +161,8 @@ static void leave_reads(struct ram *ram)
 	pthread_mutex_unlock(&c->reads_lock);
 }
 
-/* ---- begin; under both locks ----------------------------------------------------------------------- */
+/* ---- begin; under both locks -----------------------------------------------------------------------
+ */
 
 /* Calls for each longest run of pages that are wanted; ends at the first failure. */
 static int protect_wanted(struct unit *u)
@@ -172,7 +174,8 @@ static int protect_wanted(struct unit *u)
 		for (end = i; end < u->pages && u->wanted[end]; end++)
 			c->take[end] = true;
 		if (end > i)
-			r = os_uffd_protect(u->ram->uffd, page_hva(u->block, u->page + i), os_bytes(end - i), true);
+			r = os_uffd_protect(u->ram->uffd, page_hva(u->block, u->page + i),
+					    os_bytes(end - i), true);
 	}
 	return r;
 }
@@ -199,9 +202,11 @@ static bool find_wanted(struct unit *u, ram_wanted wanted, void *ctx)
 	bool any = false;
 
 	for (uint64_t i = 0; i < u->pages; i++) {
-		uint64_t entry = atomic_load_explicit(&u->block->entries[u->page + i], memory_order_relaxed);
+		uint64_t entry =
+			atomic_load_explicit(&u->block->entries[u->page + i], memory_order_relaxed);
 
-		u->wanted[i] = entry_source(entry) != ENTRY_MASKED && !entry_is_private(entry) && wanted(ctx, entry);
+		u->wanted[i] = entry_source(entry) != ENTRY_MASKED && !entry_is_private(entry) &&
+			       wanted(ctx, entry);
 		any |= u->wanted[i];
 	}
 	return any;
@@ -267,7 +272,8 @@ static int begin(struct unit *u, unsigned slot, uint64_t count, ram_wanted wante
 	return r ? r : 1;
 }
 
-/* ---- pack; with no lock ----------------------------------------------------------------------------- */
+/* ---- pack; with no lock -----------------------------------------------------------------------------
+ */
 
 /* A word that is masked without a number of its own to come; false: there are too many of them. */
 static bool find_word(struct ram *ram, uint64_t word, uint64_t *ret_number)
@@ -394,7 +400,8 @@ static int pack(struct unit *u)
 	return r;
 }
 
-/* ---- take; under both locks -------------------------------------------------------------------------- */
+/* ---- take; under both locks --------------------------------------------------------------------------
+ */
 
 static void free_slot(struct ram *ram, uint64_t entry)
 {
@@ -416,8 +423,8 @@ static bool may_take(const struct unit *u, uint64_t i)
 {
 	const struct ram_reclaim *c = &u->ram->reclaim;
 
-	return c->block == u->block && c->allowed && !u->ram->base_held && c->take[i] && u->becomes[i] != ENTRY_BASE &&
-	       entry_get(u->block, u->page + i) == ENTRY_WATCHED;
+	return c->block == u->block && c->allowed && !u->ram->base_held && c->take[i] &&
+	       u->becomes[i] != ENTRY_BASE && entry_get(u->block, u->page + i) == ENTRY_WATCHED;
 }
 
 /* Nobody sees the pages between the two steps: he would wait for the mask lock. */
@@ -479,10 +486,11 @@ static int take(struct unit *u)
 	return r;
 }
 
-/* ---- overlays; with no lock --------------------------------------------------------------------------- */
+/* ---- overlays; with no lock
+ * --------------------------------------------------------------------------- */
 
-/* The mapping stays: who touches a page reads it from the file again. It may be another one by now, which matters to
- * the count alone. */
+/* The mapping stays: who touches a page reads it from the file again. It may be another one by now,
+ * which matters to the count alone. */
 static void drop_run(struct unit *u, uint64_t first, uint64_t end)
 {
 	uint64_t before = os_resident_pages(u->hva, os_bytes(first), end - first), after;
@@ -504,10 +512,11 @@ static void drop(struct unit *u)
 	}
 }
 
-/* ---- all of it ----------------------------------------------------------------------------------------- */
+/* ---- all of it
+ * ----------------------------------------------------------------------------------------- */
 
-int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, ram_wanted wanted, void *ctx,
-		uint64_t *ret_pages)
+int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, ram_wanted wanted,
+		void *ctx, uint64_t *ret_pages)
 {
 	struct unit u = { .ram = ram, .page = page };
 	int r, r2 = 0;

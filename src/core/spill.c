@@ -26,7 +26,7 @@ struct slots {
 
 struct slab {
 	struct slots taken;
-	struct slots freed; /* of those taken: freed, while a slot of the slab was pinned */
+	struct slots freed;      /* of those taken: freed, while a slot of the slab was pinned */
 	uint32_t next, previous; /* of a list; see below */
 	uint16_t taken_count, freed_count, pins;
 	uint8_t class; /* units of a slot; 0: no slot is taken */
@@ -38,7 +38,8 @@ struct spill {
 	bool in_memory;
 	struct slab *slabs;
 	uint32_t slabs_max, slabs_used; /* used: those behind were never touched */
-	uint32_t lists[RAW_CLASS + 1];  /* slabs with a free slot, by class; 0: slabs without any slot taken */
+	uint32_t lists[RAW_CLASS +
+		       1]; /* slabs with a free slot, by class; 0: slabs without any slot taken */
 	struct spill_counts counts;
 	ZSTD_CCtx *packer;
 	pthread_mutex_t unpack_lock; /* protects the next */
@@ -141,7 +142,8 @@ static void empty(struct spill *s, uint32_t n)
 	list(s, n);
 	s->counts.taken_now -= SLAB_BYTES;
 	if (s->in_memory)
-		(void)os_punch_hole(s->fd, (uint64_t)n * SLAB_BYTES, SLAB_BYTES); /* or it is used again as it is */
+		(void)os_punch_hole(s->fd, (uint64_t)n * SLAB_BYTES,
+				    SLAB_BYTES); /* or it is used again as it is */
 }
 
 static void give_back(struct spill *s, uint32_t n, unsigned i)
@@ -168,7 +170,7 @@ static uint32_t slab_for(struct spill *s, unsigned class)
 	if (n == NOBODY)
 		return n;
 	unlist(s, n);
-	s->slabs[n].class = (uint8_t)class;
+	s->slabs[n].class = (uint8_t) class;
 	list(s, n);
 	s->counts.taken_now += SLAB_BYTES;
 	return n;
@@ -191,7 +193,7 @@ int spill_reserve(struct spill *s, size_t bytes, uint64_t *ret_slot)
 	if (++slab->taken_count == slots_of(class))
 		unlist(s, n);
 	s->counts.slots_now++;
-	s->counts.bytes_now += (uint64_t)class * UNIT_BYTES;
+	s->counts.bytes_now += (uint64_t) class * UNIT_BYTES;
 	*ret_slot = (uint64_t)n << SLOT_BITS | i;
 	return 0;
 }
@@ -211,10 +213,7 @@ void spill_free(struct spill *s, uint64_t slot)
 	}
 }
 
-void spill_pin(struct spill *s, uint64_t slot)
-{
-	s->slabs[slab_of(slot)].pins++;
-}
+void spill_pin(struct spill *s, uint64_t slot) { s->slabs[slab_of(slot)].pins++; }
 
 void spill_unpin(struct spill *s, uint64_t slot)
 {
@@ -232,10 +231,7 @@ void spill_unpin(struct spill *s, uint64_t slot)
 	}
 }
 
-void spill_count(const struct spill *s, struct spill_counts *ret_counts)
-{
-	*ret_counts = s->counts;
-}
+void spill_count(const struct spill *s, struct spill_counts *ret_counts) { *ret_counts = s->counts; }
 
 /* ---- contents ----------------------------------------------------------------------------------- */
 
@@ -247,7 +243,8 @@ struct header {
 size_t spill_pack(struct spill *s, const void *page, uint8_t *packed)
 {
 	size_t most = (s->in_memory ? WORTH_CLASS : RAW_CLASS - 1) * UNIT_BYTES - sizeof(struct header);
-	size_t bytes = ZSTD_compressCCtx(s->packer, packed + sizeof(struct header), most, page, OS_PAGE_BYTES, LEVEL);
+	size_t bytes = ZSTD_compressCCtx(s->packer, packed + sizeof(struct header), most, page,
+					 OS_PAGE_BYTES, LEVEL);
 	struct header header = { .bytes = (uint16_t)bytes };
 
 	if (!ZSTD_isError(bytes)) {
@@ -262,7 +259,8 @@ size_t spill_pack(struct spill *s, const void *page, uint8_t *packed)
 
 static uint64_t offset_of(const struct spill *s, uint64_t slot)
 {
-	return (uint64_t)slab_of(slot) * SLAB_BYTES + (uint64_t)index_of(slot) * s->slabs[slab_of(slot)].class * UNIT_BYTES;
+	return (uint64_t)slab_of(slot) * SLAB_BYTES +
+	       (uint64_t)index_of(slot) * s->slabs[slab_of(slot)].class * UNIT_BYTES;
 }
 
 /* All of the slot, for a later read of it must not meet the end of the file. */
@@ -285,7 +283,8 @@ static int unpack(struct spill *s, const uint8_t *packed, size_t room, void *pag
 	if (header.bytes > room - sizeof header)
 		return -EBADMSG;
 	pthread_mutex_lock(&s->unpack_lock);
-	bytes = ZSTD_decompressDCtx(s->unpacker, page, OS_PAGE_BYTES, packed + sizeof header, header.bytes);
+	bytes = ZSTD_decompressDCtx(s->unpacker, page, OS_PAGE_BYTES, packed + sizeof header,
+				    header.bytes);
 	pthread_mutex_unlock(&s->unpack_lock);
 	return bytes == OS_PAGE_BYTES ? 0 : -EBADMSG;
 }
@@ -297,7 +296,8 @@ int spill_read(struct spill *s, uint64_t slot, void *page)
 	int r = os_fault(OS_FAULT_STORAGE_READ);
 
 	if (!r)
-		r = os_read_all(s->fd, class == RAW_CLASS ? page : packed, class * UNIT_BYTES, offset_of(s, slot));
+		r = os_read_all(s->fd, class == RAW_CLASS ? page : packed, class * UNIT_BYTES,
+				offset_of(s, slot));
 	if (!r && class != RAW_CLASS)
 		r = unpack(s, packed, class * UNIT_BYTES, page);
 	return r;

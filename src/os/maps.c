@@ -256,7 +256,8 @@ uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)
 
 void os_drop_cached(int fd, uint64_t offset, uint64_t bytes)
 {
-	(void)syscall(SYS_fadvise64, fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED); /* not by the agent's own hook */
+	(void)syscall(SYS_fadvise64, fd, (off_t)offset, (off_t)bytes,
+		      POSIX_FADV_DONTNEED); /* not by the agent's own hook */
 }
 
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit)

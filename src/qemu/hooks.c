@@ -243,7 +243,8 @@ static ssize_t read_vector(int fd, const struct iovec *iov, int count, off_t off
 	if (a && count > 0 && count <= 1024 && into_ram(a, iov, count)) {
 		struct ram_read read = { .iov = iov, .count = count };
 
-		ram_read_begins(a->ram, &read); /* with O_DIRECT it is a device that writes these pages */
+		ram_read_begins(a->ram,
+				&read); /* with O_DIRECT it is a device that writes these pages */
 		n = volumes_read(a->volumes, fd, iov, count, offset);
 		ram_read_ends(a->ram, &read);
 		return n < 0 ? fail((int)n) : n;
@@ -504,7 +505,8 @@ HOOK int ioctl(int fd, unsigned long request, ...)
 	if (request == VHOST_SET_OWNER)
 		agent_note_kernel_io(false);
 	if (request == SG_IO && agent_get())
-		reclaimer_leave(); /* a disk that is passed through: it may write pages that it has pinned */
+		reclaimer_leave(); /* a disk that is passed through: it may write pages that it has
+				      pinned */
 	if (r)
 		return fail((int)r);
 	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);

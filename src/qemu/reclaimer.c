@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The thread that gives the memory of cold pages back to the host (activity/cold.h). There is none until somebody
- * asks for it; then it stays, and sleeps between the walks. It touches no guest RAM by its address, and is never
- * stopped with the others. See "Reclaim" in ARCHITECTURE.md.
+ * The thread that gives the memory of cold pages back to the host (activity/cold.h). There is none until
+ * somebody asks for it; then it stays, and sleeps between the walks. It touches no guest RAM by its
+ * address, and is never stopped with the others. See "Reclaim" in ARCHITECTURE.md.
  */
 #include "qemu/agent.h"
 
@@ -36,7 +36,8 @@ static uint64_t memory_bytes(struct agent *a, uint64_t store_bytes)
 	struct stat st;
 
 	ram_get_counts(a->ram, &c);
-	return (fstat(a->config.ram_fd, &st) ? 0 : (uint64_t)st.st_blocks * 512) + os_bytes(c.private_pages) + store_bytes;
+	return (fstat(a->config.ram_fd, &st) ? 0 : (uint64_t)st.st_blocks * 512) +
+	       os_bytes(c.private_pages) + store_bytes;
 }
 
 uint64_t reclaimer_publish(struct agent *a)
@@ -68,7 +69,8 @@ static int walk(struct agent *a, const struct reclaim_order *order)
 	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
 	int r = 1;
 
-	while (r == 1 || r == -EDQUOT) { /* a unit that would take too many mappings is not the last one */
+	while (r == 1 ||
+	       r == -EDQUOT) { /* a unit that would take too many mappings is not the last one */
 		if (reclaimer.ended)
 			return -ECANCELED;
 		if (reclaimer_publish(a) <= order->until_bytes)
@@ -111,8 +113,10 @@ static void *work(void *arg)
 		struct reclaim_order order = next_walk();
 		int r = walk(a, &order);
 
-		if (r && r != -EBUSY && r != -ECANCELED) /* that was said when it came to be so, and this wanted */
-			agent_say("not all of the memory that is cold could be given back: %s", strerror(-r));
+		if (r && r != -EBUSY &&
+		    r != -ECANCELED) /* that was said when it came to be so, and this wanted */
+			agent_say("not all of the memory that is cold could be given back: %s",
+				  strerror(-r));
 		end_walk(a, r);
 	}
 	return NULL;
@@ -153,10 +157,7 @@ static int open_store(struct agent *a)
 }
 
 /* With the lock. */
-static void decide(struct agent *a)
-{
-	ram_reclaim_allow(a->ram, !reclaimer.left && !reclaimer.yielded);
-}
+static void decide(struct agent *a) { ram_reclaim_allow(a->ram, !reclaimer.left && !reclaimer.yielded); }
 
 static int start(struct agent *a)
 {
@@ -177,9 +178,11 @@ static int start(struct agent *a)
 static const char *why_not(struct agent *a)
 {
 	if (a->kernel_io)
-		return "the kernel does I/O to guest RAM by itself (vhost, io_uring or Linux AIO): memory cannot be given back";
+		return "the kernel does I/O to guest RAM by itself (vhost, io_uring or Linux AIO): "
+		       "memory cannot be given back";
 	if (!a->overlays_allowed || reclaimer.left)
-		return "something else needs all of guest RAM as it is: memory cannot be given back (see `latent stat`)";
+		return "something else needs all of guest RAM as it is: memory cannot be given back "
+		       "(see `latent stat`)";
 	if (!scanner_shortest_us())
 		return "nobody knows which pages are cold: run `latent scan` first";
 	return NULL;
@@ -189,10 +192,12 @@ static const char *why_not_started(int r)
 {
 	switch (r) {
 	case -EPERM:
-		return "it takes a userfaultfd that serves the kernel's faults: run as root, allow /dev/userfaultfd, or "
+		return "it takes a userfaultfd that serves the kernel's faults: run as root, allow "
+		       "/dev/userfaultfd, or "
 		       "set vm.unprivileged_userfaultfd=1";
 	case -EOPNOTSUPP:
-		return "the kernel cannot write-protect shared memory (Linux 5.19), or gives it in huge pages only";
+		return "the kernel cannot write-protect shared memory (Linux 5.19), or gives it in huge "
+		       "pages only";
 	default:
 		return strerror(-r);
 	}
@@ -227,10 +232,7 @@ void reclaimer_begin(struct agent *a, const struct reclaim_order *order, struct 
 		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
 }
 
-void reclaimer_end(void)
-{
-	reclaimer.ended = true;
-}
+void reclaimer_end(void) { reclaimer.ended = true; }
 
 void reclaimer_yield(bool yield)
 {

@@ -342,7 +342,8 @@ static void do_reclaim(struct service *s, const struct control_request *q, struc
 		next = parse_number(next + 1, &order.until_bytes);
 	if (!next || *next) {
 		p->error = -EINVAL;
-		snprintf(p->text, sizeof p->text, "say for how many microseconds pages have not been used");
+		snprintf(p->text, sizeof p->text,
+			 "say for how many microseconds pages have not been used");
 	} else if (order.unused_us) {
 		reclaimer_begin(s->agent, &order, p);
 	} else {

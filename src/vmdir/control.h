@@ -16,15 +16,14 @@ enum control_op {
 	CONTROL_DETACH,  /* turn overlays of `path` (empty: all) into plain RAM and map it no more */
 	/*
 	 * A save, in this order, over one connection; its end, by whatever cause, ends the save too.
-	 *   LOAD   asked again until `pages` is `pages_all`: what a pager still has to load of guest RAM comes before all
-	 *          else, but for what is waited for; until the connection ends
-	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
-	 *          a struct control_layout with descriptors.
-	 *   WATCH  from now on it is noted which pages are touched, and when
-	 *   ARM    base is write-protected; who writes a page of it goes on, and it is noted
-	 *   POINT  with the guest stopped: private copies are copied out, and base that is not
-	 *          protected, or not any more, is. From then on the other side has to serve write faults.
-	 *   END    protection is taken away.
+	 *   LOAD   asked again until `pages` is `pages_all`: what a pager still has to load of guest RAM
+	 * comes before all else, but for what is waited for; until the connection ends BEGIN  guest RAM
+	 * is held (ram_hold) and registered for write-protection. The reply is followed by a struct
+	 * control_layout with descriptors. WATCH  from now on it is noted which pages are touched, and
+	 * when ARM    base is write-protected; who writes a page of it goes on, and it is noted POINT
+	 * with the guest stopped: private copies are copied out, and base that is not protected, or not
+	 * any more, is. From then on the other side has to serve write faults. END    protection is
+	 * taken away.
 	 */
 	CONTROL_SAVE_LOAD,
 	CONTROL_SAVE_BEGIN,
@@ -32,14 +31,19 @@ enum control_op {
 	CONTROL_SAVE_ARM,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_END,
-	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no more */
-	CONTROL_STOP_REST, /* what the guest has not touched is loaded no more. -EALREADY: nothing was being loaded */
-	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0: no more */
-	CONTROL_ENTRIES, /* the reply is followed by a struct control_layout without volumes, with the table of each
-			  * block's page entries (core/entry.h), which nobody but the agent can write */
-	CONTROL_RECLAIM, /* give back the memory of pages that were not used for so long; `path`: microseconds, in decimal,
-			  * and, behind a space, that it is enough when the VM takes so many bytes of memory. The reply comes at
-			  * once; the statistics tell how far it is. -EALREADY: it goes on already. 0: it shall end */
+	CONTROL_TAKE, /* a spare gets the name `path`, and its guest runs. -EALREADY: it is none, or no
+			 more */
+	CONTROL_STOP_REST, /* what the guest has not touched is loaded no more. -EALREADY: nothing was
+			      being loaded */
+	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0:
+			 no more */
+	CONTROL_ENTRIES, /* the reply is followed by a struct control_layout without volumes, with the
+			  * table of each block's page entries (core/entry.h), which nobody but the agent
+			  * can write */
+	CONTROL_RECLAIM, /* give back the memory of pages that were not used for so long; `path`:
+			  * microseconds, in decimal, and, behind a space, that it is enough when the VM
+			  * takes so many bytes of memory. The reply comes at once; the statistics tell
+			  * how far it is. -EALREADY: it goes on already. 0: it shall end */
 	CONTROL_OPS
 };
 

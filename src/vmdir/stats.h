@@ -102,14 +102,17 @@ struct scan_stats {
 	stat_counter in_use_now[VM_STATS_WINDOWS];           /* pages; UINT64_MAX: not known */
 };
 
-/* Memory that was given back, in pages but where the name says it (core/ram.h, struct ram_reclaim_counts). */
+/* Memory that was given back, in pages but where the name says it (core/ram.h, struct
+ * ram_reclaim_counts). */
 struct reclaim_stats {
 	stat_counter zeros, words, spilled, clean, returned, spilled_now, spill_bytes_now;
 	stat_counter left_touched, left_reads, left_unpacked, left_failed;
-	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the store */
-	stat_counter looked_now; /* in the walk through guest RAM that is under way, or was the last one */
-	stat_counter walks;      /* that have ended, */
-	stat_counter error_now;  /* the last one with this errno, or 0 */
+	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the
+					  store */
+	stat_counter
+		looked_now; /* in the walk through guest RAM that is under way, or was the last one */
+	stat_counter walks; /* that have ended, */
+	stat_counter error_now; /* the last one with this errno, or 0 */
 };
 
 struct vm_stats {

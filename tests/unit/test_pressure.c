@@ -13,13 +13,16 @@
 
 static struct pressure_control control(void)
 {
-	return (struct pressure_control){ .target_percent = 1, .refaults_most_per_s = 100, .floor_us = 2 * MINUTES,
+	return (struct pressure_control){ .target_percent = 1,
+					  .refaults_most_per_s = 100,
+					  .floor_us = 2 * MINUTES,
 					  .unused_us = 13 * MINUTES };
 }
 
 static void test_younger_while_it_lasts(void **state)
 {
-	static const uint64_t ages[] = { 13 * MINUTES, 13 * MINUTES / 2, 13 * MINUTES / 4, 2 * MINUTES, 2 * MINUTES };
+	static const uint64_t ages[] = { 13 * MINUTES, 13 * MINUTES / 2, 13 * MINUTES / 4, 2 * MINUTES,
+					 2 * MINUTES };
 	struct pressure_control c = control();
 	uint64_t unused_us = 0;
 
@@ -76,8 +79,12 @@ static void test_sizes(void **state)
 	static const struct {
 		const char *text;
 		uint64_t bytes;
-	} right[] = { { "0", 0 }, { "4096", 4096 }, { "1K", 1024 }, { "512M", 512 << 20 }, { "1.5g", 3 << 29 }, { "2T", 2ull << 40 }, { "7b", 7 } };
-	static const char *const wrong[] = { "", "M", "-1", "+1", "1X", "1MM", "1M ", " 1M", "nan", "inf", "1e30", "9999999999T", "0x", "1e400" };
+	} right[] = { { "0", 0 },          { "4096", 4096 },     { "1K", 1024 }, { "512M", 512 << 20 },
+		      { "1.5g", 3 << 29 }, { "2T", 2ull << 40 }, { "7b", 7 } };
+	static const char *const wrong[] = {
+		"",    "M",   "-1",  "+1",   "1X",          "1MM", "1M ",
+		" 1M", "nan", "inf", "1e30", "9999999999T", "0x",  "1e400"
+	};
 	uint64_t bytes = 99;
 
 	(void)state;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-/* Memory of base that is given back (core/reclaim.c, core/spill.c): nothing is lost, whatever runs beside. */
+/* Memory of base that is given back (core/reclaim.c, core/spill.c): nothing is lost, whatever runs
+ * beside. */
 #include "mask_server.h"
 
 #include "activity/cold.h"
@@ -63,7 +64,8 @@ static uint64_t random_word(uint64_t *state)
 	return z ^ z >> 31;
 }
 
-/* Contents that follow from a seed; with `words` of noise, which does not pack, and the rest repeated. */
+/* Contents that follow from a seed; with `words` of noise, which does not pack, and the rest repeated.
+ */
 static void fill(uint64_t *page, uint64_t seed, size_t noise)
 {
 	uint64_t state = seed;
@@ -108,7 +110,9 @@ static int reclaim_if(ram_wanted wanted, void *ctx)
 {
 	int r = 0, one;
 
-	for (uint64_t page = 0, pages = 0; (one = ram_reclaim(RAM, 0, page, UINT64_MAX, wanted, ctx, &pages)) != -ENOENT; page += pages)
+	for (uint64_t page = 0, pages = 0;
+	     (one = ram_reclaim(RAM, 0, page, UINT64_MAX, wanted, ctx, &pages)) != -ENOENT;
+	     page += pages)
 		r = r ? r : one;
 	return r;
 }
@@ -236,8 +240,10 @@ static void test_mapped_anew(void **state)
 	assert_int_not_equal(ram_unmask_part(RAM, BLOCK, FIRST, COUNT), 0);
 	os_fault_arm(OS_FAULT_STORAGE_READ, 0, 0);
 	assert_int_equal(ram_unmask_part(RAM, BLOCK, FIRST, COUNT), 0);
-	assert_ptr_equal(mmap(hva(FIRST), os_bytes(COUNT), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, BLOCK->memfd,
-			      (off_t)(BLOCK->memfd_offset + os_bytes(FIRST))), hva(FIRST));
+	assert_ptr_equal(mmap(hva(FIRST), os_bytes(COUNT), PROT_READ | PROT_WRITE,
+			      MAP_SHARED | MAP_FIXED, BLOCK->memfd,
+			      (off_t)(BLOCK->memfd_offset + os_bytes(FIRST))),
+			 hva(FIRST));
 	ram_unlock(RAM);
 	check_maps();
 	assert_int_equal(counts().spilled_now, PAGES - COUNT);
@@ -280,9 +286,12 @@ static void test_overlays(void **state)
 	assert_int_equal(reclaim(), 0);
 	assert_in_range(counts().clean, ZAPPED / 2, COUNT - 1); /* large folios go as a whole, or stay */
 	left = COUNT - counts().clean;
-	assert_in_range(os_resident_pages(view, 0, COUNT), left - COPIES, left); /* what is beneath a copy is not counted */
+	assert_in_range(os_resident_pages(view, 0, COUNT), left - COPIES,
+			left); /* what is beneath a copy is not counted */
 	for (uint64_t i = 0; i < COUNT; i++)
-		assert_true(i >= WRITTEN && i % 10 == 0 ? has(FIRST + i, i, SMALL) : rig_holds(hva(FIRST + i), rig_file_tag(0, 0, i)));
+		assert_true(i >= WRITTEN && i % 10 == 0
+				    ? has(FIRST + i, i, SMALL)
+				    : rig_holds(hva(FIRST + i), rig_file_tag(0, 0, i)));
 	os_unview_file(view, os_bytes(COUNT));
 	check_maps();
 }
@@ -318,7 +327,8 @@ static void test_a_walk(void **state)
 	open_store(STORE_BYTES, true);
 	ram_lock(RAM);
 	for (uint64_t i = 0; i < PAGES; i++)
-		ram_set_activity(RAM, BLOCK, i, entry_activity(i < 500 ? ACTIVITY_COLDER : ACTIVITY_WARM, 1));
+		ram_set_activity(RAM, BLOCK, i,
+				 entry_activity(i < 500 ? ACTIVITY_COLDER : ACTIVITY_WARM, 1));
 	ram_unlock(RAM);
 	for (uint64_t i = 0; i < PAGES; i++)
 		put(i, i, SMALL);
@@ -360,7 +370,8 @@ static void test_full_store(void **state)
 
 static void test_failures(void **state)
 {
-	static const enum os_fault_point points[] = { OS_FAULT_WRITE, OS_FAULT_PUNCH, OS_FAULT_REGISTER };
+	static const enum os_fault_point points[] = { OS_FAULT_WRITE, OS_FAULT_PUNCH,
+						      OS_FAULT_REGISTER };
 
 	(void)state;
 	open_store(STORE_BYTES, true);
@@ -431,7 +442,8 @@ static void *device(void *arg)
 		for (uint64_t spin = random_word(&state) % 20000; spin; spin--)
 			__asm__ volatile("pause");
 		fill(words, n, SMALL);
-		if (pwrite(t.rig.blocks[0].memfd, words, sizeof words, (off_t)os_bytes(page)) != sizeof words)
+		if (pwrite(t.rig.blocks[0].memfd, words, sizeof words, (off_t)os_bytes(page)) !=
+		    sizeof words)
 			abort();
 		ram_read_ends(RAM, &read);
 		usleep(4000); /* until it is taken, if it shall be */
@@ -446,7 +458,8 @@ static void reclaim_for(uint64_t us, uint64_t returned)
 	uint64_t begin_us = os_now_us();
 	int r = 0;
 
-	while (!r && (os_now_us() - begin_us < us || counts().returned < returned) && os_now_us() - begin_us < 60000000)
+	while (!r && (os_now_us() - begin_us < us || counts().returned < returned) &&
+	       os_now_us() - begin_us < 60000000)
 		r = reclaim();
 	over = true;
 	assert_int_equal(r, 0);
@@ -462,7 +475,8 @@ static void test_devices_beside(void **state)
 	open_store(STORE_BYTES, true);
 	for (uintptr_t i = 0; i < 2; i++)
 		assert_int_equal(pthread_create(&threads[i], NULL, device, (void *)i), 0);
-	assert_int_equal(os_fault_parse("write:delay:1"), 0); /* what the device writes meanwhile was not packed */
+	assert_int_equal(os_fault_parse("write:delay:1"),
+			 0); /* what the device writes meanwhile was not packed */
 	reclaim_for(1000000, 20);
 	for (int i = 0; i < 2; i++)
 		pthread_join(threads[i], NULL);
@@ -522,7 +536,8 @@ static void test_writers_beside(void **state)
 	check_maps();
 }
 
-/* ---- what happens while a unit is packed: every page of it takes some milliseconds --------------------- */
+/* ---- what happens while a unit is packed: every page of it takes some milliseconds
+ * --------------------- */
 
 static pthread_t slow;
 static int slow_result;
@@ -616,8 +631,9 @@ static void test_mapped_over_meanwhile(void **state)
 	for (uint64_t i = 0; i < 16; i++)
 		rig_write(hva(i), i);
 	for (uint64_t i = 0; i < 64; i++)
-		assert_true(i < 16 ? rig_holds(hva(i), i)
-				   : i < 32 ? rig_holds(hva(i), rig_file_tag(0, 0, 5 + i)) : has(i, i, SMALL));
+		assert_true(i < 16   ? rig_holds(hva(i), i)
+			    : i < 32 ? rig_holds(hva(i), rig_file_tag(0, 0, 5 + i))
+				     : has(i, i, SMALL));
 	assert_int_equal(counts().spill_bytes_now, 0);
 	check_maps();
 }
@@ -679,7 +695,8 @@ static void test_unplugged_meanwhile(void **state)
 		assert_true(has(i, i, SMALL)); /* nothing was punched */
 }
 
-/* ---- with masks, and refused ------------------------------------------------------------------------- */
+/* ---- with masks, and refused -------------------------------------------------------------------------
+ */
 
 static void test_beside_masks(void **state)
 {
@@ -701,7 +718,8 @@ static void test_beside_masks(void **state)
 		assert_false(in_memory(i));
 	assert_int_equal(ram_unmask(RAM), 0);
 	for (uint64_t i = 0; i < PAGES; i++)
-		assert_true(i >= 105 && i < 120 ? rig_holds(hva(i), rig_file_tag(0, 0, 3 * (i - 100))) : has(i, i, SMALL));
+		assert_true(i >= 105 && i < 120 ? rig_holds(hva(i), rig_file_tag(0, 0, 3 * (i - 100)))
+						: has(i, i, SMALL));
 	assert_int_equal(counts().spill_bytes_now, 0);
 	check_maps();
 }
@@ -724,7 +742,8 @@ static void test_refused(void **state)
 	ram_unlock(RAM);
 }
 
-/* ---- the store ------------------------------------------------------------------------------------------ */
+/* ---- the store
+ * ------------------------------------------------------------------------------------------ */
 
 static void test_pinned_slot_stays(void **state)
 {
@@ -785,17 +804,36 @@ static void test_damaged_slot(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		TEST(test_all_kinds), TEST(test_writable_after), TEST(test_mapped_anew), TEST(test_overlays), TEST(test_only_what_is_wanted), TEST(test_a_walk),
-		TEST(test_full_store), TEST(test_failures), TEST(test_storage_fails_for_a_while), TEST(test_read_in_flight),
-		TEST(test_devices_beside), TEST(test_writers_beside), TEST(test_written_meanwhile),
-		TEST(test_left_page_is_written), TEST(test_discarded_meanwhile), TEST(test_mapped_over_meanwhile), TEST(test_unmasked_meanwhile),
-		TEST(test_forbidden_meanwhile), TEST(test_unplugged_meanwhile), TEST(test_beside_masks),
-		TEST(test_refused), TEST(test_pinned_slot_stays), TEST(test_damaged_slot),
+		TEST(test_all_kinds),
+		TEST(test_writable_after),
+		TEST(test_mapped_anew),
+		TEST(test_overlays),
+		TEST(test_only_what_is_wanted),
+		TEST(test_a_walk),
+		TEST(test_full_store),
+		TEST(test_failures),
+		TEST(test_storage_fails_for_a_while),
+		TEST(test_read_in_flight),
+		TEST(test_devices_beside),
+		TEST(test_writers_beside),
+		TEST(test_written_meanwhile),
+		TEST(test_left_page_is_written),
+		TEST(test_discarded_meanwhile),
+		TEST(test_mapped_over_meanwhile),
+		TEST(test_unmasked_meanwhile),
+		TEST(test_forbidden_meanwhile),
+		TEST(test_unplugged_meanwhile),
+		TEST(test_beside_masks),
+		TEST(test_refused),
+		TEST(test_pinned_slot_stays),
+		TEST(test_damaged_slot),
 	};
 	int uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM | OS_UFFD_WP_HUGETLBFS_SHMEM);
 
 	if (uffd < 0) {
-		printf("skipped: no userfaultfd for the kernel's faults, or none that protects shared memory (%s)\n", strerror(-uffd));
+		printf("skipped: no userfaultfd for the kernel's faults, or none that protects shared "
+		       "memory (%s)\n",
+		       strerror(-uffd));
 		return 77;
 	}
 	close(uffd);

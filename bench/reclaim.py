@@ -3,15 +3,16 @@
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 from common import guests as common
-from common import limits
 from common.guests import GuestError, host, vm
-from lib import activity, latent
+from lib import activity, cgroup, latent
 
 MIB = 1 << 20
 MEM_MIB = 768
@@ -135,12 +136,32 @@ def vcpu_s(guest):
 
 # ---- a limit ----
 
+@contextlib.contextmanager
+def swap_file(directory):
+    """Swap on the disk for the time being; False if the machine does not allow it."""
+    handle, name = tempfile.mkstemp(prefix="swap-", dir=directory)
+    on = False
+    try:
+        os.posix_fallocate(handle, 0, 2 * MEM_MIB * MIB)
+        os.close(handle)
+        on = all(subprocess.run(command, capture_output=True).returncode == 0
+                 for command in (["/usr/sbin/mkswap", name], ["/usr/sbin/swapon", name]))
+        yield on
+    finally:
+        if on:
+            subprocess.run(["/usr/sbin/swapoff", name], check=False)
+        os.unlink(name)
+
+
 def against_swap(result, directory, image, size):
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(limits.MemoryLimit(name)) for name in ("plain", "latent")}
-        swap = stack.enter_context(limits.swap_file(directory, 2 * MEM_MIB))
-        if not swap or None in sides.values():
-            result.missing.add("swap" if not swap else "memory cgroup")
+        swap = stack.enter_context(swap_file(directory))
+        sides = {name: cgroup.Cgroup(f"bench-{name}") for name in ("plain", "latent")}
+        for side in sides.values():
+            if side.path:
+                stack.callback(side.remove)
+        if not swap or not all(side.path for side in sides.values()):
+            result.missing.add("memory cgroup" if swap else "swap")
             return
         pair = {name: start_limited(stack, directory, image, name, limit) for name, limit in sides.items()}
         rates = {name: [] for name in pair}
@@ -167,7 +188,7 @@ def start_limited(stack, directory, image, name, limit):
     stack.enter_context(contextlib.closing(guest))
     guest.start()
     limit.take(guest.process.pid)
-    limit.set(LIMIT_MIB * MIB)
+    limit.limit.write_text(str(LIMIT_MIB * MIB))
     guest.wait_ready(timeout=180)
     guest.sh("find /usr -type f -size +64k -printf '%s %p\\n' | sort -k 2 | awk -v most="
              f"{(LIMIT_MIB + MEM_MIB // 8) * MIB} '(sum += $1) < most {{ print $2 }}' > /run/files")

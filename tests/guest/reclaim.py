@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """`latent reclaim` gives half of a guest's RAM back to the host, and no byte of it is lost, whatever goes on meanwhile."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import activity, case, latent, vm
+from lib import activity, case, cgroup, host, latent, vm
 from lib.vm import VM
 
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
@@ -23,6 +25,7 @@ MIB = 1 << 20
 YOUNG = "200ms" # of pages that are looked at every 100 ms
 LOOKS = 7       # from "never looked at" to the oldest state
 BALLOONED_MIB = 24
+PRESSURE = 0.05  # percent
 DIRECT_READS = "sha256sum < /dev/vdb"  # through a drive with cache=none: the device writes guest RAM by itself
 
 
@@ -172,14 +175,38 @@ def wait_walks(guest, walks):
         time.sleep(0.05)
 
 
-def interrupted(test, guest):
-    """Ctrl-C ends the walk."""
-    tool = subprocess.Popen([vm.BUILD_DIR / "latent", "reclaim", guest.name, "--auto", "--json"], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
-    first = json.loads(tool.stdout.readline())
-    test.check(first["pressure_percent"] >= 0 and first["act"] in ("rest", "reclaim", "back-off"), f"--auto: {first}")
-    tool.send_signal(signal.SIGINT)
-    test.check_equal((tool.wait(10), tool.stderr.read()), (0, ""), "Ctrl-C ends --auto")
+def under_pressure(test, guest, disk):
+    """--auto does nothing without pressure on the host's memory, reclaims under it, and ends by Ctrl-C."""
+    with contextlib.ExitStack() as stack:
+        tool = subprocess.Popen([vm.BUILD_DIR / "latent", "reclaim", guest.name, "--auto", "--pressure", str(PRESSURE), "--json"],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stack.callback(tool.kill)
+        first = json.loads(tool.stdout.readline())
+        test.check(first["pressure_percent"] > PRESSURE or first["act"] == "rest", f"--auto: {first}")
+        if make_pressure(test, stack, disk):
+            walks, deadline_s = figures(guest)["walks"], time.monotonic() + 40
+            while (act := json.loads(tool.stdout.readline()))["act"] != "reclaim" and time.monotonic() < deadline_s:
+                pass
+            test.check(act["act"] == "reclaim" and act["pressure_percent"] > PRESSURE, f"under pressure: {act}")
+            test.check(figures(guest)["walks"] > walks, "it walks through guest RAM")
+        tool.send_signal(signal.SIGINT)
+        test.check_equal((tool.wait(10), tool.communicate()[1]), (0, ""), "Ctrl-C ends --auto")
+
+
+def make_pressure(test, stack, file):
+    """Somebody reads a file, and has no room for what he reads."""
+    group = cgroup.Cgroup()
+    if group.path is None:
+        test.not_tried("--auto under pressure: no memory cgroup can be made here")
+        return False
+    stack.callback(group.remove)
+    group.limit.write_text(str(8 * MIB))
+    host.drop_from_page_cache(file)  # so that its pages are charged to him
+    reader = subprocess.Popen(["sh", "-c", 'while :; do cat "$0" > /dev/null; done', file],
+                              preexec_fn=lambda: (os.setpgrp(), group.take(os.getpid())))
+    stack.callback(reader.wait)
+    stack.callback(os.killpg, reader.pid, signal.SIGKILL)
+    return True
 
 
 # ---- saved ----
@@ -235,7 +262,7 @@ def body(test):
             scan(guest, "400ms")
             to_half(test, guest, contents)
             below_what_it_uses(test, guest, contents)
-            interrupted(test, guest)
+            under_pressure(test, guest, disk)
             under_load(test, guest, contents)
             saved(test, guest, contents, directory)
             guest.shutdown()

@@ -63,14 +63,14 @@ uint64_t reclaimer_publish(struct agent *a)
 	return bytes;
 }
 
-/* Ends when all was looked at, when it is enough, or when there is no use in going on. */
+/* Ends when all was looked at, when it is enough, or when there is no use in going on: a unit that would
+ * take too many mappings is not the last one. */
 static int walk(struct agent *a, const struct reclaim_order *order)
 {
 	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
 	int r = 1;
 
-	while (r == 1 ||
-	       r == -EDQUOT) { /* a unit that would take too many mappings is not the last one */
+	while (r == 1 || r == -EDQUOT) {
 		if (reclaimer.ended)
 			return -ECANCELED;
 		if (reclaimer_publish(a) <= order->until_bytes)
@@ -113,8 +113,8 @@ static void *work(void *arg)
 		struct reclaim_order order = next_walk();
 		int r = walk(a, &order);
 
-		if (r && r != -EBUSY &&
-		    r != -ECANCELED) /* that was said when it came to be so, and this wanted */
+		/* The first was said when it came to be so, the second is wanted. */
+		if (r && r != -EBUSY && r != -ECANCELED)
 			agent_say("not all of the memory that is cold could be given back: %s",
 				  strerror(-r));
 		end_walk(a, r);

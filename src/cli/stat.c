@@ -2,6 +2,7 @@
 /* latent stat: the statistics of one VM. */
 #include "cli/cli.h"
 #include "cli/restore_steps.h"
+#include "cli/stat_reclaim.h"
 #include "cli/stat_scan.h"
 #include "cli/vm_view.h"
 
@@ -292,6 +293,7 @@ static void print_vm(const struct vm_view *view)
 	       (uintmax_t)stat_get(&stats->pages_discarded), (uintmax_t)stat_get(&stats->pages_settled),
 	       (uintmax_t)stat_get(&stats->map_failures));
 	stat_print_scan(stats);
+	stat_print_reclaim(stats);
 	printf("\nMappings: %ju of guest RAM + %ju others, budget %ju, limit of the kernel %ju\n",
 	       (uintmax_t)stat_get(&stats->maps_ram_now), (uintmax_t)stat_get(&stats->maps_other_now),
 	       (uintmax_t)stat_get(&stats->maps_budget_now),
@@ -427,6 +429,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	if (step_us[RESTORE_BEGUN])
 		json_object_object_add(json, "rest", rest_to_json(stats));
 	json_object_object_add(json, "scan", stat_scan_to_json(&stats->scan));
+	json_object_object_add(json, "reclaim", stat_reclaim_to_json(&stats->reclaim));
 	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
 	if (stats->source[0])
 		add_source(json, stats);

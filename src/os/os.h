@@ -108,6 +108,8 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it, os_residency_is_told; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 bool os_residency_is_told(int fd);
+/* Advises the kernel to drop from the page cache what is clean there and mapped by nobody. */
+void os_drop_cached(int fd, uint64_t offset, uint64_t bytes);
 
 /*
  * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.

@@ -344,6 +344,8 @@ void agent_note_kernel_io(bool of_drives)
 
 	if (!a)
 		return;
+	if (!a->kernel_io)
+		reclaimer_leave(); /* before anybody goes on who sees the flag */
 	a->kernel_io = true;
 	if (of_drives)
 		a->stats->other_io = 1;
@@ -398,6 +400,7 @@ int agent_exclude(const char *what)
 		return 0;
 	restorer_wait();
 	volumes_allow(a->volumes, false);
+	reclaimer_leave();
 	r = ram_unmask(a->ram);
 	ram_get_counts(a->ram, &c);
 	for (uint32_t i = 0; c.overlay_pages && (v = volumes_nth(a->volumes, i)); i++)

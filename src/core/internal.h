@@ -66,6 +66,7 @@ struct ram {
 	struct ram_words words;
 	struct ram_mask_counts mask_counts;
 	struct ram_reclaim reclaim;
+	uint64_t expected; /* pages; under the mask lock */
 };
 
 static inline void assert_locked(struct ram *ram)

@@ -24,9 +24,15 @@ static bool names_spill(uint64_t entry)
 	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_SPILL;
 }
 
+static bool names_peer(uint64_t entry)
+{
+	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_PEER;
+}
+
 static void count_out(struct ram *ram, uint64_t entry)
 {
 	ram->mask_counts.masked_now--;
+	ram->expected -= names_peer(entry);
 	if (names_file(entry))
 		ram->files[entry_file(entry)].masked_pages--;
 	if (names_spill(entry))
@@ -75,6 +81,8 @@ static void set_made(struct ram *ram, struct ram_block *b, uint64_t page)
 		ram->mask_counts.copied++;
 	else if (names_spill(entry))
 		ram->reclaim.counts.returned++;
+	else if (names_peer(entry))
+		ram->mask_counts.put++;
 	else
 		ram->mask_counts.made++;
 	entry_set(b, page, ENTRY_WATCHED);
@@ -101,6 +109,8 @@ static int get_contents(struct ram *ram, uint64_t entry, void *page)
 	}
 	if (names_spill(entry))
 		return spill_read(ram->reclaim.spill, entry_file_page(entry), page);
+	if (names_peer(entry))
+		return -EINPROGRESS;
 	for (size_t i = 0; i < OS_PAGE_BYTES / sizeof *word; i++)
 		word[i] = word_at(&ram->words, entry_file_page(entry));
 	return 0;
@@ -291,6 +301,7 @@ void mask_set(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t entr
 		return;
 	ram->mask_counts.masked_now++;
 	ram->mask_counts.masked++;
+	ram->expected += names_peer(entry);
 	if (names_file(entry))
 		ram->files[entry_file(entry)].masked_pages++;
 }
@@ -335,6 +346,67 @@ int mask_watch(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pag
 			entry_set(b, i, ENTRY_WATCHED);
 	ram->counts.maps += count_starts(b, page, page + pages) - starts;
 	return 0;
+}
+
+/* With both locks; the pages are in one mapping, which shows no file. */
+static int expect_run(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	int r = os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
+
+	if (!r)
+		r = mask_watch(ram, b, page, pages);
+	for (uint64_t i = page; !r && i < page + pages; i++) {
+		mask_drop(ram, b, i, 1);
+		mask_set(ram, b, i, entry_masked(ENTRY_PEER, 0));
+	}
+	return r;
+}
+
+int ram_expect(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct ram_range range;
+	int r;
+
+	assert_locked(ram);
+	if (ram->uffd < 0 || ram->base_held)
+		return -EBUSY;
+	r = ram_return_base(ram, b, page, pages);
+	if (!r && !within_budget(ram, mask_more_maps(b, page, pages)))
+		r = -EDQUOT;
+	for (uint64_t end = page + pages; !r && page < end; page += range.pages) {
+		range = ram_range_at(b, page, end);
+		if (range.source == ENTRY_BASE)
+			ram_not_single(ram, b, page, range.pages); /* one userfaultfd a mapping */
+		pthread_mutex_lock(&ram->mask_lock);
+		r = expect_run(ram, b, page, range.pages);
+		pthread_mutex_unlock(&ram->mask_lock);
+	}
+	return r;
+}
+
+int ram_put(struct ram *ram, void *hva, const void *contents, bool *ret_put)
+{
+	struct ram_block *b;
+	uint64_t page;
+	int r = 0;
+
+	pthread_mutex_lock(&ram->mask_lock);
+	b = find_page(ram, hva, &page);
+	*ret_put = b && names_peer(entry_get(b, page));
+	if (*ret_put)
+		r = put_contents(ram, b, page, entry_get(b, page), contents);
+	pthread_mutex_unlock(&ram->mask_lock);
+	return r;
+}
+
+uint64_t ram_expected(struct ram *ram)
+{
+	uint64_t expected;
+
+	pthread_mutex_lock(&ram->mask_lock);
+	expected = ram->expected;
+	pthread_mutex_unlock(&ram->mask_lock);
+	return expected;
 }
 
 static int watch_writes_of(struct ram *ram, struct ram_block *b)

@@ -79,6 +79,7 @@ struct ram_mask_counts {
 	uint64_t made;    /* their contents were made of a word, */
 	uint64_t copied;  /* or copied from a file, */
 	uint64_t mapped;  /* or the file was mapped there; */
+	uint64_t put;     /* or they came from elsewhere; */
 	uint64_t dropped; /* or something else came there before anybody looked */
 };
 
@@ -223,6 +224,12 @@ int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_
  * ram_unmask_file: makes all that comes from the file, by copying; it may be rewritten afterwards. May wait for
  *     storage. Needs no lock; the guest may run. Goes on after a failure and returns the first one.
  * ram_unmask: makes everything, by mapping where that is possible, and watches nothing any more.
+ * ram_expect: [locked] what these pages hold comes from elsewhere, by ram_put; what is there now is forgotten. Until then
+ *     ram_make says -EINPROGRESS of them, and nobody else can make them either: ram_unmask, too, fails so. Errors as of
+ *     ram_mask, and of the kernel; then some of the pages are expected.
+ * ram_put: the contents of a page at `hva` have come; whoever waits for it goes on. Needs no lock, touches no guest RAM
+ *     by its address, and may be called while the guest runs. `*ret_put`: false if the page was not expected (any more).
+ * ram_expected: how many are expected still.
  * ram_unmask_part: [locked] makes these pages and watches them no more, because somebody is about to map their memfd
  *     anew there. May wait for storage. What could not be made stays masked, and must not be mapped anew.
  */
@@ -232,6 +239,9 @@ int ram_mask(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t p
 int ram_make(struct ram *ram, void *hva);
 int ram_unmask_file(struct ram *ram, unsigned file);
 int ram_unmask(struct ram *ram);
+int ram_expect(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+int ram_put(struct ram *ram, void *hva, const void *contents, bool *ret_put);
+uint64_t ram_expected(struct ram *ram);
 int ram_unmask_part(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
 

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 6u
+#define CONTROL_VERSION 7u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */

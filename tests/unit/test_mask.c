@@ -368,6 +368,107 @@ static void test_many_want_one(void **state)
 	check_maps();
 }
 
+/* ---- pages that another host has --------------------------------------------------------------------- */
+
+static int expect(uint64_t page, uint64_t pages)
+{
+	int r;
+
+	ram_lock(RAM);
+	r = ram_expect(RAM, BLOCK, page, pages);
+	ram_unlock(RAM);
+	return r;
+}
+
+static bool put(uint64_t page, uint8_t fill)
+{
+	uint8_t contents[OS_PAGE_BYTES];
+	bool done;
+
+	memset(contents, fill, sizeof contents);
+	assert_int_equal(ram_put(RAM, hva(page), contents, &done), 0);
+	return done;
+}
+
+static void *read_first_byte(void *at)
+{
+	return (void *)(uintptr_t)*(volatile uint8_t *)at;
+}
+
+static void test_expected_pages_are_waited_for(void **state)
+{
+	pthread_t reader;
+	void *read;
+
+	(void)state;
+	memset(hva(20), 0x11, OS_PAGE_BYTES); /* from an earlier pass */
+	assert_int_equal(expect(18, 6), 0);
+	assert_int_equal(ram_expected(RAM), 6);
+	check_maps();
+	assert_int_equal(pthread_create(&reader, NULL, read_first_byte, hva(20)), 0);
+	while (t.server.error != -EINPROGRESS)
+		usleep(100);
+	assert_int_equal(pthread_tryjoin_np(reader, &read), EBUSY);
+	assert_true(put(20, 0x22));
+	pthread_join(reader, &read);
+	assert_int_equal((uintptr_t)read, 0x22);
+	assert_false(put(20, 0x33)); /* the guest's own now */
+	assert_int_equal(*hva(20), 0x22);
+	assert_true(put(18, 0x44));
+	assert_int_equal(*hva(18), 0x44);
+	assert_int_equal(ram_expected(RAM), 4);
+	assert_int_equal(counts().put, 2);
+}
+
+/* What the guest has given up, or a disk has been read into, does not come back from the other host. */
+static void test_other_contents_are_faster_than_expected_ones(void **state)
+{
+	(void)state;
+	assert_int_equal(expect(30, 8), 0);
+	ram_lock(RAM);
+	assert_int_equal(ram_discard(RAM, BLOCK, 30, 2), 0);
+	assert_int_equal(ram_map_overlay(RAM, BLOCK, 34, 2, t.rig.files[0].index, 7), 0);
+	ram_unlock(RAM);
+	assert_int_equal(ram_expected(RAM), 4);
+	assert_false(put(30, 0x55));
+	assert_false(put(35, 0x55));
+	assert_true(put(32, 0x55));
+	assert_int_equal(*hva(30), 0);
+	assert_true(rig_holds(hva(34), tag(7)));
+	assert_int_equal(*hva(32), 0x55);
+}
+
+static void test_overlays_and_masks_become_expected(void **state)
+{
+	(void)state;
+	ram_lock(RAM);
+	assert_int_equal(ram_map_overlay(RAM, BLOCK, 40, 4, t.rig.files[0].index, 1), 0);
+	ram_unlock(RAM);
+	mask_file(44, 4, 100);
+	assert_int_equal(expect(38, 12), 0);
+	assert_int_equal(ram_expected(RAM), 12);
+	assert_int_equal(counts().masked_now, 12);
+	check_maps();
+	for (uint64_t i = 38; i < 50; i++)
+		assert_true(put(i, (uint8_t)i));
+	for (uint64_t i = 38; i < 50; i++)
+		assert_int_equal(*hva(i), i);
+	assert_int_equal(ram_expected(RAM), 0);
+}
+
+static void test_nothing_ends_the_wait_but_the_page(void **state)
+{
+	(void)state;
+	assert_int_equal(expect(60, 2), 0);
+	assert_int_equal(ram_unmask(RAM), -EINPROGRESS);
+	assert_int_equal(ram_expected(RAM), 2);
+	assert_true(put(60, 1));
+	assert_true(put(61, 2));
+	assert_int_equal(ram_unmask(RAM), 0);
+	assert_int_equal(*hva(61), 2);
+	assert_int_equal(source(61), ENTRY_BASE);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -384,6 +485,10 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_refused, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_known_numbers, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_many_want_one, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_expected_pages_are_waited_for, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_other_contents_are_faster_than_expected_ones, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_overlays_and_masks_become_expected, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_nothing_ends_the_wait_but_the_page, setup, teardown),
 	};
 	int uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);
 

@@ -45,7 +45,7 @@ def run(result):
 Given back: a guest of {MEM_MIB} MiB has touched all of its memory: a third is a program's that uses it all the time and does
 not pack, an eighth are files in memory, the rest shows files of its disk image. `latent scan` looks every {PERIOD_S} s, then
 `latent reclaim --cold-for {COLD_FOR_S}s`. Resident: the VM's own RAM, its copies, the store, and the image's pages in the
-host's page cache, of which this guest is the only user. Slowdown: what the program reads and writes by its virtual
+host's page cache, of which this guest is the only user, also those that it has dropped itself meanwhile. Slowdown: what the program reads and writes by its virtual
 processor's time, before and after. Limit: guests of the same size, each in a memory cgroup of {LIMIT_MIB} MiB with swap on
 the disk, that read {LIMIT_MIB + MEM_MIB // 8} MiB of files again and again, one at a time; the throughput of the one under
 Latent by that of plain QEMU.""")

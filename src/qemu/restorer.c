@@ -532,6 +532,16 @@ static int check_places(const struct fill *f, const struct snapshot_image *image
 	return 0;
 }
 
+/* Pages that are what a fresh memfd holds, and so never need an update. */
+static uint64_t count_zero(const struct fill *f)
+{
+	uint64_t count = 0;
+
+	for (uint64_t page = 0; page < f->pages; page++)
+		count += is_zero(&f->table[page]);
+	return count;
+}
+
 static int fill_block(struct fill *f, const struct snapshot_image *image)
 {
 	int r = check_places(f, image);
@@ -547,6 +557,7 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 	r = use_active(f, image);
 	if (!r)
 		r = fill(f);
+	stat_add(&f->agent->stats->pages_never_masked, count_zero(f));
 	if (!r && !f->agent->config.restore.pager.active)
 		touch_active(f);
 	return r;

@@ -214,7 +214,7 @@ static void print_masked(const struct vm_stats *stats)
 		return;
 	printf("  %-34s %9s  %5.1f %%\n", "to be made when it is touched", cli_size(now * PAGE_BYTES, a),
 	       percent(now * PAGE_BYTES, stats->ram_bytes));
-	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced %ju; zero without that %ju\n",
+	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced %ju; zero anyway %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_masked), (uintmax_t)stat_get(&stats->masked_made),
 	       (uintmax_t)stat_get(&stats->masked_mapped), (uintmax_t)stat_get(&stats->masked_copied),
 	       (uintmax_t)stat_get(&stats->masked_dropped),
@@ -280,7 +280,7 @@ static void print_vm(const struct vm_view *view)
 	printf("  %-34s %9s  %5.1f %%\n", "copies of image pages", cli_size(copies, a),
 	       percent(copies, stats->ram_bytes));
 	print_masked(stats);
-	printf("  copied on write %ju pages, discarded %ju, settled %ju; mapping calls that failed %ju\n",
+	printf("  copied on write %ju pages, discarded %ju, settled %ju; mapping calls failed %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_copied_on_write),
 	       (uintmax_t)stat_get(&stats->pages_discarded), (uintmax_t)stat_get(&stats->pages_settled),
 	       (uintmax_t)stat_get(&stats->map_failures));

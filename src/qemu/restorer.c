@@ -542,9 +542,11 @@ static uint64_t count_zero(const struct fill *f)
 	return count;
 }
 
-/* What comes after a step; where tests let a restore fail, or be killed (LATENT_FAULT=agent_step:N:…).
- */
-static int after(int r) { return r ? r : os_fault(OS_FAULT_AGENT_STEP); }
+/* What comes after a step; where tests let a restore fail, or be killed (LATENT_FAULT=agent_step:N:…). */
+static int after(int r)
+{
+	return r ? r : os_fault(OS_FAULT_AGENT_STEP);
+}
 
 static int fill_block(struct fill *f, const struct snapshot_image *image)
 {

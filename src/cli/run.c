@@ -6,6 +6,7 @@
 #include "cli/cli.h"
 #include "cli/preflight.h"
 #include "cli/qemu_args.h"
+#include "cli/restore.h"
 #include "cli/run.h"
 #include "os/os.h"
 #include "os/probe.h"
@@ -141,8 +142,11 @@ static int launch_vmm(struct launch *launch)
 	};
 	int status = CLI_OK;
 
-	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++)
-		status = steps[i](launch);
+	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++) {
+		status = launch->restore ? restore_step() : CLI_OK;
+		if (!status)
+			status = steps[i](launch);
+	}
 	give_up(launch); /* a success does not come back */
 	return status;
 }

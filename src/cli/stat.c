@@ -224,10 +224,11 @@ static void print_masked(const struct vm_stats *stats)
 		return;
 	printf("  %-34s %9s  %5.1f %%\n", "to be made when it is touched", cli_size(now * PAGE_BYTES, a),
 	       percent(now * PAGE_BYTES, stats->ram_bytes));
-	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced before that %ju\n",
+	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced %ju; zero anyway %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_masked), (uintmax_t)stat_get(&stats->masked_made),
 	       (uintmax_t)stat_get(&stats->masked_mapped), (uintmax_t)stat_get(&stats->masked_copied),
-	       (uintmax_t)stat_get(&stats->masked_dropped));
+	       (uintmax_t)stat_get(&stats->masked_dropped),
+	       (uintmax_t)stat_get(&stats->pages_never_masked));
 }
 
 /* What the guest has not touched comes by itself. */
@@ -289,7 +290,8 @@ static void print_vm(const struct vm_view *view)
 	printf("  %-34s %9s  %5.1f %%\n", "copies of image pages", cli_size(copies, a),
 	       percent(copies, stats->ram_bytes));
 	print_masked(stats);
-	printf("  discarded %ju pages, settled %ju pages, mapping calls that failed %ju\n",
+	printf("  copied on write %ju pages, discarded %ju, settled %ju; mapping calls failed %ju\n",
+	       (uintmax_t)stat_get(&stats->pages_copied_on_write),
 	       (uintmax_t)stat_get(&stats->pages_discarded), (uintmax_t)stat_get(&stats->pages_settled),
 	       (uintmax_t)stat_get(&stats->map_failures));
 	stat_print_scan(stats);
@@ -418,6 +420,8 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	add_number(json, "masked_copied", stat_get(&stats->masked_copied));
 	add_number(json, "masked_mapped", stat_get(&stats->masked_mapped));
 	add_number(json, "masked_dropped", stat_get(&stats->masked_dropped));
+	add_number(json, "pages_never_masked", stat_get(&stats->pages_never_masked));
+	add_number(json, "pages_copied_on_write", stat_get(&stats->pages_copied_on_write));
 	add_number(json, "pages_discarded", stat_get(&stats->pages_discarded));
 	add_number(json, "pages_settled", stat_get(&stats->pages_settled));
 	add_number(json, "map_failures", stat_get(&stats->map_failures));

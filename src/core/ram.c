@@ -221,6 +221,7 @@ static void set_private(struct ram *ram, struct ram_block *b, uint64_t page, enu
 		return;
 	entry_set(b, page, entry | ENTRY_PRIVATE);
 	ram->counts.private_pages++;
+	ram->counts.copied_pages += why == RAM_LOST_COPIED;
 	tell_lost(ram, entry, why);
 }
 

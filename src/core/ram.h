@@ -65,6 +65,7 @@ struct ram_range {
 
 struct ram_counts {
 	uint64_t pages, overlay_pages, private_pages;
+	uint64_t copied_pages; /* became private by a write; only grows */
 	uint64_t maps;       /* mappings that make up guest RAM */
 	uint64_t other_maps; /* the rest of the process, when last counted */
 	uint64_t budget_maps;

@@ -58,8 +58,9 @@ struct agent_restore {
 };
 
 enum agent_report_kind {
-	REPORT_READY, /* the guest runs, or stands as it was asked to */
-	REPORT_TAKEN, /* a spare is no longer its keeper's */
+	REPORT_READY,  /* the guest runs, or stands as it was asked to */
+	REPORT_TAKEN,  /* a spare is no longer its keeper's */
+	REPORT_FAILED, /* it could not be let run, and stands; `cont` may help */
 };
 
 struct agent_report {

@@ -656,6 +656,7 @@ int volumes_refresh(struct volumes *all, bool deep)
 	stat_set(&s->pages_base_now, c.pages - c.overlay_pages);
 	stat_set(&s->pages_overlay_now, c.overlay_pages);
 	stat_set(&s->pages_private_now, c.private_pages);
+	stat_set(&s->pages_copied_on_write, c.copied_pages);
 	stat_set(&s->map_failures, c.failures);
 	ram_get_mask_counts(all->ram, &m);
 	stat_set(&s->pages_masked_now, m.masked_now);

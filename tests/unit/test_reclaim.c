@@ -64,8 +64,7 @@ static uint64_t random_word(uint64_t *state)
 	return z ^ z >> 31;
 }
 
-/* Contents that follow from a seed; with `words` of noise, which does not pack, and the rest repeated.
- */
+/* Contents that follow from a seed; with `words` of noise, which does not pack, and the rest repeated. */
 static void fill(uint64_t *page, uint64_t seed, size_t noise)
 {
 	uint64_t state = seed;

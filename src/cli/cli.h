@@ -38,7 +38,8 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore, cli_info,
-	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan, cli_heat, cli_top, cli_reclaim;
+	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan, cli_heat, cli_top, cli_reclaim, cli_migrate,
+	cli_receive;
 
 /* ---- options -------------------------------------------------------------------------------- */
 

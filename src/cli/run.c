@@ -431,6 +431,8 @@ static int make_agent_config(const struct launch *launch)
 
 	if (launch->restore)
 		config.restore = launch->restore->agent;
+	if (launch->restore && launch->restore->incoming)
+		config.incoming = *launch->restore->incoming;
 	snprintf(config.excluded_by, sizeof config.excluded_by, "%s", why_no_overlays(launch));
 	config.overlays_allowed = !config.excluded_by[0];
 	snprintf(config.block_name, sizeof config.block_name, "%s", launch->plan.block_name);

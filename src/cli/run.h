@@ -10,6 +10,7 @@ struct run_restore {
 	const char *like;      /* then this, or, if a VM has it, this and the process id */
 	unsigned number;       /* of the clone or spare; 0: it is none */
 	struct agent_restore agent; /* its descriptors are inherited */
+	const struct agent_incoming *incoming; /* in its place: what comes from another host; or NULL */
 	int argc;              /* QEMU's line, with placeholders */
 	char **argv;
 };

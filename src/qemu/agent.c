@@ -195,6 +195,11 @@ __attribute__((constructor)) static void load(void)
 		for (uint32_t i = 0; i < c->restore.volumes && i < AGENT_RESTORE_VOLUMES; i++)
 			keep_from_children(c->restore.volume_fd[i]);
 	}
+	if (c->incoming.active) {
+		keep_from_children(c->incoming.channel_fd);
+		for (uint32_t i = 0; i < c->incoming.volumes && i < AGENT_RESTORE_VOLUMES; i++)
+			keep_from_children(c->incoming.volume_fd[i]);
+	}
 	configured = true;
 }
 
@@ -296,6 +301,8 @@ static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t 
 		a->stats->pid = (uint32_t)getpid();
 		if (a->config.restore.active)
 			r = restorer_begin(a, block);
+		else if (a->config.incoming.active)
+			r = incoming_begin(a);
 	}
 	return r;
 }

@@ -12,6 +12,7 @@
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *   scanner.c  its thread that looks at what the guest uses, from the first request for that on
  *   reclaimer.c its thread that gives cold memory back to the host, from the first request for that on
+ *   incoming.c its end of a migration to this host
  *   resume.c   what comes after a restore: the guest runs, or waits to be taken
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
@@ -138,6 +139,10 @@ void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
 bool saver_is_client(int client); /* it saves the VM, or is about to */
+
+/* incoming.c: at the first mapping of guest RAM. */
+int incoming_begin(struct agent *agent);
+void incoming_want(struct agent *agent, uintptr_t hva);
 
 /* layout.c, from the service thread. layout_send: at most LAYOUT_FDS descriptors; -EPIPE. */
 #define LAYOUT_FDS (CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2)

@@ -38,7 +38,7 @@ static struct {
 
 static void note_failure(uintptr_t page, int error)
 {
-	if (error != faults.last_error)
+	if (error != faults.last_error && error != -EINPROGRESS)
 		agent_say("a page that the guest waits for cannot be had (%s); it is tried again until it can", strerror(-error));
 	faults.last_error = error;
 	if (faults.failures < FAILED_MAX)
@@ -51,6 +51,8 @@ static void make(uintptr_t page)
 {
 	int r = ram_make(faults.agent->ram, (void *)page);
 
+	if (r == -EINPROGRESS)
+		incoming_want(faults.agent, page);
 	if (r)
 		note_failure(page, r);
 }

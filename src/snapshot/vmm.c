@@ -5,6 +5,7 @@
 #include "vmdir/vmdir.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -12,6 +13,7 @@
 
 #define COMMAND_MS 10000
 #define STATE_MS 60000
+#define START_MS 20000
 #define FINALIZE_TRIES 2000
 
 _Static_assert(QMP_WHY_BYTES <= SNAPSHOT_WHY_BYTES, "QEMU's words fit");
@@ -72,6 +74,43 @@ static int query_status(struct vmm *vmm)
 	return r;
 }
 
+static int greet(struct vmm *vmm)
+{
+	int r = qmp_greet(vmm->qmp, COMMAND_MS);
+
+	if (r)
+		return snapshot_fail(vmm->why, r, "QEMU does not answer on the monitor for saving: %s", strerror(-r));
+	return query_version(vmm);
+}
+
+/* Its socket is there when QEMU has come so far. */
+static int connect_waiting(struct vmm *vmm, const char *path, int end_fd)
+{
+	uint64_t until_us = os_now_us() + START_MS * 1000ull;
+	struct pollfd p = { end_fd, POLLIN, 0 };
+	int r;
+
+	while ((r = qmp_connect(path, on_event, vmm, &vmm->qmp))) {
+		if (end_fd >= 0 && poll(&p, 1, 0) > 0)
+			return snapshot_fail(vmm->why, -EPIPE, "the VMM has ended (see its log)");
+		if ((r != -ENOENT && r != -ECONNREFUSED) || os_now_us() >= until_us)
+			return snapshot_fail(vmm->why, r, "the VM's monitor cannot be reached: %s", strerror(-r));
+		usleep(2000);
+	}
+	return 0;
+}
+
+int vmm_open_waiting(const char *run_dir, int end_fd, char why[SNAPSHOT_WHY_BYTES], struct vmm *vmm)
+{
+	char path[VMDIR_PATH_BYTES];
+	int r;
+
+	*vmm = (struct vmm){ .why = why, .state_fd = -1 };
+	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, run_dir);
+	r = connect_waiting(vmm, path, end_fd);
+	return r ? r : greet(vmm);
+}
+
 int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WHY_BYTES], struct vmm *vmm)
 {
 	char path[VMDIR_PATH_BYTES];
@@ -83,10 +122,7 @@ int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WH
 	if (r)
 		return snapshot_fail(why, r, "the VM's monitor for saving cannot be reached: %s", strerror(-r));
 	qmp_stop_when(vmm->qmp, stop);
-	r = qmp_greet(vmm->qmp, COMMAND_MS);
-	if (r)
-		return snapshot_fail(why, r, "QEMU does not answer on the monitor for saving: %s", strerror(-r));
-	r = query_version(vmm);
+	r = greet(vmm);
 	return r ? r : query_status(vmm);
 }
 
@@ -145,10 +181,19 @@ static int wait_migration(struct vmm *vmm, const char *wanted)
 	return 0;
 }
 
+static int give_fd(struct vmm *vmm, int fd, const char *arguments)
+{
+	struct qmp_command getfd = { .name = "getfd", .timeout_ms = COMMAND_MS, .fd = fd };
+	char words[QMP_WHY_BYTES];
+	int r;
+
+	getfd.arguments = json_tokener_parse(arguments);
+	r = qmp_run(vmm->qmp, &getfd, NULL, words);
+	return r ? snapshot_fail(vmm->why, r, "QEMU's getfd: %.200s", words) : 0;
+}
+
 int vmm_begin_pause(struct vmm *vmm)
 {
-	struct qmp_command getfd = { .name = "getfd", .timeout_ms = COMMAND_MS };
-	char words[QMP_WHY_BYTES];
 	int r;
 
 	qmp_stop_when(vmm->qmp, NULL); /* what has begun to pause goes to its end, which is near */
@@ -156,12 +201,9 @@ int vmm_begin_pause(struct vmm *vmm)
 	vmm->state_fd = os_memfd_create("latent-state", 0, false);
 	if (vmm->state_fd < 0)
 		return snapshot_fail(vmm->why, vmm->state_fd, "no memory for the device state");
-	getfd.arguments = json_tokener_parse("{\"fdname\": \"latent-state\"}");
-	getfd.fd = vmm->state_fd;
-	r = qmp_run(vmm->qmp, &getfd, NULL, words);
-	if (r)
-		return snapshot_fail(vmm->why, r, "QEMU's getfd: %.200s", words);
-	r = vmm_run(vmm, "migrate-set-parameters", json_tokener_parse("{\"max-bandwidth\": 1099511627776}"), NULL);
+	r = give_fd(vmm, vmm->state_fd, "{\"fdname\": \"latent-state\"}");
+	if (!r)
+		r = vmm_run(vmm, "migrate-set-parameters", json_tokener_parse("{\"max-bandwidth\": 1099511627776}"), NULL);
 	if (!r)
 		r = set_capabilities(vmm, true);
 	return r ? r : vmm_run(vmm, "migrate", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
@@ -170,6 +212,21 @@ int vmm_begin_pause(struct vmm *vmm)
 int vmm_wait_stopped(struct vmm *vmm)
 {
 	return wait_migration(vmm, "pre-switchover");
+}
+
+int vmm_load_devices(struct vmm *vmm, int state_fd)
+{
+	int r = vmm_run(vmm, "migrate-set-capabilities",
+			json_tokener_parse("{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+					   "{\"capability\": \"events\", \"state\": true}]}"), NULL);
+
+	if (!r && lseek(state_fd, 0, SEEK_SET))
+		r = -errno;
+	if (!r)
+		r = give_fd(vmm, state_fd, "{\"fdname\": \"latent-state\"}");
+	if (!r)
+		r = vmm_run(vmm, "migrate-incoming", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
+	return r ? r : wait_migration(vmm, "completed");
 }
 
 int vmm_save_devices(struct vmm *vmm, uint64_t *ret_bytes)

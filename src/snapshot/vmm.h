@@ -28,6 +28,11 @@ struct vmm {
 /* `run_dir`: the VM's. Waiting ends with -EINTR when `*stop` is set, until vmm_begin_pause. Must be closed also after a
  * failure. */
 int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
+/* The same of one that is starting, and waits with -incoming defer; `end_fd` is readable when it has ended (-1: not
+ * known). */
+int vmm_open_waiting(const char *run_dir, int end_fd, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
+/* Its devices get the state that the file holds. */
+int vmm_load_devices(struct vmm *vmm, int state_fd);
 /* Lets the guest be, and the VMM as it was before. */
 void vmm_close(struct vmm *vmm);
 

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
-#define AGENT_CONFIG_VERSION 4u
+#define AGENT_CONFIG_VERSION 5u
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
@@ -77,6 +77,14 @@ struct rest_report {
 	uint64_t begun_us, pages_all, pages_now;
 };
 
+/* Guest RAM comes from another host; the VMM waits (-incoming defer, -S), and a mover does everything. */
+struct agent_incoming {
+	uint32_t active;
+	int32_t channel_fd; /* the agent's end: vmdir/incoming.h */
+	uint32_t volumes;
+	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* read-only; -1: not there */
+};
+
 struct agent_config {
 	uint32_t magic, version;
 	/* Descriptors that the VMM inherits; the agent makes all of them close-on-exec. */
@@ -93,6 +101,7 @@ struct agent_config {
 	uint32_t overlays_allowed;
 	uint64_t scan_period_us; /* 0: not until it is asked for */
 	struct agent_restore restore;
+	struct agent_incoming incoming;
 	char excluded_by[160];   /* with overlays_allowed == 0: the sentence that says why */
 	char block_name[64];     /* stock QEMU's name of the RAM block: "pc.ram" */
 	char name[64];

@@ -1,0 +1,340 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * latent receive: waits for a VM that another host moves here. The VMM is a child in a session of its own, with no
+ * input, whose output is kept as `log` in its run directory; it lives on when this command has ended. Its line is
+ * the user's, or built from the fields that the manifest may have.
+ */
+#include "cli/cli.h"
+#include "cli/mover.h"
+#include "cli/run.h"
+#include "migrate/receive.h"
+#include "os/os.h"
+#include "snapshot/drives.h"
+#include "vmdir/vmdir.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define VOLUMES_MAX 64
+#define END_MS 5000
+#define LOG "log"
+
+enum { OPT_LISTEN, OPT_NAME, OPT_VOLUME, OPT_TLS, OPT_PLAIN, OPT_JSON };
+
+static const struct cli_option options[] = {
+	[OPT_LISTEN] = { "listen", CLI_VALUE, "ADDRESS", "tcp:HOST:PORT or unix:PATH (default: tcp:0.0.0.0:4848)" },
+	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "what it is called here (default: as there)" },
+	[OPT_VOLUME] = { "volume", CLI_VALUE, "PATH=PATH", "a file that has the first path there has the second one here" },
+	[OPT_TLS] = { "tls", CLI_VALUE, "DIR", "prove who is who by the keys in DIR, and encrypt" },
+	[OPT_PLAIN] = { "plain", CLI_FLAG, NULL, "over TCP without keys: whoever reaches it can start a VM here" },
+	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the address, and the result, as JSON objects, one a line" },
+	{ NULL, CLI_FLAG, NULL, NULL },
+};
+
+const struct cli_command mover_receive = {
+	.name = "receive",
+	.arguments = "[OPTIONS] [-- QEMU ...]",
+	.summary = "Wait for a virtual machine that latent migrate moves here",
+	.details = "It ends when the machine runs and has all of its memory. Ctrl-C before that ends it, and the machine\n"
+		   "runs on where it was.",
+	.options = options,
+	.run = receive_run,
+};
+
+struct command {
+	const char *listen, *name, *keys_dir;
+	struct {
+		const char *there, *here;
+		size_t there_bytes;
+	} volume[VOLUMES_MAX];
+	unsigned volumes;
+	bool plain, json;
+	int argc;
+	char **argv;
+	char root[VMDIR_PATH_BYTES];
+	int log_fd;
+};
+
+static struct receive_progress progress;
+
+static void on_interrupt(int signal)
+{
+	(void)signal;
+	progress.stop = true;
+}
+
+/* ---- the VMM ---------------------------------------------------------------------------------------- */
+
+static const char *find(void *ctx, const char *path)
+{
+	const struct command *c = ctx;
+
+	for (unsigned i = 0; i < c->volumes; i++)
+		if (strlen(path) == c->volume[i].there_bytes && !strncmp(path, c->volume[i].there, c->volume[i].there_bytes))
+			return c->volume[i].here;
+	return path;
+}
+
+static char *append(char *text, const char *key, const char *value)
+{
+	char *escaped = props_escape(value), *longer = NULL;
+
+	if (!text || !escaped || asprintf(&longer, "%s%s%s=%s", text, *text ? "," : "", key, escaped) < 0)
+		longer = NULL;
+	free(escaped);
+	free(text);
+	return longer;
+}
+
+/* A saved disk gets the file that it has here. */
+static char *drive_with_file(struct command *c, const struct manifest_disk *disk, const struct drive_word *w, bool node)
+{
+	const struct manifest_layer *top = &disk->layer[0];
+	char *text = append(strdup(""), node ? "driver" : "format", top->format);
+
+	if (node)
+		text = append(text, "file.driver", "file");
+	text = append(text, node ? "file.filename" : "file", find(c, top->volume.path));
+	for (size_t i = 0; i < w->props.count; i++) {
+		const char *key = w->props.items[i].key;
+
+		if (strcmp(key, "file") && strcmp(key, "format") && strcmp(key, "driver") && strncmp(key, "file.", 5))
+			text = append(text, key, w->props.items[i].value);
+	}
+	return text;
+}
+
+/* The machine's line, with the disks' files. NULL: no memory. */
+static char **make_line(struct command *c, const struct manifest *m, int *ret_argc)
+{
+	const char *names[MANIFEST_DISKS];
+	struct drive_line drives = { 0 };
+	char **argv = NULL;
+	int argc = 0;
+
+	for (uint32_t i = 0; i < m->disks; i++)
+		names[i] = m->disk[i].drive;
+	if (machine_to_argv(m->machine, &argc, &argv) ||
+	    drives_find(argc, (const char *const *)argv, names, m->disks, &drives))
+		return NULL;
+	for (int i = 0; i + 1 < argc; i++) {
+		const struct drive_word *w = &drives.word[i];
+		char *text;
+
+		if (w->role != DRIVE_SAVED || w->words != 2)
+			continue;
+		text = drive_with_file(c, &m->disk[w->disk], w, strstr(argv[i], "blockdev"));
+		if (!text)
+			return NULL;
+		free(argv[i + 1]);
+		argv[i + 1] = text;
+	}
+	drives_free(&drives);
+	*ret_argc = argc;
+	return argv;
+}
+
+static _Noreturn void become(struct command *c, const struct manifest *m, const struct agent_incoming *incoming)
+{
+	struct run_restore vm = { .name = c->name ? c->name : m->name, .incoming = incoming, .argc = c->argc, .argv = c->argv };
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+	signal(SIGINT, SIG_DFL);
+	signal(SIGTERM, SIG_DFL);
+	if (setsid() < 0 || null < 0 || dup2(null, STDIN_FILENO) < 0 || dup2(c->log_fd, STDOUT_FILENO) < 0 ||
+	    dup2(c->log_fd, STDERR_FILENO) < 0)
+		_exit(CLI_SYSTEM);
+	vm.agent.report_fd = vm.agent.overlays_fd = -1;
+	if (!vm.argc)
+		vm.argv = make_line(c, m, &vm.argc);
+	_exit(vm.argv ? run_restored(&vm) : CLI_SYSTEM);
+}
+
+static int start(void *ctx, const struct manifest *m, const struct agent_incoming *incoming, struct receive_vm *ret_vm,
+		 char why[SNAPSHOT_WHY_BYTES])
+{
+	struct command *c = ctx;
+	const char *name = c->name ? c->name : m->name;
+
+	if (!c->argc && !m->machine)
+		return snapshot_fail(why, -ENOTSUP, "the machine is not described (%.150s): give QEMU's command line after --",
+				     m->machine_missing);
+	if (!vmdir_name_ok(name))
+		return snapshot_fail(why, -EINVAL, "'%.63s' is no name for a VM here: give it a --name", name);
+	if (snprintf(ret_vm->run_dir, sizeof ret_vm->run_dir, "%s/%s", c->root, name) >= (int)sizeof ret_vm->run_dir)
+		return snapshot_fail(why, -ENAMETOOLONG, "the path of the run directory is too long");
+	ret_vm->pid = fork();
+	if (!ret_vm->pid)
+		become(c, m, incoming);
+	if (ret_vm->pid < 0)
+		return snapshot_fail(why, -errno, "no process: %s", strerror(errno));
+	ret_vm->pid_fd = (int)syscall(SYS_pidfd_open, ret_vm->pid, 0);
+	return 0;
+}
+
+static void end(void *ctx, struct receive_vm *vm)
+{
+	(void)ctx;
+	(void)kill(vm->pid, SIGTERM);
+	for (int i = 0; i < END_MS && waitpid(vm->pid, NULL, WNOHANG) != vm->pid; i++)
+		usleep(1000);
+	if (!kill(vm->pid, 0))
+		(void)kill(vm->pid, SIGKILL);
+	(void)waitpid(vm->pid, NULL, 0);
+}
+
+/* ---- the command -------------------------------------------------------------------------------------- */
+
+static int add_volume(struct command *c, const char *value)
+{
+	const char *equals = strchr(value, '=');
+
+	if (c->volumes == VOLUMES_MAX || !equals || equals == value || !equals[1])
+		return cli_fail(CLI_USAGE, "receive: --volume takes PATH=PATH, not '%.80s'", value);
+	c->volume[c->volumes].there = value;
+	c->volume[c->volumes].there_bytes = (size_t)(equals - value);
+	c->volume[c->volumes++].here = equals + 1;
+	return CLI_OK;
+}
+
+static int parse(struct cli_parser *parser, struct command *c)
+{
+	int option;
+
+	while ((option = cli_next_option(parser)) >= 0) {
+		if (option == OPT_LISTEN)
+			c->listen = parser->value;
+		else if (option == OPT_NAME)
+			c->name = parser->value;
+		else if (option == OPT_TLS)
+			c->keys_dir = parser->value;
+		else if (option == OPT_VOLUME && add_volume(c, parser->value))
+			return CLI_WRONG;
+		c->plain = c->plain || option == OPT_PLAIN;
+		c->json = c->json || option == OPT_JSON;
+	}
+	if (option == CLI_END && c->name && !vmdir_name_ok(c->name)) {
+		cli_fail(CLI_USAGE, "receive: '%.80s' is no name for a VM", c->name);
+		return CLI_WRONG;
+	}
+	c->argc = parser->argc - parser->next;
+	c->argv = parser->argv + parser->next;
+	return option;
+}
+
+static void say_address(const struct command *c, int listener)
+{
+	char address[256] = "";
+
+	(void)link_describe(listener, address, sizeof address);
+	if (c->json)
+		printf("{\"listen\": \"%s\"}\n", address);
+	else
+		cli_say("waiting for a VM at %s", address);
+	fflush(stdout);
+}
+
+static void print(const struct command *c, const struct receive_result *r)
+{
+	struct json_object *json;
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT];
+
+	if (!c->json) {
+		printf("%s runs here; received %s in %.2f s, of that %s after it ran\n", c->name ? c->name : r->name,
+		       cli_size(r->bytes_received, a), (double)r->total_us / 1e6, cli_size(os_bytes(r->pages_missing), b));
+		return;
+	}
+	json = json_object_new_object();
+	json_object_object_add(json, "name", json_object_new_string(c->name ? c->name : r->name));
+	json_object_object_add(json, "pid", json_object_new_int64(r->pid));
+	json_object_object_add(json, "bytes_received", json_object_new_uint64(r->bytes_received));
+	json_object_object_add(json, "load_us", json_object_new_uint64(r->load_us));
+	json_object_object_add(json, "pages_words", json_object_new_uint64(r->words));
+	json_object_object_add(json, "pages_on_volumes", json_object_new_uint64(r->volume));
+	json_object_object_add(json, "pages_received", json_object_new_uint64(r->data));
+	json_object_object_add(json, "pages_missing", json_object_new_uint64(r->pages_missing));
+	json_object_object_add(json, "pages_wanted", json_object_new_uint64(r->pages_wanted));
+	printf("%s\n", json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
+	json_object_put(json);
+}
+
+/* Its output gets a name in its run directory. */
+static void keep_log(const struct command *c, const char *name)
+{
+	char path[VMDIR_PATH_BYTES], from[32];
+
+	snprintf(from, sizeof from, "/proc/self/fd/%d", c->log_fd);
+	if (!vmdir_path(c->root, name, LOG, path))
+		(void)linkat(AT_FDCWD, from, AT_FDCWD, path, AT_SYMLINK_FOLLOW);
+}
+
+static void print_log(const struct command *c)
+{
+	char text[1024];
+	ssize_t n = pread(c->log_fd, text, sizeof text - 1, 0);
+
+	text[n > 0 ? n : 0] = '\0';
+	if (text[0])
+		fprintf(stderr, "%s%s", text, text[strlen(text) - 1] == '\n' ? "" : "\n");
+}
+
+static int wait_for_vm(struct command *c, int listener, struct link_keys *keys)
+{
+	struct receive_options receive = { .listener = listener, .keys = keys, .find = find, .start = start, .end = end,
+					   .ctx = c };
+	char why[SNAPSHOT_WHY_BYTES] = "";
+	struct receive_result result;
+	int r = migrate_receive(&receive, &progress, &result, why);
+
+	if (result.runs)
+		keep_log(c, c->name ? c->name : result.name);
+	if (!r) {
+		print(c, &result);
+		return CLI_OK;
+	}
+	if (!result.runs)
+		print_log(c);
+	return cli_fail(CLI_NO_ANSWER, result.runs ? "the VM runs here, and not all of its memory has come: %s"
+				       : "no VM was received: %s", why[0] ? why : strerror(-r));
+}
+
+int receive_run(const struct cli_command *command, int argc, char **argv)
+{
+	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
+	struct command c = { .listen = "tcp:0.0.0.0:4848" };
+	struct sigaction action = { .sa_handler = on_interrupt };
+	struct link_keys *keys = NULL;
+	char why[VMDIR_WHY_BYTES];
+	int status = parse(&parser, &c), listener;
+
+	if (status != CLI_END)
+		return cli_end_status(status);
+	if (!c.keys_dir && !c.plain && strncmp(c.listen, "unix:", 5))
+		return cli_fail(CLI_USAGE, "receive: over TCP, say where the keys are (--tls DIR), or that there are none (--plain)");
+	if (vmdir_root(true, c.root, why))
+		return cli_fail(CLI_RUN_DIR, "%s", why);
+	c.log_fd = os_memfd_create("latent-log", 0, false);
+	if (c.keys_dir && link_keys_load(c.keys_dir, true, &keys, why))
+		return cli_fail(CLI_USAGE, "%s", why);
+	listener = link_listen(c.listen, why);
+	if (listener < 0)
+		return cli_fail(CLI_SYSTEM, "%s", why);
+	sigaction(SIGINT, &action, NULL);
+	sigaction(SIGTERM, &action, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	say_address(&c, listener);
+	status = wait_for_vm(&c, listener, keys);
+	link_keys_free(keys);
+	close(listener);
+	if (!strncmp(c.listen, "unix:", 5))
+		(void)unlink(c.listen + 5);
+	return status;
+}

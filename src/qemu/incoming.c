@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * The agent's end of a migration to this host: does what the mover asks for (vmdir/incoming.h), and tells it which
+ * pages are waited for. The thread touches no guest RAM by its address, takes no lock that somebody may hold who waits
+ * for a page, and is never stopped with the others: it is what ends their waiting.
+ */
+#include "qemu/agent.h"
+
+#include "os/os.h"
+#include "vmdir/incoming.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static struct {
+	struct agent *agent;
+	int channel; /* -1: there is no mover (any more) */
+	bool runs;   /* the thread */
+	struct volume *volume[AGENT_RESTORE_VOLUMES]; /* NULL: it cannot be mapped */
+} incoming = { .channel = -1 };
+
+/* ---- what the mover asks for ---------------------------------------------------------------------- */
+
+static struct ram_block *block_of(const struct incoming_run *run)
+{
+	struct ram_block *b = run->block < RAM_BLOCKS ? ram_block_at(incoming.agent->ram, run->block) : NULL;
+
+	return b && run->page < b->pages && run->pages && run->pages <= b->pages - run->page ? b : NULL;
+}
+
+static int map_run(const struct incoming_run *run)
+{
+	struct ram_block *b = block_of(run);
+	struct volume *v = run->volume < AGENT_RESTORE_VOLUMES ? incoming.volume[run->volume] : NULL;
+
+	if (!b)
+		return -EINVAL;
+	return v ? volume_map(v, b, run->page, run->pages, run->file_page) : -ENOTSUP;
+}
+
+static int change_run(enum incoming_op op, const struct incoming_run *run)
+{
+	struct ram *ram = incoming.agent->ram;
+	struct ram_block *b;
+	int r;
+
+	if (op == INCOMING_MAP)
+		return map_run(run);
+	ram_lock(ram);
+	b = block_of(run);
+	if (!b)
+		r = -EINVAL;
+	else if (op == INCOMING_BASE)
+		r = ram_return_base(ram, b, run->page, run->pages);
+	else
+		r = ram_expect(ram, b, run->page, run->pages);
+	ram_unlock(ram);
+	return r;
+}
+
+static int send_layout(void)
+{
+	static struct control_layout layout; /* only this thread */
+	struct agent *a = incoming.agent;
+	int fds[2 * RAM_BLOCKS], r;
+	size_t count = 0;
+
+	memset(&layout, 0, sizeof layout);
+	ram_lock(a->ram); /* until they are sent no block goes, and its descriptors with it */
+	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
+		const struct ram_block *b = ram_block_at(a->ram, i);
+
+		if (!b)
+			continue;
+		layout_describe(b, &layout.block[layout.blocks++]);
+		fds[count++] = b->memfd;
+		fds[count++] = b->entries_fd;
+	}
+	r = layout.blocks ? layout_send(incoming.channel, &layout, fds, count) : -ENODEV;
+	ram_unlock(a->ram);
+	return r;
+}
+
+static void put_pages(const struct incoming_put *put)
+{
+	struct agent *a = incoming.agent;
+
+	for (uint32_t i = 0; i < put->count; i++) {
+		const struct incoming_place *place = &put->place[i];
+		const struct ram_block *b = place->block < RAM_BLOCKS ? ram_block_at(a->ram, place->block) : NULL;
+		bool done;
+		int r = b && place->page < b->pages ? ram_put(a->ram, b->hva + os_bytes(place->page), put->contents[i], &done)
+						    : -EINVAL;
+
+		if (r)
+			agent_say("a page that has come cannot be put in place: %s", strerror(-r));
+	}
+}
+
+static int answer(enum incoming_op op, int error)
+{
+	struct incoming_reply reply = { .magic = INCOMING_MAGIC, .op = (uint32_t)op, .error = error,
+					.expected = ram_expected(incoming.agent->ram) };
+	struct iovec iov = { &reply, sizeof reply };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	return agent_send(incoming.channel, &message) == (ssize_t)sizeof reply ? 0 : -EPIPE;
+}
+
+static int obey(const struct incoming_request *q)
+{
+	int r = 0;
+
+	switch ((enum incoming_op)q->op) {
+	case INCOMING_LAYOUT:
+		r = answer(q->op, 0);
+		return r ? r : send_layout();
+	case INCOMING_MAP:
+	case INCOMING_BASE:
+	case INCOMING_EXPECT:
+		for (uint32_t i = 0; !r && i < q->count; i++)
+			r = change_run((enum incoming_op)q->op, &q->run[i]);
+		return answer(q->op, r);
+	case INCOMING_END:
+		return answer(q->op, ram_unmask(incoming.agent->ram));
+	default:
+		return -EPROTO;
+	}
+}
+
+/* ---- the thread ----------------------------------------------------------------------------------- */
+
+/* 0, or the mover is gone, or talks nonsense. */
+static int receive(void)
+{
+	static union {
+		struct incoming_request request;
+		struct incoming_put put;
+	} in; /* only this thread */
+	const size_t request = sizeof in.request - sizeof in.request.run, put = sizeof in.put - sizeof in.put.contents;
+	ssize_t n = recv(incoming.channel, &in, sizeof in, 0);
+
+	if (n < 0 && errno == EINTR)
+		return 0;
+	if (n < (ssize_t)request)
+		return -ECONNRESET;
+	if (in.request.magic != INCOMING_MAGIC)
+		return -EPROTO;
+	if (in.request.op == INCOMING_PUT) {
+		if (n < (ssize_t)put || in.put.count > INCOMING_PAGES ||
+		    (size_t)n != put + in.put.count * sizeof in.put.contents[0])
+			return -EPROTO;
+		put_pages(&in.put);
+		return 0;
+	}
+	if (in.request.count > INCOMING_RUNS || (size_t)n != request + in.request.count * sizeof in.request.run[0])
+		return -EPROTO;
+	return obey(&in.request);
+}
+
+static void *incoming_main(void *arg)
+{
+	(void)arg;
+	os_never_freeze((pid_t)syscall(SYS_gettid));
+	while (!receive())
+		;
+	close(incoming.channel);
+	incoming.channel = -1;
+	if (ram_expected(incoming.agent->ram))
+		agent_say("the mover that brings pages of the migration is gone, and %llu are still to come: run `latent receive "
+			  "--resume`", (unsigned long long)ram_expected(incoming.agent->ram));
+	return NULL;
+}
+
+static int start_thread(void)
+{
+	sigset_t all, old;
+	pthread_t thread;
+	int r;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	r = -pthread_create(&thread, NULL, incoming_main, NULL);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (r)
+		return r;
+	pthread_setname_np(thread, "latent-incoming");
+	return -pthread_detach(thread);
+}
+
+int incoming_begin(struct agent *a)
+{
+	const struct agent_incoming *config = &a->config.incoming;
+	int r;
+
+	if (incoming.runs)
+		return 0;
+	r = faults_make_pages(a);
+	if (r)
+		agent_say("pages cannot come later: %s", r == -EPERM
+			  ? "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
+			    "vm.unprivileged_userfaultfd=1)" : strerror(-r));
+	incoming.agent = a;
+	incoming.channel = config->channel_fd;
+	for (uint32_t i = 0; i < config->volumes && i < AGENT_RESTORE_VOLUMES; i++)
+		if (config->volume_fd[i] >= 0 && a->overlays_allowed)
+			incoming.volume[i] = volumes_attach(a->volumes, config->volume_fd[i]);
+	r = start_thread();
+	incoming.runs = !r;
+	return r;
+}
+
+/* From the thread that serves faults, again and again as long as somebody waits: it must not wait for the mover. */
+void incoming_want(struct agent *a, uintptr_t hva)
+{
+	struct incoming_reply wanted = { .magic = INCOMING_MAGIC, .op = INCOMING_WANTED };
+	int channel = incoming.channel;
+
+	for (uint32_t i = 0; channel >= 0 && i < RAM_BLOCKS; i++) {
+		const struct ram_block *b = ram_block_at(a->ram, i);
+
+		if (!b || hva < (uintptr_t)b->hva || hva - (uintptr_t)b->hva >= os_bytes(b->pages))
+			continue;
+		wanted.block = i;
+		wanted.page = (hva - (uintptr_t)b->hva) >> OS_PAGE_SHIFT;
+		(void)syscall(SYS_sendto, channel, &wanted, sizeof wanted, MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
+		return;
+	}
+}

@@ -572,16 +572,22 @@ static int flush(struct link *link)
 	}
 }
 
-void link_send_last(struct link *link, enum wire_type type, const char *sentence)
+void link_flush(struct link *link)
 {
 	uint64_t until_us = os_now_us() + LAST_MS * 1000u;
-	size_t bytes = strnlen(sentence, WIRE_TEXT_MAX - 1);
 	struct pollfd p = { .fd = link->fd, .events = POLLOUT };
+
+	while (!flush(link) && link->waiting && os_now_us() < until_us)
+		(void)poll(&p, 1, 50);
+}
+
+void link_send_last(struct link *link, enum wire_type type, const char *sentence)
+{
+	size_t bytes = strnlen(sentence, WIRE_TEXT_MAX - 1);
 
 	if (!bytes || enqueue(link, type, sentence, bytes, false))
 		return;
-	while (!flush(link) && link->waiting && os_now_us() < until_us)
-		(void)poll(&p, 1, 50);
+	link_flush(link);
 	(void)shutdown(link->fd, SHUT_WR);
 }
 

@@ -51,6 +51,8 @@ void link_close(struct link *link);
 /* Copies the payload. An urgent message overtakes those that are not being sent yet. -EAGAIN: there is no room now;
  * -ENOMEM. */
 int link_send(struct link *link, enum wire_type type, const void *payload, size_t bytes, bool urgent);
+/* Waits until all has been sent that waits for it, for a second at the most. */
+void link_flush(struct link *link);
 /* A sentence (WIRE_REFUSE, WIRE_FAILED), and all that waits before it, as far as the peer takes it within a second. */
 void link_send_last(struct link *link, enum wire_type type, const char *sentence);
 

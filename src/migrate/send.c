@@ -411,6 +411,14 @@ static int put_rest(struct send *s)
 	return r;
 }
 
+static int end_serving(struct send *s)
+{
+	int r = put(s, WIRE_DONE, NULL, 0);
+
+	link_flush(s->link);
+	return r;
+}
+
 /* Until the destination has all. */
 static int serve(struct send *s)
 {
@@ -420,7 +428,7 @@ static int serve(struct send *s)
 	while (!r) {
 		r = link_receive(s->link, &m, s->why);
 		if (!r && m.type == WIRE_DONE)
-			return put(s, WIRE_DONE, NULL, 0);
+			return end_serving(s);
 		if (!r)
 			r = take_any(s, &m);
 		else if (r == -EAGAIN)

@@ -39,6 +39,11 @@ static int help(int argc, char **argv)
 
 	if (argc > 1 && !command)
 		return cli_fail(CLI_USAGE, "'%.80s' is no command (see latent help)", argv[1]);
+	if (command && !command->options) { /* another program's */
+		char *words[] = { (char *)(uintptr_t)command->name, (char *)(uintptr_t)"--help", NULL };
+
+		return command->run(command, 2, words);
+	}
 	if (command) {
 		cli_print_help(command);
 		return CLI_OK;

@@ -121,6 +121,19 @@ class VM:
                    self.qemu, *self.qemu_arguments()]
         self.adopt(self.spawn(command))
 
+    def receive(self, listen, *options):
+        """`latent receive` in the place of a QEMU that has ended; returns its Popen object. The guest is here when that
+        has ended well."""
+        self._remove_sockets()
+        command = [BUILD_DIR / "latent", "receive", "--listen", listen, "--name", self.name, "--json", *options, "--",
+                   self.qemu, *self.qemu_arguments()]
+        with open(self.qemu_log, "ab") as log:
+            process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                       stderr=log, text=True, env=dict(os.environ, **self.env), preexec_fn=_choose_preexec())
+        process.stdout.readline()  # it listens
+        self.adopt(None)
+        return process
+
     def spawn(self, command, pass_fds=()):
         """The Popen object of a command that is, or becomes, this VM's QEMU."""
         with open(self.qemu_log, "ab") as log:

@@ -275,6 +275,76 @@ static int check_state(struct receive *c, const struct wire_switch *sw)
 	return right ? 0 : snapshot_fail(c->why, -EBADMSG, "the device state did not arrive as it was sent");
 }
 
+/* ---- serving ---------------------------------------------------------------------------------------------- */
+
+/* The guest's wishes, or its devices', go to the source. */
+static int pass_wishes(struct receive *c)
+{
+	uint64_t wanted[WIRE_WANTED_MAX];
+	size_t count = guest_wanted(c->guest, wanted, WIRE_WANTED_MAX);
+
+	c->result->pages_wanted += count;
+	return count ? say(c, WIRE_WANT, wanted, count * sizeof wanted[0]) : 0;
+}
+
+/* What comes from the source, from the VM's agent and from the VMM, for a moment. 1: a message that is not of pages. */
+static int serve_turn(struct receive *c, struct wire_message *m)
+{
+	struct pollfd p[] = { { guest_poll_fd(c->guest), POLLIN, 0 }, { vmm_poll_fd(&c->vmm), POLLIN, 0 } };
+	int r = link_receive(c->link, m, c->why);
+
+	if (!r)
+		r = m->type == WIRE_PAGES ? take_pages(c, m) : m->type == WIRE_REFUSE ? take_refusal(c, m) : 1;
+	else if (r == -EAGAIN)
+		r = link_wait(c->link, false, p, 2, TURN_MS, c->why);
+	if (p[1].revents)
+		vmm_drain(&c->vmm);
+	c->progress->bytes_received = link_bytes_received(c->link);
+	c->progress->pages_missing = guest_missing(c->guest);
+	if (r)
+		return r;
+	r = check_alive(c);
+	return r ? r : pass_wishes(c);
+}
+
+/* Until the VMM has done it: it may be waiting for a page. */
+static int serve_until(struct receive *c, bool (*done)(const struct vmm *), const char *what)
+{
+	uint64_t until_us = os_now_us() + SOURCE_MS * 1000ull;
+	struct wire_message m;
+	int r = 0;
+
+	while (!r && !done(&c->vmm)) {
+		r = serve_turn(c, &m);
+		if (r > 0)
+			r = unexpected(c, &m);
+		if (!r && os_now_us() >= until_us)
+			r = snapshot_fail(c->why, -ETIMEDOUT, "QEMU does not come to an end of %s", what);
+	}
+	return r;
+}
+
+static bool is_loaded(const struct vmm *vmm)
+{
+	return !strcmp(vmm->migration, "completed") || !strcmp(vmm->migration, "failed");
+}
+
+static bool is_running(const struct vmm *vmm)
+{
+	return vmm->continued_us;
+}
+
+static int load_devices(struct receive *c)
+{
+	int r = vmm_start_load(&c->vmm, c->state_fd);
+
+	if (!r)
+		r = serve_until(c, is_loaded, "loading the devices' state");
+	if (!r && strcmp(c->vmm.migration, "completed"))
+		r = snapshot_fail(c->why, -EIO, "QEMU cannot load the devices' state (see its log)");
+	return r;
+}
+
 /* All that the guest needs to run is here, or known to be missing. */
 static int take_switch(struct receive *c, const struct wire_message *m)
 {
@@ -292,7 +362,7 @@ static int take_switch(struct receive *c, const struct wire_message *m)
 		r = snapshot_fail(c->why, -EPROTO, "%ju pages are missing, and the source says %ju",
 				  (uintmax_t)c->result->pages_missing, (uintmax_t)sw.missing);
 	if (!r)
-		r = vmm_load_devices(&c->vmm, c->state_fd);
+		r = load_devices(c);
 	return r ? r : say(c, WIRE_LOADED, NULL, 0);
 }
 
@@ -319,17 +389,34 @@ static int take_passes(struct receive *c)
 	return r;
 }
 
-/* From here on it is ours. */
+static int await_token(struct receive *c)
+{
+	uint64_t until_us = os_now_us() + SOURCE_MS * 1000ull;
+	struct wire_message m;
+	int r = 0;
+
+	while (!r && os_now_us() < until_us)
+		r = serve_turn(c, &m);
+	if (r > 0)
+		return m.type == WIRE_TOKEN ? 0 : unexpected(c, &m);
+	return r ? r : snapshot_fail(c->why, -ETIMEDOUT, "the source does not go on");
+}
+
+/* From here on it is ours, unless we say that it does not run, and see to it that it never will. */
 static int run_guest(struct receive *c)
 {
-	struct wire_message m;
-	int r = await(c, WIRE_TOKEN, SOURCE_MS, &m);
+	int r = await_token(c);
 
 	if (r)
 		return r;
-	if (!c->manifest.stood)
-		r = vmm_run(&c->vmm, "cont", NULL, NULL);
+	if (!c->manifest.stood) {
+		r = vmm_start_guest(&c->vmm);
+		if (!r)
+			r = serve_until(c, is_running, "letting the guest run");
+	}
 	if (r) {
+		c->options->end(c->options->ctx, &c->vm);
+		c->started = false;
 		link_send_last(c->link, WIRE_FAILED, c->why);
 		return r;
 	}
@@ -340,39 +427,21 @@ static int run_guest(struct receive *c)
 
 /* ---- what was missing ------------------------------------------------------------------------------------ */
 
-/* The guest's wishes go to the source. */
-static int pass_wishes(struct receive *c)
-{
-	uint64_t wanted[WIRE_WANTED_MAX];
-	size_t count = guest_wanted(c->guest, wanted, WIRE_WANTED_MAX);
-
-	c->result->pages_wanted += count;
-	return count ? say(c, WIRE_WANT, wanted, count * sizeof wanted[0]) : 0;
-}
-
 static int take_rest(struct receive *c)
 {
-	struct pollfd p = { guest_poll_fd(c->guest), POLLIN, 0 };
 	struct wire_message m;
 	int r = 0;
 
-	while (!r && (c->progress->pages_missing = guest_missing(c->guest))) {
-		r = link_receive(c->link, &m, c->why);
-		if (r == -EAGAIN)
-			r = link_wait(c->link, false, &p, 1, TURN_MS, c->why);
-		else if (!r)
-			r = m.type == WIRE_PAGES ? take_pages(c, &m) : m.type == WIRE_REFUSE ? take_refusal(c, &m)
-										      : unexpected(c, &m);
-		if (!r)
-			r = check_alive(c);
-		if (!r)
-			r = pass_wishes(c);
+	while (!r && guest_missing(c->guest)) {
+		r = serve_turn(c, &m);
+		if (r > 0)
+			r = unexpected(c, &m);
 	}
 	if (!r)
 		r = guest_end(c->guest, c->why);
 	if (!r)
 		r = say(c, WIRE_DONE, NULL, 0);
-	/* Pages that were wanted and came twice. */
+	/* Pages that were wanted may come twice. */
 	while (!r && !(r = next(c, SOURCE_MS, &m)) && m.type == WIRE_PAGES)
 		;
 	return r ? r : m.type == WIRE_DONE ? 0 : unexpected(c, &m);

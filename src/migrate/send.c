@@ -40,7 +40,7 @@ struct send {
 	struct wire_batch *batch;
 	uint8_t *payload;
 	uint64_t begin_us, first_pass_us;
-	bool held;   /* guest RAM */
+	bool told;   /* all, at the switch: pages may be wanted */
 	bool given;  /* the token has been sent */
 };
 
@@ -68,7 +68,7 @@ static int take_any(struct send *s, const struct wire_message *m)
 {
 	if (m->type == WIRE_REFUSE || m->type == WIRE_FAILED)
 		return take_refusal(s, m);
-	return m->type == WIRE_WANT && s->given ? add_wanted(s, m) : 1;
+	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
 }
 
 static int await(struct send *s, enum wire_type type, struct wire_message *m)
@@ -379,6 +379,7 @@ static int switch_over(struct send *s)
 	if (!r)
 		r = put_state(s, &sw);
 	sw.missing = s->result->pages_missing = teller_left(s->teller);
+	s->told = true;
 	if (!r)
 		r = put(s, WIRE_SWITCH, &sw, sizeof sw);
 	if (!r)

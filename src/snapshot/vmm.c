@@ -25,6 +25,8 @@ static void on_event(void *ctx, const char *name, struct json_object *data)
 
 	if (!strcmp(name, "STOP") && !vmm->stopped_us)
 		vmm->stopped_us = os_now_us();
+	if (!strcmp(name, "RESUME"))
+		vmm->continued_us = os_now_us();
 	if (!strcmp(name, "MIGRATION") && data && json_object_object_get_ex(data, "status", &status))
 		snprintf(vmm->migration, sizeof vmm->migration, "%s", json_object_get_string(status));
 }
@@ -214,7 +216,34 @@ int vmm_wait_stopped(struct vmm *vmm)
 	return wait_migration(vmm, "pre-switchover");
 }
 
-int vmm_load_devices(struct vmm *vmm, int state_fd)
+/* Its answer is not waited for. */
+static int begin(struct vmm *vmm, const char *name, const char *arguments)
+{
+	struct qmp_command command = { .name = name };
+	int r;
+
+	command.arguments = arguments ? json_tokener_parse(arguments) : NULL;
+	r = qmp_send(vmm->qmp, &command);
+	return r ? snapshot_fail(vmm->why, r, "QEMU's %s: %s", name, strerror(-r)) : 0;
+}
+
+int vmm_start_guest(struct vmm *vmm)
+{
+	vmm->continued_us = 0;
+	return begin(vmm, "cont", NULL);
+}
+
+int vmm_poll_fd(const struct vmm *vmm)
+{
+	return qmp_poll_fd(vmm->qmp);
+}
+
+void vmm_drain(struct vmm *vmm)
+{
+	qmp_drain(vmm->qmp);
+}
+
+int vmm_start_load(struct vmm *vmm, int state_fd)
 {
 	int r = vmm_run(vmm, "migrate-set-capabilities",
 			json_tokener_parse("{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
@@ -224,9 +253,7 @@ int vmm_load_devices(struct vmm *vmm, int state_fd)
 		r = -errno;
 	if (!r)
 		r = give_fd(vmm, state_fd, "{\"fdname\": \"latent-state\"}");
-	if (!r)
-		r = vmm_run(vmm, "migrate-incoming", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
-	return r ? r : wait_migration(vmm, "completed");
+	return r ? r : begin(vmm, "migrate-incoming", "{\"uri\": \"fd:latent-state\"}");
 }
 
 int vmm_save_devices(struct vmm *vmm, uint64_t *ret_bytes)

@@ -31,8 +31,15 @@ int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WH
 /* The same of one that is starting, and waits with -incoming defer; `end_fd` is readable when it has ended (-1: not
  * known). */
 int vmm_open_waiting(const char *run_dir, int end_fd, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
-/* Its devices get the state that the file holds. */
-int vmm_load_devices(struct vmm *vmm, int state_fd);
+/*
+ * Its devices get the state that the file holds; then the guest runs. Both are begun, and are over when `migration` is
+ * "completed" (or "failed"), and when `continued_us` is set: QEMU may be waiting for a page of guest RAM meanwhile,
+ * which the caller has to bring. vmm_drain, when vmm_poll_fd is readable, hears of it.
+ */
+int vmm_start_load(struct vmm *vmm, int state_fd);
+int vmm_start_guest(struct vmm *vmm);
+int vmm_poll_fd(const struct vmm *vmm);
+void vmm_drain(struct vmm *vmm);
 /* Lets the guest be, and the VMM as it was before. */
 void vmm_close(struct vmm *vmm);
 

@@ -75,6 +75,12 @@ def command(*arguments, timeout_s=60, env=None):
                           env=dict(os.environ, **(env or {})))
 
 
+def popen(*arguments):
+    """A `latent` command that goes on beside the test; its messages are not kept."""
+    return subprocess.Popen([vm.BUILD_DIR / "latent", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+
+
 def run(*arguments, timeout_s=60):
     """Runs `latent ARGUMENTS`; its standard output. Raises on a status other than 0."""
     result = command(*arguments, timeout_s=timeout_s)

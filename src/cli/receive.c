@@ -308,7 +308,7 @@ static int wait_for_vm(struct command *c, int listener, struct link_keys *keys)
 
 int receive_run(const struct cli_command *command, int argc, char **argv)
 {
-	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv };
+	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv, .stop_at_operand = true };
 	struct command c = { .listen = "tcp:0.0.0.0:4848" };
 	struct sigaction action = { .sa_handler = on_interrupt };
 	struct link_keys *keys = NULL;

@@ -280,4 +280,4 @@ def body(test):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("Hot, warm and cold pages are told apart; no byte is lost by looking.", body, timeout_s=300)
+case.main("Hot, warm and cold pages are told apart; no byte is lost by looking.", body, timeout_s=600)

@@ -226,4 +226,4 @@ def body(test):
 
 
 case.main("Of known pages that are touched each counter of deferred updates says exactly what has happened.", body,
-          timeout_s=300)
+          timeout_s=600)

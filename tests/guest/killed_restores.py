@@ -270,4 +270,4 @@ def body(test):
 
 
 case.main("A restore, a spare or a pager that ends at any of its steps leaves nothing behind and harms nobody.", body,
-          timeout_s=500)
+          timeout_s=840)

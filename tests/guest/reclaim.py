@@ -271,4 +271,4 @@ def body(test):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("Half of a guest's RAM is given back to the host, and no byte is lost.", body, timeout_s=200)
+case.main("Half of a guest's RAM is given back to the host, and no byte is lost.", body, timeout_s=400)

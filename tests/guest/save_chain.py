@@ -408,4 +408,4 @@ def body(test):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-case.main("A snapshot stores what is new, once; a save that ends anywhere harms nothing.", body, timeout_s=600)
+case.main("A snapshot stores what is new, once; a save that ends anywhere harms nothing.", body, timeout_s=840)

@@ -119,4 +119,4 @@ def body(test):
     many_at_once(test)
 
 
-case.main("Guests read what is in their images, most of it mapped and not copied.", body, timeout_s=400)
+case.main("Guests read what is in their images, most of it mapped and not copied.", body, timeout_s=800)

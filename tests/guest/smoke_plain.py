@@ -89,4 +89,4 @@ def body(test):
         test.check(not guest.alive(), "the guest powers off")
 
 
-case.main("The golden image boots, reads, writes and powers off under plain QEMU.", body, timeout_s=300)
+case.main("The golden image boots, reads, writes and powers off under plain QEMU.", body, timeout_s=600)

@@ -188,4 +188,4 @@ def run(test, directory):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("Pages that were swapped out keep their contents and their place in the counts.", body, timeout_s=300)
+case.main("Pages that were swapped out keep their contents and their place in the counts.", body, timeout_s=600)

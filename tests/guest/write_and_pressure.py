@@ -223,4 +223,4 @@ def body(test):
 
 
 case.main("Files and memory are right when guests write and run out of memory, and mappings stay few.", body,
-          timeout_s=480)
+          timeout_s=840)

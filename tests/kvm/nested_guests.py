@@ -32,7 +32,7 @@ def make_share(share):
 def main():
     with tempfile.TemporaryDirectory(prefix="latent-share-") as share:
         make_share(Path(share))
-        command = [SOURCE / "tests/kvm/nested", "run", "--share", share, "--timeout", "700", "--",
+        command = [SOURCE / "tests/kvm/nested", "run", "--share", share, "--timeout", "1000", "--",
                    "sh", "-c", COMMANDS]
         return subprocess.run(command, check=False).returncode
 

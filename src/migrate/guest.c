@@ -440,6 +440,11 @@ int guest_expect(struct guest *g, uint64_t *ret_missing, char why[SNAPSHOT_WHY_B
 	return r;
 }
 
+int guest_keep(struct guest *g, char why[SNAPSHOT_WHY_BYTES])
+{
+	return ask(g, INCOMING_RUN, why);
+}
+
 /* ---- wishes ------------------------------------------------------------------------------------------------- */
 
 int guest_poll_fd(const struct guest *g)

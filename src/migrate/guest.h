@@ -34,6 +34,9 @@ int guest_finish_passes(struct guest *guest, char why[SNAPSHOT_WHY_BYTES]);
 /* Pages that were told last as missing, or never, come later: the guest may run. */
 int guest_expect(struct guest *guest, uint64_t *ret_missing, char why[SNAPSHOT_WHY_BYTES]);
 
+/* The VM stays also without this mover from now on; another one may follow it. */
+int guest_keep(struct guest *guest, char why[SNAPSHOT_WHY_BYTES]);
+
 /* Readable when the agent has something to say. */
 int guest_poll_fd(const struct guest *guest);
 /* Missing pages that somebody waits for, and that were not given here before. */

@@ -407,6 +407,8 @@ static int run_guest(struct receive *c)
 {
 	int r = await_token(c);
 
+	if (!r)
+		r = guest_keep(c->guest, c->why);
 	if (r)
 		return r;
 	if (!c->manifest.stood) {

@@ -143,6 +143,9 @@ bool saver_is_client(int client); /* it saves the VM, or is about to */
 /* incoming.c: at the first mapping of guest RAM. */
 int incoming_begin(struct agent *agent);
 void incoming_want(struct agent *agent, uintptr_t hva);
+/* Another mover in the place of one that is gone: its end of a new channel. From the service thread. -ENOENT: nothing
+ * has come from another host; -EALREADY: there is a mover. */
+int incoming_attach(int *ret_channel);
 
 /* layout.c, from the service thread. layout_send: at most LAYOUT_FDS descriptors; -EPIPE. */
 #define LAYOUT_FDS (CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2)

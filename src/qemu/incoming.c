@@ -19,12 +19,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define END_US 5000000 /* from SIGTERM on; QEMU may be waiting for a page that nobody brings */
+#define CHANNEL_BYTES (1 << 20)
+
 static struct {
 	struct agent *agent;
-	int channel; /* -1: there is no mover (any more) */
-	bool runs;   /* the thread */
+	_Atomic int channel; /* -1: there is no mover (any more) */
+	int closed;  /* the last one's: the thread that serves faults may just be using it */
+	bool began;
+	bool may_run; /* the guest */
 	struct volume *volume[AGENT_RESTORE_VOLUMES]; /* NULL: it cannot be mapped */
-} incoming = { .channel = -1 };
+} incoming = { .channel = -1, .closed = -1 };
 
 /* ---- what the mover asks for ---------------------------------------------------------------------- */
 
@@ -128,6 +133,9 @@ static int obey(const struct incoming_request *q)
 		for (uint32_t i = 0; !r && i < q->count; i++)
 			r = change_run((enum incoming_op)q->op, &q->run[i]);
 		return answer(q->op, r);
+	case INCOMING_RUN:
+		incoming.may_run = true;
+		return answer(q->op, 0);
 	case INCOMING_END:
 		return answer(q->op, ram_unmask(incoming.agent->ram));
 	default:
@@ -165,17 +173,32 @@ static int receive(void)
 	return obey(&in.request);
 }
 
+/* Nobody else will ever let the guest run here: the source goes on with it. */
+static void end_vmm(void)
+{
+	agent_say("the mover of the migration is gone before the guest has run here: QEMU ends");
+	(void)kill(getpid(), SIGTERM);
+	usleep(END_US);
+	_exit(1);
+}
+
 static void *incoming_main(void *arg)
 {
+	uint64_t expected;
+
 	(void)arg;
 	os_never_freeze((pid_t)syscall(SYS_gettid));
 	while (!receive())
 		;
-	close(incoming.channel);
-	incoming.channel = -1;
-	if (ram_expected(incoming.agent->ram))
+	(void)shutdown(incoming.channel, SHUT_RDWR);
+	incoming.closed = incoming.channel;
+	if (!incoming.may_run)
+		end_vmm();
+	expected = ram_expected(incoming.agent->ram);
+	if (expected)
 		agent_say("the mover that brings pages of the migration is gone, and %llu are still to come: run `latent receive "
-			  "--resume`", (unsigned long long)ram_expected(incoming.agent->ram));
+			  "--resume`", (unsigned long long)expected);
+	incoming.channel = -1;
 	return NULL;
 }
 
@@ -200,7 +223,7 @@ int incoming_begin(struct agent *a)
 	const struct agent_incoming *config = &a->config.incoming;
 	int r;
 
-	if (incoming.runs)
+	if (incoming.began)
 		return 0;
 	r = faults_make_pages(a);
 	if (r)
@@ -213,8 +236,46 @@ int incoming_begin(struct agent *a)
 		if (config->volume_fd[i] >= 0 && a->overlays_allowed)
 			incoming.volume[i] = volumes_attach(a->volumes, config->volume_fd[i]);
 	r = start_thread();
-	incoming.runs = !r;
+	incoming.began = !r;
 	return r;
+}
+
+static int make_channel(int *ret_theirs)
+{
+	int pair[2], bytes = CHANNEL_BYTES;
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+		return -errno;
+	for (int i = 0; i < 2; i++)
+		(void)setsockopt(pair[i], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+	*ret_theirs = pair[1];
+	return pair[0];
+}
+
+int incoming_attach(int *ret_channel)
+{
+	int theirs, ours, r;
+
+	if (!incoming.began)
+		return -ENOENT;
+	if (incoming.channel >= 0)
+		return -EALREADY;
+	ours = make_channel(&theirs);
+	if (ours < 0)
+		return ours;
+	if (incoming.closed >= 0)
+		close(incoming.closed);
+	incoming.closed = -1;
+	incoming.channel = ours;
+	r = start_thread();
+	if (r) {
+		incoming.channel = -1;
+		incoming.closed = ours;
+		close(theirs);
+		return r;
+	}
+	*ret_channel = theirs;
+	return 0;
 }
 
 /* From the thread that serves faults, again and again as long as somebody waits: it must not wait for the mover. */

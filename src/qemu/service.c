@@ -46,6 +46,7 @@ struct service {
 	uint64_t lease_break_us; /* how long the kernel makes a writer wait */
 	uint64_t next_try_us, try_after_us; /* of give_way, after a failure */
 	int last_error; /* of give_way: said once */
+	int channel; /* to be sent, behind the reply to CONTROL_INCOMING; -1: none */
 	sem_t ready;
 };
 
@@ -417,6 +418,14 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_RECLAIM:
 		do_reclaim(s, q, p);
 		break;
+	case CONTROL_INCOMING:
+		p->error = incoming_attach(&s->channel);
+		if (p->error)
+			snprintf(p->text, sizeof p->text, p->error == -EALREADY
+				 ? "a mover is at work (`latent receive`): end that one first"
+				 : p->error == -ENOENT ? "the VM has not come from another host"
+						       : "there can be no other mover now");
+		break;
 	case CONTROL_ENTRIES:
 		break; /* follow_up */
 	default:
@@ -431,11 +440,28 @@ static bool is_valid(const struct control_request *q, ssize_t bytes)
 	       memchr(q->path, '\0', sizeof q->path);
 }
 
+static int send_channel(struct service *s, int client)
+{
+	static const struct control_layout empty;
+	int r = layout_send(client, &empty, &s->channel, 1);
+
+	return r;
+}
+
+static void close_channel(struct service *s)
+{
+	if (s->channel >= 0)
+		close(s->channel);
+	s->channel = -1;
+}
+
 /* What comes after the reply to a request that was granted. */
 static int follow_up(struct service *s, int client, uint32_t op)
 {
 	if (op == CONTROL_SAVE_BEGIN)
 		saver_began(s->agent, client);
+	if (op == CONTROL_INCOMING)
+		return send_channel(s, client);
 	return op == CONTROL_ENTRIES ? layout_send_tables(s->agent, client) : 0;
 }
 
@@ -452,6 +478,7 @@ static void on_client(struct service *s, int *client)
 	struct control_reply p = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION };
 	static struct control_request q; /* only this thread */
 	ssize_t n = recv(*client, &q, sizeof q, MSG_DONTWAIT | MSG_TRUNC); /* a longer one is none */
+	bool done = false;
 
 	if (n > 0) {
 		if (is_valid(&q, n)) {
@@ -460,10 +487,12 @@ static void on_client(struct service *s, int *client)
 			p.error = -EPROTO;
 			snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
 		}
-		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
-		    (p.error || !follow_up(s, *client, q.op)))
-			return;
+		done = send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
+		       (p.error || !follow_up(s, *client, q.op));
+		close_channel(s); /* the client's by now, or nobody's */
 	}
+	if (done)
+		return;
 	if (saver_client_gone(s->agent, *client))
 		undo_save(s);
 	close(*client);
@@ -666,6 +695,7 @@ int service_start(struct agent *agent, pid_t *ret_tid)
 		return -ENOMEM;
 	s->agent = agent;
 	s->lease_break_us = lease_break_us();
+	s->channel = -1;
 	for (size_t i = 0; i < CLIENTS; i++)
 		s->clients[i] = -1;
 	sem_init(&s->ready, 0, 0);

@@ -48,6 +48,9 @@ enum control_op {
 			  * microseconds, in decimal, and, behind a space, that it is enough when the VM
 			  * takes so many bytes of memory. The reply comes at once; the statistics tell
 			  * how far it is. -EALREADY: it goes on already. 0: it shall end */
+	CONTROL_INCOMING, /* another mover brings what a migration to this host still owes: the reply is followed by
+			   * an empty struct control_layout with its end of a new channel (vmdir/incoming.h).
+			   * -EALREADY: there is one */
 	CONTROL_OPS
 };
 

@@ -2,7 +2,9 @@
 /*
  * Between the agent of a VM that is migrated to this host and its mover (`latent receive`): one SOCK_SEQPACKET, of which
  * the VMM inherits its end. The mover fills base through the memfds until the guest runs; for all else it asks. When
- * the guest runs, the agent says which pages are waited for, and the mover sends them.
+ * the guest runs, the agent says which pages are waited for, and the mover sends them. A mover that has died since
+ * then is replaced by one that asks for a channel of its own (CONTROL_INCOMING), and finds in the page entries what
+ * is still to come.
  *
  * Plain data. Whatever comes is checked by who receives it: the VMM is what a guest breaks out into.
  */
@@ -24,6 +26,7 @@ enum incoming_op {
 	INCOMING_BASE,   /* runs are base again, and hold nothing that counts */
 	INCOMING_EXPECT, /* runs come later (core/ram.h, ram_expect) */
 	INCOMING_PUT,    /* pages that have come */
+	INCOMING_RUN,    /* the guest may run from now on. Before that, the end of the channel is the end of the VMM */
 	INCOMING_END,    /* no page is expected any more: guest RAM is watched no more */
 	/* The agent says: */
 	INCOMING_WANTED, /* somebody waits for a page; may be said again */

@@ -107,6 +107,20 @@ static void add(struct json_object *json, const char *key, uint64_t number)
 	json_object_object_add(json, key, json_object_new_uint64(number));
 }
 
+static void add_times(struct json_object *json, const struct send_result *result)
+{
+	static const char *const phases[] = { "connect_us", "prepare_us", "passes_us", "switch_us", "rest_us" };
+
+	for (int i = 0; i < SEND_DONE; i++)
+		add(json, phases[i], result->phase_us[i]);
+	add(json, "downtime_us", result->downtime_us);
+	add(json, "downtime_save_us", result->saved_us);
+	add(json, "downtime_point_us", result->point_us);
+	add(json, "downtime_tell_us", result->told_us);
+	add(json, "downtime_load_us", result->loaded_us);
+	add(json, "downtime_start_us", result->started_us);
+}
+
 static void print_json(const struct send_options *send, const struct send_result *result)
 {
 	struct json_object *json = json_object_new_object();
@@ -114,7 +128,7 @@ static void print_json(const struct send_options *send, const struct send_result
 	json_object_object_add(json, "name", json_object_new_string(send->name));
 	add(json, "bytes_sent", result->bytes_sent);
 	add(json, "total_us", result->total_us);
-	add(json, "downtime_us", result->downtime_us);
+	add_times(json, result);
 	add(json, "passes", result->passes);
 	add(json, "state_bytes", result->state_bytes);
 	add(json, "pages_words", result->told.words);

@@ -209,6 +209,8 @@ static int start_vmm(struct receive *c)
 	if (!r && strcmp(c->vmm.version, c->manifest.qemu_version))
 		r = snapshot_fail(c->why, -ENOTSUP, "the source runs QEMU %.40s, and this is %.40s", c->manifest.qemu_version,
 				  c->vmm.version);
+	if (!r)
+		r = vmm_prepare_load(&c->vmm);
 	if (r) {
 		close(options.channel);
 		return r;

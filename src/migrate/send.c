@@ -39,7 +39,7 @@ struct send {
 	struct teller *teller;
 	struct wire_batch *batch;
 	uint8_t *payload;
-	uint64_t begin_us, first_pass_us;
+	uint64_t begin_us, phase_us, first_pass_us, step_us;
 	bool told;   /* all, at the switch: pages may be wanted */
 	bool given;  /* the token has been sent */
 };
@@ -350,6 +350,15 @@ static int put_state(struct send *s, struct wire_switch *sw)
 	return r;
 }
 
+/* One part of the downtime is over. */
+static void note_step(struct send *s, uint64_t *ret_us)
+{
+	uint64_t now_us = os_now_us();
+
+	*ret_us = now_us - s->step_us;
+	s->step_us = now_us;
+}
+
 static int stop_guest(struct send *s)
 {
 	uint64_t paused_us;
@@ -357,11 +366,16 @@ static int stop_guest(struct send *s)
 
 	if (!r)
 		r = vmm_wait_stopped(&s->vmm);
+	s->step_us = s->vmm.stopped_us;
 	if (!r)
 		r = vmm_save_devices(&s->vmm, &s->result->state_bytes);
+	note_step(s, &s->result->saved_us);
 	if (!r)
 		r = source_point(s->source, &paused_us, s->why);
-	return r ? r : teller_collect_last(s->teller, s->source, s->why);
+	if (!r)
+		r = teller_collect_last(s->teller, s->source, s->why);
+	note_step(s, &s->result->point_us);
+	return r;
 }
 
 /* From the stop of the guest to the word that it runs there. */
@@ -382,8 +396,10 @@ static int switch_over(struct send *s)
 	s->told = true;
 	if (!r)
 		r = put(s, WIRE_SWITCH, &sw, sizeof sw);
+	note_step(s, &s->result->told_us);
 	if (!r)
 		r = await(s, WIRE_LOADED, &m);
+	note_step(s, &s->result->loaded_us);
 	if (!r)
 		r = source_give(s->source, s->why);
 	if (!r)
@@ -392,6 +408,7 @@ static int switch_over(struct send *s)
 		return r;
 	s->given = true;
 	r = await(s, WIRE_RUNNING, &m);
+	note_step(s, &s->result->started_us);
 	s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
 	return r;
 }
@@ -471,8 +488,11 @@ static int prepare(struct send *s)
 
 static int set_phase(struct send *s, enum send_phase phase)
 {
+	uint64_t now_us = os_now_us();
 	int r = check_stop(s);
 
+	s->result->phase_us[s->progress->phase] = now_us - s->phase_us;
+	s->phase_us = now_us;
 	s->progress->phase = phase;
 	return r;
 }
@@ -495,10 +515,10 @@ static int migrate(struct send *s)
 		r = set_phase(s, SEND_SWITCHING);
 	if (!r)
 		r = switch_over(s);
-	s->progress->phase = SEND_REST;
+	(void)set_phase(s, SEND_REST);
 	if (!r)
 		r = serve(s);
-	s->progress->phase = SEND_DONE;
+	(void)set_phase(s, SEND_DONE);
 	return r;
 }
 
@@ -538,7 +558,7 @@ int migrate_send(const struct send_options *options, struct send_progress *progr
 	s->result = ret_result;
 	s->why = why;
 	s->vmm.state_fd = -1;
-	s->begin_us = os_now_us();
+	s->begin_us = s->phase_us = os_now_us();
 	r = migrate(s);
 	*ret_end = !r ? SEND_THERE : s->given ? SEND_UNKNOWN : SEND_HERE;
 	if (!r)

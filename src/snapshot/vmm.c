@@ -243,14 +243,18 @@ void vmm_drain(struct vmm *vmm)
 	qmp_drain(vmm->qmp);
 }
 
+int vmm_prepare_load(struct vmm *vmm)
+{
+	return vmm_run(vmm, "migrate-set-capabilities",
+		       json_tokener_parse("{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+					  "{\"capability\": \"late-block-activate\", \"state\": true},"
+					  "{\"capability\": \"events\", \"state\": true}]}"), NULL);
+}
+
 int vmm_start_load(struct vmm *vmm, int state_fd)
 {
-	int r = vmm_run(vmm, "migrate-set-capabilities",
-			json_tokener_parse("{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
-					   "{\"capability\": \"events\", \"state\": true}]}"), NULL);
+	int r = lseek(state_fd, 0, SEEK_SET) ? snapshot_fail(vmm->why, -errno, "the device state cannot be read") : 0;
 
-	if (!r && lseek(state_fd, 0, SEEK_SET))
-		r = -errno;
 	if (!r)
 		r = give_fd(vmm, state_fd, "{\"fdname\": \"latent-state\"}");
 	return r ? r : begin(vmm, "migrate-incoming", "{\"uri\": \"fd:latent-state\"}");

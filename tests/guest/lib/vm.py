@@ -79,13 +79,14 @@ class VM:
     extra       more QEMU arguments; drive_opts more options of the root drive
     append      more words for the kernel command line
     qemu        the QEMU program; env more environment variables for it
+    before      words before the command: where it runs
     """
 
     def __init__(self, name, image="golden.qcow2", mem="1G", smp=1, latent=None, overlay=True,
-                 extra=(), drive_opts="", append="", qemu="qemu-system-x86_64", env=None, start=True):
+                 extra=(), drive_opts="", append="", qemu="qemu-system-x86_64", env=None, before=(), start=True):
         self.name, self.mem, self.smp, self.latent = name, mem, smp, latent
         self.extra, self.drive_opts, self.append = list(extra), drive_opts, append
-        self.qemu, self.env = qemu, dict(env or {})
+        self.qemu, self.env, self.before = qemu, dict(env or {}), list(before)
         self.image = Path(image) if "/" in str(image) else images_dir() / image
         self.dir = Path(tempfile.mkdtemp(prefix=f"latent-{name}-"))
         self.disk = self._make_overlay() if overlay else self.image
@@ -130,7 +131,7 @@ class VM:
         """`latent receive` in the place of a QEMU that has ended; returns its Popen object. The guest is here when that
         has ended well."""
         self._remove_sockets()
-        command = [BUILD_DIR / "latent", "receive", "--listen", listen, "--name", self.name, "--json", *options, "--",
+        command = [*self.before, BUILD_DIR / "latent", "receive", "--listen", listen, "--name", self.name, "--json", *options, "--",
                    self.qemu, *self.qemu_arguments()]
         with open(self.qemu_log, "ab") as log:
             process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -164,8 +165,8 @@ class VM:
         """The whole command line, `latent run` included."""
         command = [self.qemu, *self.qemu_arguments()]
         if self.latent is None:
-            return command
-        return [str(BUILD_DIR / "latent"), "run", "--name", self.name, *self.latent, "--", *command]
+            return [*self.before, *command]
+        return [*self.before, str(BUILD_DIR / "latent"), "run", "--name", self.name, *self.latent, "--", *command]
 
     def qemu_arguments(self):
         accel = host.accelerator(images_dir())

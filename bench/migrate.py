@@ -116,7 +116,7 @@ def one(result, side, work, way):
     common.drop_or_say(side.copies[1 - side.here], result.say)
     before = sum(host.bytes_sent() for host in side.hosts)
     guest, there = side.guest, side.there
-    figures = (move_latent if way == "latent" else move_plain)(side, way)
+    figures = (move_latent if way == "latent" else move_plain)(result, side, way)
     figures["bytes"] = sum(host.bytes_sent() for host in side.hosts) - before
     figures["down_ms"] = downtime_ms(guest, there)
     result.say(f"{work}, {way}: {figures['bytes'] / 1e6:.1f} MB in {figures['time_s']:.2f} s, stood "
@@ -156,7 +156,7 @@ def looked_at(guest):
 
 # ---- the ways ----
 
-def move_latent(side, way):
+def move_latent(result, side, way):
     guest, there = side.guest, side.there
     here_image, there_image = side.copies[side.here], side.copies[1 - side.here]
     receiver = there.receive(side.address(), "--plain", "--volume", f"{here_image}={there_image}")
@@ -172,17 +172,18 @@ def move_latent(side, way):
     receiver.communicate(timeout=60)
     listener.join()
     told = json.loads(answer.stdout)
-    return {"time_s": took_s, "volume_pages": told["pages_on_volumes"], "told": told}
+    steps = ", ".join(f"{key.split('_')[-2]} {told[key] / 1000:.0f}" for key in told if key.endswith("_us"))
+    result.say(f"  {told['passes']} passes, {told['pages_missing']} pages missing at the switch; ms: {steps}")
+    return {"time_s": took_s, "volume_pages": told["pages_on_volumes"]}
 
 
-def move_plain(side, way):
+def move_plain(result, side, way):
     guest, there = side.guest, side.there
     there.extra = ["-incoming", "defer"]
     there.start()
     there.extra = []
-    if way == "postcopy":
-        for each in (guest, there):
-            each.qmp("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}])
+    for each in (guest, there):
+        each.qmp("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": way == "postcopy"}])
     there.qmp("migrate-incoming", uri=side.address())
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=DOWNTIME_MS)
     begin_s = time.monotonic()

@@ -18,7 +18,7 @@
 #define DOWNTIME_MAX_MS 60000
 #define SHOW_MS 200
 
-enum { OPT_TLS, OPT_PLAIN, OPT_HOST, OPT_DOWNTIME, OPT_RATE, OPT_NO_POSTCOPY, OPT_JSON };
+enum { OPT_TLS, OPT_PLAIN, OPT_HOST, OPT_DOWNTIME, OPT_RATE, OPT_NO_POSTCOPY, OPT_RESUME, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_TLS] = { "tls", CLI_VALUE, "DIR", "prove who is who by the keys in DIR, and encrypt" },
@@ -27,6 +27,7 @@ static const struct cli_option options[] = {
 	[OPT_DOWNTIME] = { "max-downtime", CLI_VALUE, "MS", "what may be sent while the guest stands (default: 50)" },
 	[OPT_RATE] = { "max-rate", CLI_VALUE, "MIB", "send at most so many MiB a second" },
 	[OPT_NO_POSTCOPY] = { "no-postcopy", CLI_FLAG, NULL, "send all before the guest runs there" },
+	[OPT_RESUME] = { "resume", CLI_FLAG, NULL, "go on with a machine that was given away by a command that was killed" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
@@ -52,10 +53,11 @@ static void on_interrupt(int signal)
 
 static void show(void)
 {
-	static const char *const phases[] = { "connecting", "the other host prepares", "passes", "switch", "the rest", "done" };
+	static const char *const phases[] = { "looking at it", "the other host prepares", "passes", "switch", "the rest", "done" };
 	char sent[CLI_SIZE_TEXT], left[CLI_SIZE_TEXT];
 
-	fprintf(stderr, "\r\033[K%s: pass %ju, sent %s, left %s ", phases[progress.phase], (uintmax_t)progress.pass,
+	fprintf(stderr, "\r\033[K%s: pass %ju, sent %s, left %s ",
+		progress.cut ? "the link is cut; trying again" : phases[progress.phase], (uintmax_t)progress.pass,
 		cli_size(progress.bytes_sent, sent), cli_size(os_bytes(progress.pages_left), left));
 }
 
@@ -82,6 +84,7 @@ static int parse(struct cli_parser *parser, struct send_options *send, bool *ret
 			send->host = parser->value;
 		*ret_plain = *ret_plain || option == OPT_PLAIN;
 		*ret_json = *ret_json || option == OPT_JSON;
+		send->again = send->again || option == OPT_RESUME;
 		send->no_postcopy = send->no_postcopy || option == OPT_NO_POSTCOPY;
 		if (option == OPT_DOWNTIME) {
 			if (!cli_parse_unsigned(parser->value, DOWNTIME_MAX_MS, &number)) {
@@ -109,7 +112,7 @@ static void add(struct json_object *json, const char *key, uint64_t number)
 
 static void add_times(struct json_object *json, const struct send_result *result)
 {
-	static const char *const phases[] = { "connect_us", "prepare_us", "passes_us", "switch_us", "rest_us" };
+	static const char *const phases[] = { "prepare_us", "connect_us", "passes_us", "switch_us", "rest_us" };
 
 	for (int i = 0; i < SEND_DONE; i++)
 		add(json, phases[i], result->phase_us[i]);
@@ -162,15 +165,16 @@ static int end(const struct send_options *send, const struct send_result *result
 		return CLI_OK;
 	}
 	if (where == SEND_UNKNOWN)
-		return cli_fail(CLI_NO_ANSWER, "%s was given to the other host, which has not said that it runs (%s). Here it stands: "
-				"make sure that it does not run there before you let it go on (`cont`)", send->name, why);
+		return cli_fail(CLI_NO_ANSWER, "%s was given to the other host, which does not have all of it yet (%s). Here it stands: "
+				"go on with `latent migrate --resume`; or make sure that it does not run there before you let it "
+				"run here (`cont`)", send->name, why);
 	return cli_fail(CLI_NO_ANSWER, "%s was not moved, and runs on here: %s", send->name, why);
 }
 
 static int move(struct vm_view *view, struct send_options *send, bool json)
 {
 	struct sigaction action = { .sa_handler = on_interrupt };
-	char run_dir[VMDIR_PATH_BYTES], why[SNAPSHOT_WHY_BYTES] = "";
+	char run_dir[VMDIR_PATH_BYTES], known[VMDIR_PATH_BYTES], why[SNAPSHOT_WHY_BYTES] = "";
 	struct send_result result;
 	enum send_end where;
 	pthread_t thread;
@@ -178,7 +182,9 @@ static int move(struct vm_view *view, struct send_options *send, bool json)
 	int r;
 
 	snprintf(run_dir, sizeof run_dir, "%.180s/%.63s", view->root, view->name);
+	snprintf(known, sizeof known, "%.200s/" MOVER_DIGESTS, view->root);
 	send->run_dir = run_dir;
+	send->known_dir = known;
 	send->cwd = view->stats.cwd;
 	sigaction(SIGINT, &action, NULL);
 	sigaction(SIGTERM, &action, NULL);

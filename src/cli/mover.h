@@ -5,6 +5,7 @@
 #define LATENT_CLI_MOVER_H
 
 #define MOVER_PROGRAM "latent-mover"
+#define MOVER_DIGESTS ".digests" /* in the run-time directory: migrate/digest.h */
 
 struct cli_command;
 

@@ -7,6 +7,7 @@
 #include "cli/cli.h"
 #include "cli/mover.h"
 #include "cli/run.h"
+#include "cli/vm_view.h"
 #include "migrate/receive.h"
 #include "os/os.h"
 #include "snapshot/drives.h"
@@ -14,6 +15,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <json-c/json.h>
 #include <signal.h>
 #include <stdio.h>
@@ -27,7 +29,7 @@
 #define END_MS 5000
 #define LOG "log"
 
-enum { OPT_LISTEN, OPT_NAME, OPT_VOLUME, OPT_TLS, OPT_PLAIN, OPT_JSON };
+enum { OPT_LISTEN, OPT_NAME, OPT_VOLUME, OPT_TLS, OPT_PLAIN, OPT_RESUME, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_LISTEN] = { "listen", CLI_VALUE, "ADDRESS", "tcp:HOST:PORT or unix:PATH (default: tcp:0.0.0.0:4848)" },
@@ -35,6 +37,7 @@ static const struct cli_option options[] = {
 	[OPT_VOLUME] = { "volume", CLI_VALUE, "PATH=PATH", "a file that has the first path there has the second one here" },
 	[OPT_TLS] = { "tls", CLI_VALUE, "DIR", "prove who is who by the keys in DIR, and encrypt" },
 	[OPT_PLAIN] = { "plain", CLI_FLAG, NULL, "over TCP without keys: whoever reaches it can start a VM here" },
+	[OPT_RESUME] = { "resume", CLI_VALUE, "NAME", "go on with a VM that came here by a command that was killed" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the address, and the result, as JSON objects, one a line" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
@@ -50,7 +53,7 @@ const struct cli_command mover_receive = {
 };
 
 struct command {
-	const char *listen, *name, *keys_dir;
+	const char *listen, *name, *keys_dir, *resume;
 	struct {
 		const char *there, *here;
 		size_t there_bytes;
@@ -59,7 +62,7 @@ struct command {
 	bool plain, json;
 	int argc;
 	char **argv;
-	char root[VMDIR_PATH_BYTES];
+	char root[VMDIR_PATH_BYTES], known_dir[VMDIR_PATH_BYTES];
 	int log_fd;
 };
 
@@ -177,18 +180,29 @@ static int start(void *ctx, const struct manifest *m, const struct agent_incomin
 	if (ret_vm->pid < 0)
 		return snapshot_fail(why, -errno, "no process: %s", strerror(errno));
 	ret_vm->pid_fd = (int)syscall(SYS_pidfd_open, ret_vm->pid, 0);
-	return 0;
+	if (ret_vm->pid_fd >= 0)
+		return 0;
+	(void)kill(ret_vm->pid, SIGKILL);
+	(void)waitpid(ret_vm->pid, NULL, 0);
+	return snapshot_fail(why, -errno, "no descriptor of QEMU's process: %s", strerror(errno));
+}
+
+static bool has_ended(const struct receive_vm *vm, int within_ms)
+{
+	struct pollfd p = { vm->pid_fd, POLLIN, 0 };
+
+	return poll(&p, 1, within_ms) > 0;
 }
 
 static void end(void *ctx, struct receive_vm *vm)
 {
 	(void)ctx;
-	(void)kill(vm->pid, SIGTERM);
-	for (int i = 0; i < END_MS && waitpid(vm->pid, NULL, WNOHANG) != vm->pid; i++)
-		usleep(1000);
-	if (!kill(vm->pid, 0))
-		(void)kill(vm->pid, SIGKILL);
-	(void)waitpid(vm->pid, NULL, 0);
+	(void)syscall(SYS_pidfd_send_signal, vm->pid_fd, SIGTERM, NULL, 0);
+	if (!has_ended(vm, END_MS)) {
+		(void)syscall(SYS_pidfd_send_signal, vm->pid_fd, SIGKILL, NULL, 0);
+		(void)has_ended(vm, END_MS);
+	}
+	(void)waitpid(vm->pid, NULL, WNOHANG); /* unless it is no child of ours */
 }
 
 /* ---- the command -------------------------------------------------------------------------------------- */
@@ -216,6 +230,8 @@ static int parse(struct cli_parser *parser, struct command *c)
 			c->name = parser->value;
 		else if (option == OPT_TLS)
 			c->keys_dir = parser->value;
+		else if (option == OPT_RESUME)
+			c->resume = parser->value;
 		else if (option == OPT_VOLUME && add_volume(c, parser->value))
 			return CLI_WRONG;
 		c->plain = c->plain || option == OPT_PLAIN;
@@ -286,24 +302,52 @@ static void print_log(const struct command *c)
 		fprintf(stderr, "%s%s", text, text[strlen(text) - 1] == '\n' ? "" : "\n");
 }
 
+/* The VM is no child of ours. */
+static int go_on(struct command *c, const struct receive_options *receive, struct receive_result *ret_result, char *why)
+{
+	struct receive_vm vm = { .pid_fd = -1 };
+	struct vm_view view;
+	int r;
+
+	if (vm_view_open(c->root, c->resume, &view))
+		return snapshot_fail(why, -ENOENT, "there is no VM %.63s here", c->resume);
+	vm.pid = (pid_t)view.stats.pid;
+	vm_view_close(&view);
+	snprintf(vm.run_dir, sizeof vm.run_dir, "%.180s/%.63s", c->root, c->resume);
+	vm.pid_fd = (int)syscall(SYS_pidfd_open, vm.pid, 0);
+	r = vm.pid_fd < 0 ? snapshot_fail(why, -errno, "the VM %.63s has ended", c->resume) : 0;
+	return r ? r : migrate_receive_again(receive, &vm, c->resume, &progress, ret_result, why);
+}
+
+static int say_kept(const struct command *c, const struct receive_result *result, const char *why)
+{
+	const char *name = c->name ? c->name : result->name;
+
+	return cli_fail(CLI_NO_ANSWER, "%s %s, and not all of its memory has come (%s): go on with `latent receive --resume %s`", name,
+			result->runs ? "runs here" : "was given to this host", why, name);
+}
+
 static int wait_for_vm(struct command *c, int listener, struct link_keys *keys)
 {
-	struct receive_options receive = { .listener = listener, .keys = keys, .find = find, .start = start, .end = end,
-					   .ctx = c };
+	struct receive_options receive = { .listener = listener, .keys = keys, .known_dir = c->known_dir, .find = find,
+					   .start = start, .end = end, .ctx = c };
 	char why[SNAPSHOT_WHY_BYTES] = "";
-	struct receive_result result;
-	int r = migrate_receive(&receive, &progress, &result, why);
+	struct receive_result result = { 0 };
+	int r = c->resume ? go_on(c, &receive, &result, why) : migrate_receive(&receive, &progress, &result, why);
 
-	if (result.runs)
+	if (!c->resume && (result.runs || result.kept))
 		keep_log(c, c->name ? c->name : result.name);
 	if (!r) {
 		print(c, &result);
 		return CLI_OK;
 	}
-	if (!result.runs)
+	if (!why[0])
+		snprintf(why, sizeof why, "%s", strerror(-r));
+	if (result.kept)
+		return say_kept(c, &result, why);
+	if (!c->resume)
 		print_log(c);
-	return cli_fail(CLI_NO_ANSWER, result.runs ? "the VM runs here, and not all of its memory has come: %s"
-				       : "no VM was received: %s", why[0] ? why : strerror(-r));
+	return cli_fail(CLI_NO_ANSWER, "no VM was received: %s", why);
 }
 
 int receive_run(const struct cli_command *command, int argc, char **argv)
@@ -317,10 +361,15 @@ int receive_run(const struct cli_command *command, int argc, char **argv)
 
 	if (status != CLI_END)
 		return cli_end_status(status);
+	if (c.resume && (c.name || c.volumes || c.argc))
+		return cli_fail(CLI_USAGE, "receive: --resume goes with no --name, --volume and command line: the VM is here");
+	if (c.resume && !vmdir_name_ok(c.resume))
+		return cli_fail(CLI_USAGE, "receive: '%.80s' is no name for a VM", c.resume);
 	if (!c.keys_dir && !c.plain && strncmp(c.listen, "unix:", 5))
 		return cli_fail(CLI_USAGE, "receive: over TCP, say where the keys are (--tls DIR), or that there are none (--plain)");
 	if (vmdir_root(true, c.root, why))
 		return cli_fail(CLI_RUN_DIR, "%s", why);
+	snprintf(c.known_dir, sizeof c.known_dir, "%.200s/" MOVER_DIGESTS, c.root);
 	c.log_fd = os_memfd_create("latent-log", 0, false);
 	if (c.keys_dir && link_keys_load(c.keys_dir, true, &keys, why))
 		return cli_fail(CLI_USAGE, "%s", why);

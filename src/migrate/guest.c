@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "migrate/guest.h"
 
+#include "core/entry.h"
 #include "os/os.h"
 #include "vmdir/control.h"
 #include "vmdir/incoming.h"
@@ -10,6 +11,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -29,6 +31,7 @@ struct guest {
 		int memfd;
 	} block[SNAPSHOT_BLOCKS];
 	uint32_t blocks;
+	uint64_t pages;
 	struct told {
 		uint8_t kind, flags; /* enum wire_kind */
 		uint16_t volume;
@@ -130,15 +133,10 @@ static int receive_layout(struct guest *g, struct control_layout *layout, int *f
 }
 
 /* Both sides' blocks are the same, in the same order. */
-static int take_layout(struct guest *g, const struct control_layout *layout, const int *fds, char why[SNAPSHOT_WHY_BYTES])
+static int compare_layout(struct guest *g, const struct control_layout *layout, char why[SNAPSHOT_WHY_BYTES])
 {
 	const struct snapshot_image *wanted = g->options.layout;
 
-	g->blocks = layout->blocks;
-	for (uint32_t i = 0; i < layout->blocks; i++) {
-		g->block[i].memfd = fds[2 * i];
-		close(fds[2 * i + 1]); /* entries are the agent's business */
-	}
 	if (layout->blocks != wanted->blocks)
 		return snapshot_fail(why, -EINVAL, "the source has %u RAM blocks, and this VM %u: give it the same machine",
 				     wanted->blocks, layout->blocks);
@@ -149,38 +147,91 @@ static int take_layout(struct guest *g, const struct control_layout *layout, con
 			return snapshot_fail(why, -EINVAL, "the source has %ju MiB of %.60s, and this VM %ju MiB of %.60s: give it "
 					     "the same machine and -m", (uintmax_t)wanted->block[i].pages >> 8,
 					     wanted->block[i].name, (uintmax_t)b->pages >> 8, b->name);
-		g->block[i].first = wanted->block[i].ram_page;
-		g->block[i].pages = b->pages;
-		g->block[i].memfd_offset = b->memfd_offset;
 	}
 	return 0;
 }
 
-int guest_open(const struct guest_options *options, struct guest **ret_guest, char why[SNAPSHOT_WHY_BYTES])
+static int take_layout(struct guest *g, const struct control_layout *layout, const int *fds, char why[SNAPSHOT_WHY_BYTES])
+{
+	g->blocks = layout->blocks;
+	for (uint32_t i = 0; i < layout->blocks; i++) {
+		g->block[i].memfd = fds[2 * i];
+		g->block[i].first = g->pages;
+		g->block[i].pages = layout->block[i].pages;
+		g->block[i].memfd_offset = layout->block[i].memfd_offset;
+		if (layout->block[i].pages > UINT64_MAX / OS_PAGE_BYTES / SNAPSHOT_BLOCKS)
+			return snapshot_fail(why, -EPROTO, "the VM's agent says nonsense of guest RAM");
+		g->pages += layout->block[i].pages;
+	}
+	g->told = calloc((size_t)g->pages, sizeof *g->told);
+	return g->told ? 0 : snapshot_fail(why, -ENOMEM, "no memory to keep account of the pages");
+}
+
+/* Of an entry that names the other host nothing has come yet; of the others it does not matter what they are. */
+static int read_entries(struct guest *g, uint32_t block, int fd, char why[SNAPSHOT_WHY_BYTES])
+{
+	size_t bytes = (size_t)g->block[block].pages * sizeof(uint64_t);
+	const uint64_t *entries = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
+
+	if (entries == MAP_FAILED)
+		return snapshot_fail(why, -errno, "the page entries cannot be read: %s", strerror(errno));
+	for (uint64_t i = 0; i < g->block[block].pages; i++) {
+		bool owed = entry_source(entries[i]) == ENTRY_MASKED && entry_file(entries[i]) == ENTRY_PEER;
+
+		g->told[g->block[block].first + i].kind = owed ? WIRE_MISSING : WIRE_DATA;
+		g->missing += owed;
+	}
+	munmap((void *)(uintptr_t)entries, bytes);
+	return 0;
+}
+
+static int open_guest(const struct guest_options *options, bool again, struct guest **ret_guest,
+		      char why[SNAPSHOT_WHY_BYTES])
 {
 	static struct control_layout layout; /* one thread */
 	struct guest *g = calloc(1, sizeof *g);
 	int fds[2 * SNAPSHOT_BLOCKS], r;
-	size_t count;
+	size_t count = 0;
 
-	if (g)
-		g->told = calloc((size_t)options->layout->pages, sizeof *g->told);
-	if (!g || !g->told) {
-		free(g);
+	if (!g) {
 		close(options->channel);
-		return snapshot_fail(why, -ENOMEM, "no memory to keep account of the pages");
+		return snapshot_fail(why, -ENOMEM, "no memory");
 	}
 	g->options = *options;
 	r = ask(g, INCOMING_LAYOUT, why);
 	if (!r && receive_layout(g, &layout, fds, &count))
 		r = snapshot_fail(why, -EPROTO, "the VM's agent says nothing of guest RAM");
+	if (!r && !again)
+		r = compare_layout(g, &layout, why);
 	if (!r)
 		r = take_layout(g, &layout, fds, why);
+	for (uint32_t i = 0; !r && again && i < g->blocks; i++)
+		r = read_entries(g, i, fds[2 * i + 1], why);
+	for (size_t i = 1; i < count; i += 2)
+		close(fds[i]); /* entries are the agent's business */
+	for (size_t i = 0; !g->blocks && i < count; i += 2)
+		close(fds[i]);
+	g->runs = again;
 	if (r)
 		guest_close(g);
 	else
 		*ret_guest = g;
 	return r;
+}
+
+int guest_open(const struct guest_options *options, struct guest **ret_guest, char why[SNAPSHOT_WHY_BYTES])
+{
+	return open_guest(options, false, ret_guest, why);
+}
+
+int guest_open_again(const struct guest_options *options, struct guest **ret_guest, char why[SNAPSHOT_WHY_BYTES])
+{
+	return open_guest(options, true, ret_guest, why);
+}
+
+uint64_t guest_pages(const struct guest *g)
+{
+	return g->pages;
 }
 
 void guest_close(struct guest *g)
@@ -375,25 +426,48 @@ static int read_run(struct guest *g, uint64_t page, uint32_t pages, char why[SNA
 	return r;
 }
 
-/* What could not be mapped (a lease, the budget of mappings, devices) is read. */
-static int bring_run(struct guest *g, uint32_t block, uint64_t page, uint32_t pages, char why[SNAPSHOT_WHY_BYTES])
+static void note_mapped(struct guest *g, uint64_t page, uint32_t pages)
 {
-	const struct told *t = &g->told[page];
-	const struct incoming_run run = { .page = page - g->block[block].first, .file_page = t->value, .block = block,
-					  .pages = pages, .volume = t->volume };
+	for (uint32_t i = 0; i < pages; i++)
+		g->told[page + i].flags |= MAPPED;
+}
+
+/* What cannot be mapped (a lease, the budget of mappings, devices) is read. */
+static int bring_run(struct guest *g, const struct incoming_run *run, char why[SNAPSHOT_WHY_BYTES])
+{
+	uint64_t page = g->block[run->block].first + run->page;
 	int r;
 
-	g->request.run[0] = run;
+	g->request.run[0] = *run;
 	g->request.count = 1;
 	r = ask(g, INCOMING_MAP, why);
+	if (!r)
+		note_mapped(g, page, run->pages);
+	else if (r != -EPIPE && r != -EPROTO)
+		r = ask(g, INCOMING_BASE, why); /* it may have been mapped before, with others */
+	g->request.count = 0;
+	return r || g->told[page].flags & MAPPED ? r : read_run(g, page, run->pages, why);
+}
+
+/* All runs of the request, at once if all can be mapped. */
+static int bring_runs(struct guest *g, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct incoming_run run[INCOMING_RUNS];
+	uint32_t count = g->request.count;
+	int r = count ? ask(g, INCOMING_MAP, why) : 0;
+
 	g->request.count = 0;
 	if (r == -EPIPE || r == -EPROTO)
 		return r;
-	if (r)
-		return read_run(g, page, pages, why);
-	for (uint32_t i = 0; i < pages; i++)
-		g->told[page + i].flags |= MAPPED;
-	return 0;
+	memcpy(run, g->request.run, count * sizeof run[0]);
+	for (uint32_t i = 0; !r && i < count; i++)
+		note_mapped(g, g->block[run[i].block].first + run[i].page, run[i].pages);
+	if (!r)
+		return 0;
+	r = 0;
+	for (uint32_t i = 0; !r && i < count; i++)
+		r = bring_run(g, &run[i], why);
+	return r;
 }
 
 int guest_finish_passes(struct guest *g, char why[SNAPSHOT_WHY_BYTES])
@@ -404,14 +478,18 @@ int guest_finish_passes(struct guest *g, char why[SNAPSHOT_WHY_BYTES])
 		uint64_t end = g->block[b].first + g->block[b].pages;
 
 		for (uint64_t page = g->block[b].first, n; !r && page < end; page += n) {
+			const struct told *t = &g->told[page];
+
 			n = 1;
-			if (g->told[page].kind != WIRE_VOLUME || g->told[page].flags)
+			if (t->kind != WIRE_VOLUME || t->flags)
 				continue;
 			n = volume_run(g, page, end);
-			r = bring_run(g, b, page, (uint32_t)n, why);
+			g->request.run[g->request.count++] = (struct incoming_run){ .page = page - g->block[b].first,
+				.file_page = t->value, .block = b, .pages = (uint32_t)n, .volume = t->volume };
+			r = g->request.count == INCOMING_RUNS ? bring_runs(g, why) : 0;
 		}
 	}
-	return r;
+	return r ? r : bring_runs(g, why);
 }
 
 int guest_expect(struct guest *g, uint64_t *ret_missing, char why[SNAPSHOT_WHY_BYTES])
@@ -465,6 +543,24 @@ size_t guest_wanted(struct guest *g, uint64_t *pages, size_t most)
 	g->wanted_count -= count;
 	memmove(g->wanted, g->wanted + count, g->wanted_count * sizeof *pages);
 	return count;
+}
+
+void guest_forget_wishes(struct guest *g)
+{
+	g->wanted_count = 0;
+	for (uint64_t i = 0; i < g->pages; i++)
+		g->told[i].flags &= (uint8_t)~ASKED;
+}
+
+uint64_t guest_missing_run(const struct guest *g, uint64_t *page)
+{
+	uint64_t pages = 0;
+
+	while (*page < g->pages && g->told[*page].kind != WIRE_MISSING)
+		++*page;
+	while (*page + pages < g->pages && g->told[*page + pages].kind == WIRE_MISSING)
+		pages++;
+	return pages;
 }
 
 uint64_t guest_missing(const struct guest *g)

@@ -25,6 +25,10 @@ struct guest_options {
 
 /* The VMM has mapped guest RAM, which is as large as the source's, block by block. Takes the channel, also on failure. */
 int guest_open(const struct guest_options *options, struct guest **ret_guest, char why[SNAPSHOT_WHY_BYTES]);
+/* The same of a guest that was received by another mover, and that perhaps runs: what is missing is what the page entries
+ * say. `options->layout`: NULL. */
+int guest_open_again(const struct guest_options *options, struct guest **ret_guest, char why[SNAPSHOT_WHY_BYTES]);
+uint64_t guest_pages(const struct guest *guest);
 void guest_close(struct guest *guest); /* NULL is allowed */
 
 /* A run that was checked (wire_read_pages); `data`: its contents, of WIRE_DATA. */
@@ -41,6 +45,10 @@ int guest_keep(struct guest *guest, char why[SNAPSHOT_WHY_BYTES]);
 int guest_poll_fd(const struct guest *guest);
 /* Missing pages that somebody waits for, and that were not given here before. */
 size_t guest_wanted(struct guest *guest, uint64_t *pages, size_t most);
+/* What was asked of a source that is gone: it is wanted again if somebody still waits for it. */
+void guest_forget_wishes(struct guest *guest);
+/* The next run of missing pages from `*page` on, which becomes its first; 0: there is none. */
+uint64_t guest_missing_run(const struct guest *guest, uint64_t *page);
 uint64_t guest_missing(const struct guest *guest);
 /* Nothing is missing any more: guest RAM is watched no more. */
 int guest_end(struct guest *guest, char why[SNAPSHOT_WHY_BYTES]);

@@ -52,6 +52,7 @@ struct link {
 	size_t waiting;
 	uint64_t bytes_sent, bytes_received, sent_us, heard_us;
 	size_t got;         /* of the header and the payload of the next message */
+	bool over;
 	bool taken;         /* the message has been given to the caller */
 	/* What comes in; the payload is aligned. */
 	struct {
@@ -500,8 +501,9 @@ static long receive_some(struct link *link, void *to, size_t bytes)
 	return n > 0 ? n : !n ? -ECONNRESET : link->session ? tls_error(n) : socket_error();
 }
 
-static int explain(int r, char why[SNAPSHOT_WHY_BYTES])
+static int explain(struct link *link, int r, char why[SNAPSHOT_WHY_BYTES])
 {
+	link->over = true;
 	return snapshot_fail(why, r, r == -ECONNRESET ? "the peer has ended the connection"
 				     : "the connection to the peer: %s", strerror(-r));
 }
@@ -607,11 +609,12 @@ static int fill(struct link *link, char why[SNAPSHOT_WHY_BYTES])
 		int r;
 
 		if (n < 0)
-			return n == -EAGAIN ? -EAGAIN : explain((int)n, why);
+			return n == -EAGAIN ? -EAGAIN : explain(link, (int)n, why);
 		link->got += (size_t)n;
 		link->bytes_received += (uint64_t)n;
 		link->heard_us = os_now_us();
 		r = link->got == header ? wire_check_header(&link->in.header, link->peer_is_source, why) : 0;
+		link->over = link->over || r;
 		if (r)
 			return r;
 	}
@@ -649,6 +652,7 @@ static int keep_alive(struct link *link, char why[SNAPSHOT_WHY_BYTES])
 {
 	uint64_t now_us = os_now_us();
 
+	link->over = link->over || now_us - link->heard_us > LINK_SILENT_MS * 1000u;
 	if (now_us - link->heard_us > LINK_SILENT_MS * 1000u)
 		return snapshot_fail(why, -ETIMEDOUT, "the peer has said nothing for %d s", LINK_SILENT_MS / 1000);
 	if (now_us - link->sent_us < PING_US || link->waiting)
@@ -677,7 +681,7 @@ static int turn(struct link *link, struct pollfd *polled, unsigned count, int ti
 		polled[i].revents = r > 0 ? all[1 + i].revents : 0;
 	r = flush(link);
 	if (r)
-		return explain(r, why);
+		return explain(link, r, why);
 	drop_taken(link);
 	r = fill(link, why);
 	return r == -EAGAIN ? 0 : r;
@@ -703,6 +707,11 @@ int link_wait(struct link *link, bool for_room, struct pollfd *polled, unsigned 
 		if (is_complete(link) || (for_room && link->waiting < LINK_ROOM) || os_now_us() >= until_us)
 			return 0;
 	}
+}
+
+bool link_is_over(const struct link *link)
+{
+	return link->over;
 }
 
 size_t link_waiting(const struct link *link)

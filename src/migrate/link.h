@@ -63,6 +63,9 @@ int link_receive(struct link *link, struct wire_message *ret_message, char why[S
 int link_wait(struct link *link, bool for_room, struct pollfd *polled, unsigned count, int timeout_ms,
 	      char why[SNAPSHOT_WHY_BYTES]);
 
+/* One of the errors above has come: to talk on, it takes another link. */
+bool link_is_over(const struct link *link);
+
 /* Bytes that wait to be sent; that have been sent and received (before TLS). */
 size_t link_waiting(const struct link *link);
 uint64_t link_bytes_sent(const struct link *link);

@@ -2,8 +2,11 @@
 #include "migrate/receive.h"
 
 #include "migrate/guest.h"
+#include "migrate/record.h"
 #include "os/os.h"
 #include "snapshot/vmm.h"
+#include "vmdir/control.h"
+#include "vmdir/vmdir.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -11,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
 #include <unistd.h>
@@ -19,6 +23,8 @@
 #define HELLO_MS 10000
 #define SOURCE_MS 120000 /* between two messages that bring it on */
 #define TURN_MS 200
+#define STORAGE_MS 60000 /* for the ballot */
+#define AGENT_MS 20000
 
 struct receive {
 	const struct receive_options *options;
@@ -37,6 +43,13 @@ struct receive {
 	int state_fd;
 	uint64_t state_bytes, switched_us;
 	uint8_t *room; /* for contents that are unpacked */
+	uint8_t session[WIRE_SESSION_BYTES];
+	struct digest digest[WIRE_FILES_MAX];
+	struct stat volume_stat[SNAPSHOT_VOLUMES];
+	struct record record;
+	bool has_token; /* the guest is not ended any more because the link is */
+	bool lost;      /* but the source has it again */
+	bool let;       /* QEMU has been told to let it run */
 	bool runs;
 };
 
@@ -46,7 +59,7 @@ static int check_alive(struct receive *c)
 {
 	struct pollfd p = { c->vm.pid_fd, POLLIN, 0 };
 
-	if (c->progress->stop && !c->runs)
+	if (c->progress->stop && !c->has_token)
 		return snapshot_fail(c->why, -EINTR, "a signal ended it");
 	if (c->started && p.fd >= 0 && poll(&p, 1, 0) > 0)
 		return snapshot_fail(c->why, -EPIPE, "the VMM has ended (see its log)");
@@ -115,6 +128,7 @@ static int greet(struct receive *c)
 		return r;
 	if (theirs.resume)
 		return snapshot_fail(c->why, -EPROTO, "there is no migration that was cut");
+	memcpy(c->session, theirs.session, sizeof c->session);
 	memcpy(ours.session, theirs.session, sizeof ours.session);
 	return say(c, WIRE_HELLO, &ours, sizeof ours);
 }
@@ -168,29 +182,140 @@ static int take_blocks(struct receive *c)
 	return 0;
 }
 
-/* One that is missing, or another one, is no failure: its pages are sent. */
-static void open_volume(struct receive *c, uint32_t i)
+static uint32_t files_of(const struct manifest *m)
 {
-	const struct manifest_volume *v = &c->manifest.volume[i];
-	const char *path = c->options->find(c->options->ctx, v->path);
-	int fd = open(path, O_RDONLY | O_NONBLOCK);
-	struct manifest_volume now;
-	struct stat st;
+	uint32_t count = m->volumes;
 
-	c->incoming.volume_fd[i] = -1;
-	if (fd >= 0 && !fstat(fd, &st) && S_ISREG(st.st_mode) && !manifest_compare(fd, v, &now)) {
-		c->incoming.volume_fd[i] = fd;
-		c->limits.volume_pages[i] = ((uint64_t)st.st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
-	} else if (fd >= 0) {
-		close(fd);
-	}
+	for (uint32_t i = 0; i < m->disks; i++)
+		count += m->disk[i].layers ? m->disk[i].layers - 1 : 0;
+	return count;
 }
 
-static void open_volumes(struct receive *c)
+/* The source keeps nobody waiting who talks. */
+static int tick(void *ctx)
 {
+	struct receive *c = ctx;
+	int r = check_alive(c);
+
+	return r ? r : link_wait(c->link, false, NULL, 0, 0, c->why);
+}
+
+static int compare_digest(struct receive *c, int fd, const struct digest *wanted)
+{
+	const struct digest_reading reading = { .known_dir = c->options->known_dir, .tick = tick, .ctx = c };
+	struct digest found;
+	int r = digest_file(&reading, fd, &found);
+
+	return r ? r : memcmp(&found, wanted, sizeof found) ? -ESTALE : 0;
+}
+
+/* One that is missing, or another one, is no failure: its pages are sent. */
+static int open_volume(struct receive *c, uint32_t i)
+{
+	int fd = open(c->options->find(c->options->ctx, c->manifest.volume[i].path), O_RDONLY | O_NONBLOCK), r;
+	struct stat *st = &c->volume_stat[i];
+
+	c->incoming.volume_fd[i] = -1;
+	if (fd < 0)
+		return 0;
+	r = fstat(fd, st) || !S_ISREG(st->st_mode) ? -ESTALE : compare_digest(c, fd, &c->digest[i]);
+	if (r) {
+		close(fd);
+		return link_is_over(c->link) || r == -EINTR ? r : 0;
+	}
+	c->incoming.volume_fd[i] = fd;
+	c->limits.volume_pages[i] = ((uint64_t)st->st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
+	return 0;
+}
+
+static int open_volumes(struct receive *c)
+{
+	int r = 0;
+
 	c->limits.volumes = c->incoming.volumes = c->manifest.volumes;
-	for (uint32_t i = 0; i < c->manifest.volumes; i++)
-		open_volume(c, i);
+	memset(c->incoming.volume_fd, -1, sizeof c->incoming.volume_fd);
+	for (uint32_t i = 0; !r && i < c->manifest.volumes; i++)
+		r = open_volume(c, i);
+	return r;
+}
+
+/* The VM's leases are taken: what was read before is what is mapped. */
+static int check_volumes(struct receive *c)
+{
+	for (uint32_t i = 0; i < c->manifest.volumes; i++) {
+		struct stat now;
+
+		if (c->incoming.volume_fd[i] >= 0 &&
+		    (fstat(c->incoming.volume_fd[i], &now) || !digest_same_file(&now, &c->volume_stat[i])))
+			return snapshot_fail(c->why, -ESTALE, "%.200s was written while it was looked at",
+					     c->options->find(c->options->ctx, c->manifest.volume[i].path));
+	}
+	return 0;
+}
+
+/* What a disk lies over is read by the guest: it must be the same here. */
+static int check_layer(struct receive *c, const struct manifest_disk *disk, uint32_t layer, const struct digest *digest)
+{
+	const char *path = c->options->find(c->options->ctx, disk->layer[layer].volume.path);
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	int r = fd < 0 ? -errno : compare_digest(c, fd, digest);
+
+	if (fd >= 0)
+		close(fd);
+	if (!r || r == -EINTR || link_is_over(c->link))
+		return r;
+	return snapshot_fail(c->why, r, r == -ESTALE ? "the disk %.40s lies over %.150s, and here that has other contents: say "
+			     "with --volume where the same file is%s"
+			     : "the disk %.40s lies over %.150s, which cannot be read here: say with --volume where it is (%s)",
+			     disk->drive, path, r == -ESTALE ? "" : strerror(-r));
+}
+
+static int check_disks(struct receive *c)
+{
+	const struct digest *digest = &c->digest[c->manifest.volumes];
+	int r = 0;
+
+	for (uint32_t i = 0; i < c->manifest.disks; i++)
+		for (uint32_t layer = 1; !r && layer < c->manifest.disk[i].layers; layer++)
+			r = check_layer(c, &c->manifest.disk[i], layer, digest++);
+	return r;
+}
+
+/* It is there if the disk here is the disk there. */
+static int find_ballot(struct receive *c)
+{
+	const char *disk = c->options->find(c->options->ctx, c->manifest.disk[0].layer[0].volume.path);
+	int r = ballot_name(disk, c->session, &c->record.ballot);
+
+	if (r)
+		return snapshot_fail(c->why, r, "the path of %.200s is too long", disk);
+	return ballot_is_there(&c->record.ballot) ? 0
+	       : snapshot_fail(c->why, -EXDEV, "the disk %.40s is not on storage that both hosts share: nothing of this migration "
+			       "is beside %.150s here (--volume says where a file is)", c->manifest.disk[0].drive, disk);
+}
+
+static int take_files(struct receive *c)
+{
+	const struct digest *digests;
+	struct wire_message m;
+	bool ballot = false;
+	uint32_t count = files_of(&c->manifest);
+	int r = await(c, WIRE_FILES, HELLO_MS, &m);
+
+	if (!r && count > WIRE_FILES_MAX)
+		r = snapshot_fail(c->why, -E2BIG, "the VM has more than %u images", WIRE_FILES_MAX);
+	if (!r)
+		r = wire_read_files(&m, count, &ballot, &digests, c->why);
+	if (r)
+		return r;
+	memcpy(c->digest, digests, count * sizeof *digests);
+	if (ballot && !c->manifest.disks)
+		return snapshot_fail(c->why, -EPROTO, "the source has a ballot beside no disk");
+	if (ballot)
+		r = find_ballot(c);
+	if (!r)
+		r = open_volumes(c);
+	return r ? r : check_disks(c);
 }
 
 static int start_vmm(struct receive *c)
@@ -225,10 +350,12 @@ static int prepare(struct receive *c)
 
 	if (!r)
 		r = take_blocks(c);
-	if (r)
-		return r;
-	open_volumes(c);
-	r = start_vmm(c);
+	if (!r)
+		r = take_files(c);
+	if (!r)
+		r = start_vmm(c);
+	if (!r)
+		r = check_volumes(c);
 	for (uint32_t i = 0; i < c->manifest.volumes; i++)
 		ready.volumes |= (uint64_t)(c->incoming.volume_fd[i] >= 0) << i;
 	return r ? r : say(c, WIRE_READY, &ready, sizeof ready);
@@ -404,38 +531,75 @@ static int await_token(struct receive *c)
 	return r ? r : snapshot_fail(c->why, -ETIMEDOUT, "the source does not go on");
 }
 
-/* From here on it is ours, unless we say that it does not run, and see to it that it never will. */
-static int run_guest(struct receive *c)
+/* ---- the guest is given to this host --------------------------------------------------------------------- */
+
+static int note_phase(struct receive *c, enum record_phase phase)
+{
+	c->record.phase = phase;
+	return record_write(c->vm.run_dir, &c->record, c->why);
+}
+
+/* From now on only a word of ours lets the source go on, or the ballot. */
+static int take_token(struct receive *c)
 {
 	int r = await_token(c);
 
 	if (!r)
 		r = guest_keep(c->guest, c->why);
-	if (r)
-		return r;
-	if (!c->manifest.stood) {
-		r = vmm_start_guest(&c->vmm);
-		if (!r)
-			r = serve_until(c, is_running, "letting the guest run");
-	}
-	if (r) {
-		c->options->end(c->options->ctx, &c->vm);
-		c->started = false;
-		link_send_last(c->link, WIRE_FAILED, c->why);
-		return r;
-	}
-	c->runs = c->result->runs = true;
-	c->result->load_us = os_now_us() - c->switched_us;
-	return say(c, WIRE_RUNNING, NULL, 0);
+	memcpy(c->record.session, c->session, sizeof c->session);
+	c->record.stood = c->manifest.stood;
+	if (!r)
+		r = note_phase(c, RECORD_TOKEN);
+	c->has_token = !r;
+	return r;
 }
 
-/* ---- what was missing ------------------------------------------------------------------------------------ */
+/* The guest is ours, for good, or never. */
+static int commit(struct receive *c)
+{
+	uint64_t until_us = os_now_us() + STORAGE_MS * 1000ull;
+	int r = 0;
+
+	if (c->record.phase >= RECORD_COMMITTED)
+		return 0;
+	while (c->record.ballot.path[0] && (r = ballot_take(&c->record.ballot, BALLOT_DESTINATION))) {
+		c->lost = r == -EALREADY || r == -ENOENT;
+		if (c->lost)
+			return snapshot_fail(c->why, -ECANCELED, "the source had lost sight of this host, and goes on with the guest");
+		if (os_now_us() >= until_us)
+			return snapshot_fail(c->why, r, "%.200s: %s", c->record.ballot.path, strerror(-r));
+		r = link_wait(c->link, false, NULL, 0, TURN_MS, c->why);
+		if (r)
+			return r;
+	}
+	return note_phase(c, RECORD_COMMITTED);
+}
+
+static int let_run(struct receive *c)
+{
+	int r = 0;
+
+	if (!c->record.stood && !c->let) {
+		r = vmm_start_guest(&c->vmm);
+		c->let = !r;
+	}
+	if (!r && !c->record.stood)
+		r = serve_until(c, is_running, "letting the guest run");
+	if (!r)
+		r = note_phase(c, RECORD_RUNNING);
+	if (r)
+		return r;
+	c->runs = c->result->runs = true;
+	c->result->load_us = c->switched_us ? os_now_us() - c->switched_us : 0;
+	return 0;
+}
 
 static int take_rest(struct receive *c)
 {
 	struct wire_message m;
 	int r = 0;
 
+	c->progress->phase = RECEIVE_REST;
 	while (!r && guest_missing(c->guest)) {
 		r = serve_turn(c, &m);
 		if (r > 0)
@@ -449,6 +613,109 @@ static int take_rest(struct receive *c)
 	while (!r && !(r = next(c, SOURCE_MS, &m)) && m.type == WIRE_PAGES)
 		;
 	return r ? r : m.type == WIRE_DONE ? 0 : unexpected(c, &m);
+}
+
+/* From the token, or the source's return, on. */
+static int finish(struct receive *c)
+{
+	int r = commit(c);
+
+	if (!r && !c->runs)
+		r = let_run(c);
+	if (!r)
+		r = say(c, WIRE_RUNNING, NULL, 0);
+	return r ? r : take_rest(c);
+}
+
+/* ---- after a cut ----------------------------------------------------------------------------------------- */
+
+static int greet_again(struct receive *c)
+{
+	struct wire_hello theirs, ours = { .magic = WIRE_MAGIC, .version = WIRE_VERSION, .page_bytes = OS_PAGE_BYTES,
+					   .resume = 1 };
+	struct wire_message m;
+	int r = await(c, WIRE_HELLO, HELLO_MS, &m);
+
+	if (!r)
+		r = wire_read_hello(&m, &theirs, c->why);
+	if (!r && (!theirs.resume || memcmp(theirs.session, c->record.session, sizeof theirs.session)))
+		r = snapshot_fail(c->why, -EPROTO, "another migration is waited for here");
+	memcpy(ours.session, c->record.session, sizeof ours.session);
+	return r ? r : say(c, WIRE_HELLO, &ours, sizeof ours);
+}
+
+static int say_owed(struct receive *c)
+{
+	struct wire_owed owed[WIRE_OWED_MAX];
+	uint64_t page = 0, pages;
+	size_t count = 0;
+	int r = 0;
+
+	while (!r && (pages = guest_missing_run(c->guest, &page))) {
+		owed[count++] = (struct wire_owed){ page, pages };
+		page += pages;
+		if (count == WIRE_OWED_MAX) {
+			r = say(c, WIRE_OWED, owed, count * sizeof owed[0]);
+			count = 0;
+		}
+	}
+	return r || !count ? r : say(c, WIRE_OWED, owed, count * sizeof owed[0]);
+}
+
+/* The guest runs meanwhile, and what it waits for is asked for again. 1: somebody is there. */
+static int wait_for_source(struct receive *c)
+{
+	struct pollfd p[] = { { c->options->listener, POLLIN, 0 }, { guest_poll_fd(c->guest), POLLIN, 0 },
+			      { vmm_poll_fd(&c->vmm), POLLIN, 0 } };
+	uint64_t ignored[WIRE_WANTED_MAX];
+
+	if (c->progress->stop)
+		return snapshot_fail(c->why, -EINTR, "a signal ended it");
+	(void)poll(p, 3, TURN_MS);
+	if (p[1].revents)
+		(void)guest_wanted(c->guest, ignored, WIRE_WANTED_MAX);
+	guest_forget_wishes(c->guest);
+	if (p[2].revents)
+		vmm_drain(&c->vmm);
+	return p[0].revents ? 1 : check_alive(c);
+}
+
+/* Whoever it is, and whatever he wants: only the source of this guest ends the waiting. */
+static int come_together(struct receive *c)
+{
+	int r;
+
+	c->progress->cut = true;
+	for (;;) {
+		link_close(c->link);
+		c->link = NULL;
+		do
+			r = wait_for_source(c);
+		while (!r);
+		if (r < 0)
+			return r;
+		r = link_accept(c->options->listener, c->options->keys, false, &c->link, c->why);
+		if (!r)
+			r = greet_again(c);
+		if (!r)
+			break;
+		if (c->link && r != -EREMOTEIO)
+			link_send_last(c->link, WIRE_REFUSE, c->why);
+	}
+	c->progress->cut = false;
+	return say_owed(c);
+}
+
+static int go_on(struct receive *c, int r)
+{
+	while (r && !c->lost && (!c->link || link_is_over(c->link))) {
+		r = come_together(c);
+		if (!r)
+			r = finish(c);
+		else if (!c->link)
+			break; /* not the link's fault */
+	}
+	return r;
 }
 
 /* ---- all of it ------------------------------------------------------------------------------------------- */
@@ -467,47 +734,37 @@ static int receive(struct receive *c)
 		r = take_passes(c);
 	c->progress->phase = RECEIVE_SWITCHING;
 	if (!r)
-		r = run_guest(c);
-	c->progress->phase = RECEIVE_REST;
-	if (!r)
-		r = take_rest(c);
+		r = take_token(c);
+	if (!r) {
+		r = finish(c);
+		r = r ? go_on(c, r) : 0;
+	}
 	c->progress->phase = RECEIVE_DONE;
 	return r;
 }
 
-static void give_up(struct receive *c, int r)
+static bool is_kept(const struct receive *c, int r)
 {
-	if (c->link && r != -EREMOTEIO)
-		link_send_last(c->link, WIRE_REFUSE, c->why);
-	if (c->started)
-		c->options->end(c->options->ctx, &c->vm);
+	return c->runs || (c->has_token && !c->lost && (r == -EINTR || !c->link || link_is_over(c->link)));
 }
 
-int migrate_receive(const struct receive_options *options, struct receive_progress *progress,
-		    struct receive_result *ret_result, char why[SNAPSHOT_WHY_BYTES])
+/* It does not run, and never will: the source hears it, or finds the ballot as it was. */
+static void give_up(struct receive *c, int r)
 {
-	struct receive *c = calloc(1, sizeof *c);
-	uint64_t begin_us = os_now_us();
-	int r;
+	if (c->started)
+		c->options->end(c->options->ctx, &c->vm);
+	if (c->let)
+		vmm_drain(&c->vmm);
+	if (c->let && c->vmm.continued_us)
+		return; /* it has run */
+	if (c->record.phase == RECORD_COMMITTED && c->has_token)
+		ballot_return(&c->record.ballot);
+	if (c->link && r != -EREMOTEIO)
+		link_send_last(c->link, c->has_token ? WIRE_FAILED : WIRE_REFUSE, c->why);
+}
 
-	*ret_result = (struct receive_result){ 0 };
-	if (!c)
-		return snapshot_fail(why, -ENOMEM, "no memory");
-	c->options = options;
-	c->progress = progress;
-	c->result = ret_result;
-	c->why = why;
-	c->vm.pid_fd = -1;
-	c->vmm.state_fd = -1;
-	c->state_fd = os_memfd_create("latent-state", 0, false);
-	c->room = malloc((size_t)WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT);
-	r = c->state_fd < 0 || !c->room ? snapshot_fail(why, -ENOMEM, "no memory") : receive(c);
-	if (r && !c->runs)
-		give_up(c, r);
-	snprintf(ret_result->name, sizeof ret_result->name, "%s", c->manifest.name);
-	ret_result->pid = c->vm.pid;
-	ret_result->total_us = os_now_us() - begin_us;
-	ret_result->bytes_received = c->link ? link_bytes_received(c->link) : 0;
+static void free_receive(struct receive *c)
+{
 	guest_close(c->guest);
 	vmm_close(&c->vmm);
 	link_close(c->link);
@@ -521,5 +778,134 @@ int migrate_receive(const struct receive_options *options, struct receive_progre
 	machine_free(c->manifest.machine);
 	free(c->room);
 	free(c);
+}
+
+static int end(struct receive *c, int r, uint64_t begin_us)
+{
+	struct receive_result *result = c->result;
+
+	result->kept = r && is_kept(c, r);
+	if (r && !result->kept)
+		give_up(c, r);
+	else if (!r)
+		record_remove(c->vm.run_dir);
+	result->pid = c->vm.pid;
+	result->total_us = os_now_us() - begin_us;
+	result->bytes_received = c->progress->bytes_received;
+	free_receive(c);
 	return r;
+}
+
+static struct receive *create(const struct receive_options *options, struct receive_progress *progress,
+			      struct receive_result *ret_result, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct receive *c = calloc(1, sizeof *c);
+
+	*ret_result = (struct receive_result){ 0 };
+	if (!c)
+		return NULL;
+	c->options = options;
+	c->progress = progress;
+	c->result = ret_result;
+	c->why = why;
+	c->vm.pid_fd = -1;
+	c->vmm.state_fd = -1;
+	c->state_fd = os_memfd_create("latent-state", 0, false);
+	c->room = malloc((size_t)WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT);
+	if (c->state_fd < 0 || !c->room) {
+		free_receive(c);
+		return NULL;
+	}
+	return c;
+}
+
+int migrate_receive(const struct receive_options *options, struct receive_progress *progress,
+		    struct receive_result *ret_result, char why[SNAPSHOT_WHY_BYTES])
+{
+	uint64_t begin_us = os_now_us();
+	struct receive *c = create(options, progress, ret_result, why);
+	int r;
+
+	if (!c)
+		return snapshot_fail(why, -ENOMEM, "no memory");
+	r = receive(c);
+	snprintf(ret_result->name, sizeof ret_result->name, "%s", c->manifest.name);
+	return end(c, r, begin_us);
+}
+
+/* ---- in the place of another mover ------------------------------------------------------------------------ */
+
+/* Its end of a channel to the agent. */
+static int ask_channel(struct receive *c)
+{
+	struct control_request request = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION, .op = CONTROL_INCOMING };
+	struct control_layout empty;
+	struct control_reply reply;
+	char path[VMDIR_PATH_BYTES], control[CMSG_SPACE(sizeof(int))];
+	struct iovec iov = { &empty, sizeof empty };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+	int agent, fd = -1;
+
+	snprintf(path, sizeof path, "%.230s/" VMDIR_CONTROL, c->vm.run_dir);
+	agent = vmdir_connect(path, SOCK_SEQPACKET, AGENT_MS);
+	if (agent < 0)
+		return snapshot_fail(c->why, agent, "the VM's agent cannot be reached: %s", strerror(-agent));
+	if (send(agent, &request, sizeof request, MSG_NOSIGNAL) != (ssize_t)sizeof request ||
+	    recv(agent, &reply, sizeof reply, 0) != (ssize_t)sizeof reply || reply.version != CONTROL_VERSION) {
+		fd = snapshot_fail(c->why, -EPROTO, "the VM's agent is of another version, or does not answer");
+	} else if (reply.error) {
+		reply.text[sizeof reply.text - 1] = '\0';
+		fd = snapshot_fail(c->why, reply.error < 0 ? reply.error : -EPROTO, "%.255s", reply.text);
+	} else if (recvmsg(agent, &message, MSG_CMSG_CLOEXEC) > 0 && CMSG_FIRSTHDR(&message)) {
+		memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
+	}
+	close(agent);
+	return fd != -1 ? fd : snapshot_fail(c->why, -EPROTO, "the VM's agent gives no channel");
+}
+
+static int take_over(struct receive *c)
+{
+	struct guest_options options = { .limits = &c->limits, .volume_fd = c->incoming.volume_fd };
+	int r = record_read(c->vm.run_dir, &c->record, c->why);
+
+	if (!r && c->record.phase == RECORD_GIVEN)
+		r = snapshot_fail(c->why, -EINVAL, "the VM is on its way from here: that is for `latent migrate --resume`");
+	if (!r)
+		r = vmm_open_waiting(c->vm.run_dir, c->vm.pid_fd, c->why, &c->vmm);
+	if (!r)
+		r = options.channel = ask_channel(c);
+	if (r < 0)
+		return r;
+	r = guest_open_again(&options, &c->guest, c->why);
+	if (r)
+		return r;
+	c->limits.pages = c->progress->pages_all = guest_pages(c->guest);
+	c->result->pages_missing = guest_missing(c->guest);
+	c->started = c->has_token = true;
+	c->runs = c->result->runs = c->record.phase == RECORD_RUNNING;
+	return 0;
+}
+
+int migrate_receive_again(const struct receive_options *options, const struct receive_vm *vm, const char *name,
+			  struct receive_progress *progress, struct receive_result *ret_result,
+			  char why[SNAPSHOT_WHY_BYTES])
+{
+	uint64_t begin_us = os_now_us();
+	struct receive *c = create(options, progress, ret_result, why);
+	int r;
+
+	if (!c)
+		return snapshot_fail(why, -ENOMEM, "no memory");
+	c->vm = *vm;
+	snprintf(ret_result->name, sizeof ret_result->name, "%s", name);
+	r = take_over(c);
+	if (!r)
+		r = go_on(c, -ECONNRESET);
+	else
+		ret_result->kept = true; /* as it was */
+	if (ret_result->kept) {
+		free_receive(c);
+		return r;
+	}
+	return end(c, r, begin_us);
 }

@@ -23,6 +23,7 @@ struct receive_vm {
 struct receive_options {
 	int listener;                 /* of link_listen */
 	const struct link_keys *keys; /* NULL: none */
+	const char *known_dir;        /* digest.h */
 	/* Where a file of the manifest is here; may be its own path. */
 	const char *(*find)(void *ctx, const char *path);
 	/* Starts the VMM with this agent configuration, whose descriptors are inherited. 0, or a negative errno with a
@@ -40,6 +41,7 @@ enum receive_phase { RECEIVE_LISTENING, RECEIVE_PREPARING, RECEIVE_PASSES, RECEI
 struct receive_progress {
 	_Atomic bool stop;
 	_Atomic int phase; /* enum receive_phase */
+	_Atomic bool cut;  /* the source is waited for */
 	_Atomic uint64_t pages_all, pages_missing, bytes_received;
 };
 
@@ -52,11 +54,18 @@ struct receive_result {
 	uint64_t pages_wanted;        /* of those, waited for by the guest */
 	uint64_t load_us;             /* from the source's last word to the guest's resume */
 	bool runs;
+	bool kept; /* the guest was given to this host: whether it runs already or not, it goes on by migrate_receive_again */
 };
 
-/* One migration; comes back when the guest runs and has all its pages. 0, or a negative errno with a sentence in `why`;
- * then, if not ret_result->runs, nothing is left of it. */
+/* One migration; comes back when the guest runs and has all its pages. A link that is cut after the source has given the
+ * guest away is waited for; the guest runs on meanwhile, as far as it gets. 0, or a negative errno with a sentence in
+ * `why`; then, if not ret_result->kept, nothing is left of it. */
 int migrate_receive(const struct receive_options *options, struct receive_progress *progress,
 		    struct receive_result *ret_result, char why[SNAPSHOT_WHY_BYTES]);
+/* The same in the place of a mover that has died after that, for this VM, which is the caller's. `name`: what it is called.
+ * `start` is not used. */
+int migrate_receive_again(const struct receive_options *options, const struct receive_vm *vm, const char *name,
+			  struct receive_progress *progress, struct receive_result *ret_result,
+			  char why[SNAPSHOT_WHY_BYTES]);
 
 #endif

@@ -2,6 +2,7 @@
 #include "migrate/send.h"
 
 #include "migrate/link.h"
+#include "migrate/record.h"
 #include "os/os.h"
 #include "snapshot/describe.h"
 #include "snapshot/disks.h"
@@ -24,6 +25,7 @@
 #define ENOUGH_PAGES 256u      /* not worth another pass */
 #define FAST_BYTES (256u << 10) /* less than that waits to be sent: the link is faster than packing */
 #define PACK_LEVEL 1
+#define AGAIN_US 500000 /* between two tries to reach the destination */
 
 struct send {
 	const struct send_options *options;
@@ -31,6 +33,10 @@ struct send {
 	struct send_result *result;
 	char *why;
 	struct manifest manifest;
+	struct {
+		struct wire_files header;
+		struct digest digest[WIRE_FILES_MAX];
+	} files;
 	struct disk_names names;
 	struct vmm vmm;
 	struct source *source;
@@ -40,8 +46,12 @@ struct send {
 	struct wire_batch *batch;
 	uint8_t *payload;
 	uint64_t begin_us, phase_us, first_pass_us, step_us;
+	struct record record;
+	uint64_t bytes_before; /* sent over links that were cut */
 	bool told;   /* all, at the switch: pages may be wanted */
 	bool given;  /* the token has been sent */
+	bool runs;   /* the destination has said so */
+	bool cut;    /* the link was, after the token */
 };
 
 /* ---- messages --------------------------------------------------------------------------------------- */
@@ -66,6 +76,7 @@ static int add_wanted(struct send *s, const struct wire_message *m);
 /* What may come at any time; the others are the caller's. 1: it was none of them. */
 static int take_any(struct send *s, const struct wire_message *m)
 {
+	s->given = s->given && (m->type != WIRE_FAILED || s->runs);
 	if (m->type == WIRE_REFUSE || m->type == WIRE_FAILED)
 		return take_refusal(s, m);
 	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
@@ -109,7 +120,7 @@ static int put(struct send *s, enum wire_type type, const void *payload, size_t 
 		if (r)
 			return r;
 	}
-	s->progress->bytes_sent = link_bytes_sent(s->link);
+	s->progress->bytes_sent = s->bytes_before + link_bytes_sent(s->link);
 	return r ? snapshot_fail(s->why, r, "no memory for a message") : 0;
 }
 
@@ -117,12 +128,12 @@ static int put(struct send *s, enum wire_type type, const void *payload, size_t 
 
 static int greet(struct send *s)
 {
-	struct wire_hello ours = { .magic = WIRE_MAGIC, .version = WIRE_VERSION, .page_bytes = OS_PAGE_BYTES }, theirs;
+	struct wire_hello ours = { .magic = WIRE_MAGIC, .version = WIRE_VERSION, .page_bytes = OS_PAGE_BYTES,
+				   .resume = s->given }, theirs;
 	struct wire_message m;
 	int r;
 
-	if (getrandom(ours.session, sizeof ours.session, 0) != sizeof ours.session)
-		return snapshot_fail(s->why, -EIO, "no random numbers");
+	memcpy(ours.session, s->record.session, sizeof ours.session);
 	r = put(s, WIRE_HELLO, &ours, sizeof ours);
 	if (!r)
 		r = await(s, WIRE_HELLO, &m);
@@ -136,12 +147,14 @@ static int greet(struct send *s)
 static int connect_destination(struct send *s)
 {
 	const struct send_options *o = s->options;
-	int r = o->keys_dir ? link_keys_load(o->keys_dir, false, &s->keys, s->why) : 0;
+	int r = o->keys_dir && !s->keys ? link_keys_load(o->keys_dir, false, &s->keys, s->why) : 0;
 
 	if (!r)
 		r = link_connect(o->address, s->keys, o->host, true, &s->link, s->why);
 	return r ? r : greet(s);
 }
+
+/* ---- what it is ---------------------------------------------------------------------------------------- */
 
 /* The volumes that page entries name, numbered as in the layout. */
 static int list_volumes(struct send *s)
@@ -184,6 +197,50 @@ static int describe(struct send *s)
 	return 0;
 }
 
+static int tick(void *ctx)
+{
+	return check_stop(ctx);
+}
+
+static int digest_path(struct send *s, const char *path, struct digest *digest)
+{
+	const struct digest_reading reading = { .known_dir = s->options->known_dir, .tick = tick, .ctx = s };
+	int fd = open(path, O_RDONLY | O_CLOEXEC), r = fd < 0 ? -errno : digest_file(&reading, fd, digest);
+
+	if (fd >= 0)
+		close(fd);
+	return r && r != -EINTR ? snapshot_fail(s->why, r, "%.200s cannot be read: %s", path, strerror(-r)) : r;
+}
+
+/* Volumes, then what lies below the disks. */
+static int digest_files(struct send *s)
+{
+	const struct manifest *m = &s->manifest;
+	uint32_t *count = &s->files.header.count;
+	int r = 0;
+
+	for (uint32_t i = 0; !r && i < m->volumes; i++)
+		r = digest_path(s, m->volume[i].path, &s->files.digest[(*count)++]);
+	for (uint32_t i = 0; i < m->disks; i++)
+		for (uint32_t layer = 1; !r && layer < m->disk[i].layers; layer++)
+			r = *count == WIRE_FILES_MAX
+			    ? snapshot_fail(s->why, -E2BIG, "the VM has more than %u images", WIRE_FILES_MAX)
+			    : digest_path(s, m->disk[i].layer[layer].volume.path, &s->files.digest[(*count)++]);
+	return r;
+}
+
+/* Where it cannot be made, or the disk is no file, only a user can say who has the guest when both sides cannot talk. */
+static void make_ballot(struct send *s)
+{
+	const char *disk = s->manifest.disk[0].layer[0].volume.path;
+	struct stat st;
+
+	if (!s->manifest.disks || stat(disk, &st) || !S_ISREG(st.st_mode) ||
+	    ballot_name(disk, s->record.session, &s->record.ballot) || ballot_make(&s->record.ballot))
+		s->record.ballot.path[0] = '\0';
+	s->files.header.ballot = s->record.ballot.path[0] != '\0';
+}
+
 static int put_manifest(struct send *s)
 {
 	char *text = manifest_to_text(&s->manifest);
@@ -210,12 +267,12 @@ static int introduce(struct send *s)
 {
 	struct wire_message m;
 	struct wire_ready ready = { 0 };
-	int r = describe(s);
+	int r = put_manifest(s);
 
 	if (!r)
-		r = put_manifest(s);
-	if (!r)
 		r = put_blocks(s);
+	if (!r)
+		r = put(s, WIRE_FILES, &s->files, sizeof s->files.header + s->files.header.count * sizeof s->files.digest[0]);
 	if (!r)
 		r = await(s, WIRE_READY, &m);
 	if (r)
@@ -378,6 +435,15 @@ static int stop_guest(struct send *s)
 	return r;
 }
 
+static int give(struct send *s)
+{
+	int r = source_give(s->source, s->why);
+
+	s->record.phase = RECORD_GIVEN;
+	s->record.stood = s->manifest.stood;
+	return r ? r : record_write(s->options->run_dir, &s->record, s->why);
+}
+
 /* From the stop of the guest to the word that it runs there. */
 static int switch_over(struct send *s)
 {
@@ -401,13 +467,14 @@ static int switch_over(struct send *s)
 		r = await(s, WIRE_LOADED, &m);
 	note_step(s, &s->result->loaded_us);
 	if (!r)
-		r = source_give(s->source, s->why);
+		r = give(s);
 	if (!r)
 		r = link_send(s->link, WIRE_TOKEN, NULL, 0, false);
 	if (r)
 		return r;
 	s->given = true;
 	r = await(s, WIRE_RUNNING, &m);
+	s->runs = !r;
 	note_step(s, &s->result->started_us);
 	s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
 	return r;
@@ -437,6 +504,28 @@ static int end_serving(struct send *s)
 	return r;
 }
 
+/* What the destination says first after a cut. */
+static int add_owed(struct send *s, const struct wire_message *m)
+{
+	const struct wire_owed *owed;
+	size_t count;
+	int r = wire_read_owed(m, s->progress->pages_all, &owed, &count, s->why);
+
+	for (size_t i = 0; !r && i < count; i++)
+		teller_owe(s->teller, owed[i].page, owed[i].pages);
+	return r;
+}
+
+static int take_in_the_end(struct send *s, const struct wire_message *m)
+{
+	if (m->type == WIRE_OWED && s->cut)
+		return add_owed(s, m);
+	if (m->type != WIRE_RUNNING || !s->cut)
+		return take_any(s, m);
+	s->runs = true;
+	return 0;
+}
+
 /* Until the destination has all. */
 static int serve(struct send *s)
 {
@@ -448,7 +537,7 @@ static int serve(struct send *s)
 		if (!r && m.type == WIRE_DONE)
 			return end_serving(s);
 		if (!r)
-			r = take_any(s, &m);
+			r = take_in_the_end(s, &m);
 		else if (r == -EAGAIN)
 			r = put_rest(s);
 		if (!r)
@@ -459,22 +548,65 @@ static int serve(struct send *s)
 	return r;
 }
 
+/* ---- after a cut -------------------------------------------------------------------------------------- */
+
+static void drop_link(struct send *s)
+{
+	s->bytes_before += s->link ? link_bytes_sent(s->link) : 0;
+	link_close(s->link);
+	s->link = NULL;
+}
+
+/* Either the destination is there again, or it can never have the guest any more. */
+static int come_together(struct send *s)
+{
+	int r;
+
+	for (;;) {
+		drop_link(s);
+		if (s->progress->stop)
+			return snapshot_fail(s->why, -EINTR, "a signal ended it, after the link was cut");
+		if (!s->runs && s->record.ballot.path[0] && !ballot_take(&s->record.ballot, BALLOT_SOURCE)) {
+			s->given = false;
+			return snapshot_fail(s->why, -ECANCELED, "the link was cut before the guest ran there, and it never will");
+		}
+		r = connect_destination(s);
+		if (!r || r == -EREMOTEIO || r == -EACCES)
+			return r;
+		usleep(AGAIN_US);
+	}
+}
+
+static int go_on(struct send *s)
+{
+	int r;
+
+	s->cut = s->progress->cut = true;
+	r = come_together(s);
+	s->progress->cut = false;
+	if (r)
+		return r;
+	s->batch->runs = s->batch->data_pages = 0;
+	teller_forget(s->teller);
+	return serve(s);
+}
+
 /* ---- all of it ---------------------------------------------------------------------------------------- */
 
-static int prepare(struct send *s)
+static int make_room(struct send *s)
+{
+	s->batch = calloc(1, sizeof *s->batch);
+	s->payload = aligned_alloc(8, WIRE_PAYLOAD_MAX);
+	return s->batch && s->payload ? 0 : snapshot_fail(s->why, -ENOMEM, "no memory for messages");
+}
+
+static int begin_source(struct send *s)
 {
 	struct source_progress loading = { 0 };
 	char control[VMDIR_PATH_BYTES];
 	struct source_view view;
 	int r;
 
-	s->batch = calloc(1, sizeof *s->batch);
-	s->payload = aligned_alloc(8, WIRE_PAYLOAD_MAX);
-	if (!s->batch || !s->payload)
-		return snapshot_fail(s->why, -ENOMEM, "no memory for messages");
-	r = vmm_open(s->options->run_dir, &s->progress->stop, s->why, &s->vmm);
-	if (r)
-		return r;
 	snprintf(control, sizeof control, "%.230s/" VMDIR_CONTROL, s->options->run_dir);
 	r = source_open(control, &loading, &s->source, s->why);
 	if (!r)
@@ -484,6 +616,54 @@ static int prepare(struct send *s)
 	source_get_view(s->source, &view);
 	s->progress->pages_all = view.pages;
 	return 0;
+}
+
+static int prepare(struct send *s)
+{
+	int r = make_room(s);
+
+	if (!r)
+		r = vmm_open(s->options->run_dir, &s->progress->stop, s->why, &s->vmm);
+	if (!r)
+		r = begin_source(s);
+	if (!r)
+		r = describe(s);
+	if (!r)
+		r = digest_files(s);
+	if (!r && getrandom(s->record.session, sizeof s->record.session, 0) != sizeof s->record.session)
+		r = snapshot_fail(s->why, -EIO, "no random numbers");
+	if (!r)
+		make_ballot(s);
+	return r;
+}
+
+/* The VM stands, and was given away by one that is gone. */
+static int take_over(struct send *s)
+{
+	uint64_t paused_us;
+	int r = make_room(s);
+
+	if (!r)
+		r = record_read(s->options->run_dir, &s->record, s->why);
+	if (!r && s->record.phase != RECORD_GIVEN)
+		r = snapshot_fail(s->why, -EINVAL, "the VM is on its way to here: that is for `latent receive --resume`");
+	if (!r)
+		r = vmm_open_waiting(s->options->run_dir, -1, s->why, &s->vmm);
+	if (!r)
+		r = begin_source(s);
+	if (!r)
+		r = source_arm(s->source, s->why);
+	if (!r)
+		r = source_point(s->source, &paused_us, s->why);
+	if (!r)
+		r = teller_create(s->source, 0, &s->teller, s->why);
+	if (!r)
+		r = teller_collect_last(s->teller, s->source, s->why);
+	s->vmm.stopped = true;
+	s->vmm.ran = !s->record.stood;
+	snprintf(s->vmm.migration, sizeof s->vmm.migration, "completed");
+	s->told = s->given = true;
+	return r;
 }
 
 static int set_phase(struct send *s, enum send_phase phase)
@@ -499,12 +679,12 @@ static int set_phase(struct send *s, enum send_phase phase)
 
 static int migrate(struct send *s)
 {
-	int r = connect_destination(s);
+	int r = prepare(s);
 
 	if (!r)
-		r = set_phase(s, SEND_PREPARING);
+		r = set_phase(s, SEND_CONNECTING);
 	if (!r)
-		r = prepare(s);
+		r = connect_destination(s);
 	if (!r)
 		r = introduce(s);
 	if (!r)
@@ -516,8 +696,23 @@ static int migrate(struct send *s)
 	if (!r)
 		r = switch_over(s);
 	(void)set_phase(s, SEND_REST);
-	if (!r)
-		r = serve(s);
+	return r ? r : serve(s);
+}
+
+static int migrate_again(struct send *s)
+{
+	int r = take_over(s);
+
+	s->progress->phase = SEND_REST;
+	return r ? r : go_on(s);
+}
+
+static int run(struct send *s)
+{
+	int r = s->options->again ? migrate_again(s) : migrate(s);
+
+	while (r && s->given && s->link && link_is_over(s->link))
+		r = go_on(s);
 	(void)set_phase(s, SEND_DONE);
 	return r;
 }
@@ -541,6 +736,7 @@ static void take_back(struct send *s, int r)
 	source_end(s->source);
 	s->source = NULL;
 	vmm_undo(&s->vmm);
+	record_remove(s->options->run_dir);
 }
 
 int migrate_send(const struct send_options *options, struct send_progress *progress, struct send_result *ret_result,
@@ -559,14 +755,16 @@ int migrate_send(const struct send_options *options, struct send_progress *progr
 	s->why = why;
 	s->vmm.state_fd = -1;
 	s->begin_us = s->phase_us = os_now_us();
-	r = migrate(s);
+	r = run(s);
 	*ret_end = !r ? SEND_THERE : s->given ? SEND_UNKNOWN : SEND_HERE;
 	if (!r)
 		end_vmm(s);
 	else if (!s->given)
 		take_back(s, r);
+	if (*ret_end != SEND_UNKNOWN)
+		ballot_remove(&s->record.ballot);
 	ret_result->total_us = os_now_us() - s->begin_us;
-	ret_result->bytes_sent = s->link ? link_bytes_sent(s->link) : 0;
+	ret_result->bytes_sent = s->bytes_before + (s->link ? link_bytes_sent(s->link) : 0);
 	if (s->teller)
 		teller_get_counts(s->teller, &ret_result->told);
 	teller_destroy(s->teller);

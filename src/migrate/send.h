@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
  * The source's side of a migration: see "Migration" in ARCHITECTURE.md. Until the token is sent, every failure leaves
- * the VM running as it did; after it, the VM never runs here again, unless the destination says that it did not start.
+ * the VM running as it did; after it, the VM never runs here again, unless the destination says that it did not start, or
+ * the ballot does (ballot.h). A link that is cut after it is made again.
  */
 #ifndef LATENT_MIGRATE_SEND_H
 #define LATENT_MIGRATE_SEND_H
@@ -18,14 +19,17 @@ struct send_options {
 	unsigned max_downtime_ms;         /* what may be sent while the guest stands */
 	uint64_t max_bytes_s;             /* 0: as fast as it goes */
 	bool no_postcopy;                 /* all is sent before the switch */
+	const char *known_dir;            /* digest.h */
+	bool again;                       /* the VM was given away, and who sent its pages has died */
 };
 
-enum send_phase { SEND_CONNECTING, SEND_PREPARING, SEND_PASSES, SEND_SWITCHING, SEND_REST, SEND_DONE };
+enum send_phase { SEND_PREPARING, SEND_CONNECTING, SEND_PASSES, SEND_SWITCHING, SEND_REST, SEND_DONE };
 
-/* Looked at from another thread; `stop` is obeyed until the switch begins. */
+/* Looked at from another thread; `stop` is obeyed until the switch begins, and when the link is cut. */
 struct send_progress {
 	_Atomic bool stop;
 	_Atomic int phase; /* enum send_phase */
+	_Atomic bool cut;  /* the destination is looked for again */
 	_Atomic uint64_t pass, pages_left, pages_all, bytes_sent;
 };
 
@@ -45,7 +49,7 @@ struct send_result {
 enum send_end {
 	SEND_HERE,    /* the VM runs here, as before */
 	SEND_THERE,   /* it runs there; here is nothing left */
-	SEND_UNKNOWN, /* it has been given away, and nobody has said that it runs: here it stands */
+	SEND_UNKNOWN, /* it has been given away, and not all of it has been taken: here it stands, and goes on by `again` */
 };
 
 /* 0, or a negative errno with a sentence in `why`; -EINTR: progress->stop. `*ret_end` in any case. */

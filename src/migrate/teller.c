@@ -382,6 +382,23 @@ int teller_add(struct teller *t, uint64_t page, struct wire_batch *batch, bool *
 	return tell(t, b, page, false, batch, ret_full, why);
 }
 
+void teller_forget(struct teller *t)
+{
+	rewind_round(t);
+	memset(t->state, TOLD, (size_t)t->view.pages);
+	t->left = 0;
+	t->there = 0;
+}
+
+void teller_owe(struct teller *t, uint64_t page, uint64_t pages)
+{
+	rewind_round(t);
+	for (uint64_t i = page; i < page + pages; i++) {
+		t->left += t->state[i] == TOLD;
+		t->state[i] = OWED;
+	}
+}
+
 uint64_t teller_left(const struct teller *t)
 {
 	return t->left;

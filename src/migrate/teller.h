@@ -38,6 +38,11 @@ int teller_fill_missing(struct teller *teller, struct wire_batch *batch, char wh
 int teller_add(struct teller *teller, uint64_t page, struct wire_batch *batch, bool *ret_full,
 	       char why[SNAPSHOT_WHY_BYTES]);
 
+/* The destination has been told all, from here or by another one, but for what teller_owe is called for; it has no volume
+ * any more. Only after teller_collect_last. */
+void teller_forget(struct teller *teller);
+void teller_owe(struct teller *teller, uint64_t page, uint64_t pages);
+
 /* Pages that are still to be told. */
 uint64_t teller_left(const struct teller *teller);
 void teller_get_counts(const struct teller *teller, struct teller_counts *ret_counts);

@@ -35,6 +35,8 @@ static const struct {
 	[WIRE_WANT] = { "want", DESTINATION, 8, WIRE_WANTED_MAX * 8 },
 	[WIRE_DONE] = { "done", BOTH, 0, 0 },
 	[WIRE_PING] = { "ping", BOTH, 0, 0 },
+	[WIRE_FILES] = { "files", SOURCE, sizeof(struct wire_files), sizeof(struct wire_files) + WIRE_FILES_MAX * DIGEST_BYTES },
+	[WIRE_OWED] = { "owed", DESTINATION, sizeof(struct wire_owed), WIRE_OWED_MAX * sizeof(struct wire_owed) },
 };
 
 static int wrong(char why[SNAPSHOT_WHY_BYTES], const char *what, uint64_t number)
@@ -215,6 +217,39 @@ int wire_read_wanted(const struct wire_message *message, uint64_t pages, const u
 	for (size_t i = 0; i < *ret_count; i++)
 		if ((*ret_pages)[i] >= pages)
 			return wrong(why, "a wanted page beyond RAM", (*ret_pages)[i]);
+	return 0;
+}
+
+int wire_read_files(const struct wire_message *message, uint32_t count, bool *ret_ballot,
+		    const struct digest **ret_digests, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct wire_files files;
+
+	if (message->bytes < sizeof files)
+		return wrong(why, "files of such a length", message->bytes);
+	memcpy(&files, message->payload, sizeof files);
+	if (files.count != count || message->bytes != sizeof files + (size_t)count * DIGEST_BYTES)
+		return wrong(why, "so many files", files.count);
+	if (files.ballot > 1)
+		return wrong(why, "the flags of files", files.ballot);
+	*ret_ballot = files.ballot;
+	*ret_digests = (const struct digest *)(const void *)(message->payload + sizeof files);
+	return 0;
+}
+
+int wire_read_owed(const struct wire_message *message, uint64_t pages, const struct wire_owed **ret_owed,
+		   size_t *ret_count, char why[SNAPSHOT_WHY_BYTES])
+{
+	*ret_owed = (const struct wire_owed *)(const void *)message->payload;
+	*ret_count = message->bytes / sizeof **ret_owed;
+	if (!*ret_count || *ret_count > WIRE_OWED_MAX || message->bytes % sizeof **ret_owed)
+		return wrong(why, "missing pages of such a length", message->bytes);
+	for (size_t i = 0; i < *ret_count; i++) {
+		const struct wire_owed *owed = &(*ret_owed)[i];
+
+		if (!owed->pages || owed->page >= pages || owed->pages > pages - owed->page)
+			return wrong(why, "missing pages beyond RAM", owed->page);
+	}
 	return 0;
 }
 

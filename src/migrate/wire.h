@@ -9,6 +9,7 @@
 #ifndef LATENT_MIGRATE_WIRE_H
 #define LATENT_MIGRATE_WIRE_H
 
+#include "migrate/digest.h"
 #include "snapshot/image.h"
 
 #define WIRE_MAGIC 0x54415247494d544cull /* "LTMIGRAT" */
@@ -20,6 +21,8 @@
 #define WIRE_STATE_MAX (1u << 20) /* of one message */
 #define WIRE_WANTED_MAX 1024u
 #define WIRE_TEXT_MAX 512u
+#define WIRE_FILES_MAX 512u
+#define WIRE_OWED_MAX 4096u
 
 enum wire_type {
 	WIRE_HELLO,    /* both: struct wire_hello. The first message of a connection */
@@ -38,6 +41,8 @@ enum wire_type {
 	WIRE_WANT,     /* destination: pages that somebody waits for, an array of u64 */
 	WIRE_DONE,     /* destination: has all pages; source: has let go of its own. No payload */
 	WIRE_PING,     /* both, when there has been nothing to say for a second. No payload */
+	WIRE_FILES,    /* source: struct wire_files, and a digest for each file (digest.h) */
+	WIRE_OWED,     /* destination, when a migration goes on: an array of struct wire_owed, pages that are missing */
 	WIRE_TYPES
 };
 
@@ -61,6 +66,16 @@ struct wire_hello {
 
 struct wire_ready {
 	uint64_t volumes; /* bit n: volume n of the manifest is there, and is the same */
+};
+
+/* Digests follow: of the manifest's volumes, then of what its disks lie over, disk by disk, from the top. */
+struct wire_files {
+	uint32_t count;
+	uint32_t ballot; /* 1: beside the first disk there is one (ballot.h) */
+};
+
+struct wire_owed {
+	uint64_t page, pages;
 };
 
 struct wire_switch {
@@ -122,6 +137,12 @@ int wire_read_pages(const struct wire_message *message, const struct wire_limits
 /* The contents of all WIRE_DATA, page after page: where they lie, or unpacked into `room`, for data_pages. */
 int wire_unpack(const struct wire_pages *pages, uint8_t *room, const uint8_t **ret_data,
 		char why[SNAPSHOT_WHY_BYTES]);
+/* `ret_digests` points into the payload; there are `count` of them, and not another number. */
+int wire_read_files(const struct wire_message *message, uint32_t count, bool *ret_ballot,
+		    const struct digest **ret_digests, char why[SNAPSHOT_WHY_BYTES]);
+/* The same of pages that are missing. */
+int wire_read_owed(const struct wire_message *message, uint64_t pages, const struct wire_owed **ret_owed,
+		   size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
 /* `ret_pages` points into the payload. */
 int wire_read_wanted(const struct wire_message *message, uint64_t pages, const uint64_t **ret_pages,
 		     size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);

@@ -39,6 +39,7 @@ static struct {
 	uint8_t *changed;           /* of each page of all blocks: protected since the other side has looked */
 	uint64_t first[RAM_BLOCKS]; /* of each block in that */
 	uint64_t settled_to;        /* pages of all blocks that have been looked at */
+	bool moves;                 /* it is a migration: what the guest uses afterwards is not seen here */
 	bool taken;                 /* the point in time is over: the other side serves faults */
 	struct seen *seen;
 	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
@@ -232,6 +233,7 @@ static bool settle_next(struct agent *a, uint64_t *settled, int *ret_r)
 {
 	uint64_t page = saver.settled_to, pages;
 	struct ram_block *b = NULL;
+	bool stood = false;
 
 	ram_lock(a->ram);
 	for (unsigned i = 0; i < RAM_BLOCKS && !b; i++) {
@@ -248,10 +250,13 @@ static bool settle_next(struct agent *a, uint64_t *settled, int *ret_r)
 		if (!*ret_r) {
 			*ret_r = ram_settle_copies(a->ram, b, page, pages, settled);
 			os_thaw();
+			stood = true;
 		}
 	}
 	ram_unlock(a->ram);
 	saver.settled_to += pages;
+	if (stood)
+		usleep(SETTLE_PAUSE_US); /* the guest's */
 	return pages;
 }
 
@@ -270,13 +275,14 @@ static void settle(struct agent *a, struct control_reply *p)
 	for (uint32_t i = 0; !saver.settled_to && (v = volumes_nth(a->volumes, i)); i++)
 		volume_swap_in(v);
 	while (!p->error && os_now_us() < until_us && settle_next(a, &p->pages, &p->error))
-		usleep(SETTLE_PAUSE_US);
+		;
 	p->pages_all = saver.total_pages - saver.settled_to;
 }
 
 void saver_settle(struct agent *a, int client, struct control_reply *p)
 {
-	if (client == saver.client)
+	saver.moves = client == saver.client;
+	if (saver.moves)
 		settle(a, p);
 	else
 		p->error = -EPROTO;
@@ -326,14 +332,14 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 			r = ram_for_base(a->ram, arm_run, a);
 		saver.taken = true;
 		pthread_mutex_unlock(&saver.arm_lock);
-		if (!r && !a->kernel_io) /* which may be writing copies just now */
+		if (!r && !saver.moves && !a->kernel_io) /* which may be writing copies just now */
 			seen_restart(saver.seen);
 		os_thaw();
 	}
 	*ret_paused_us = os_now_us() - begin_us;
 	ram_unlock(a->ram);
 	(void)faults_serve_writes(a, -1);
-	saver.watch = WATCH_SOON;
+	saver.watch = saver.moves ? WATCH_OFF : WATCH_SOON;
 	return r;
 }
 
@@ -424,7 +430,7 @@ static void end(struct agent *a)
 		free(saver.armed[i]);
 		saver.armed[i] = NULL;
 	}
-	saver.taken = false;
+	saver.taken = saver.moves = false;
 	seen_destroy(saver.seen);
 	saver.seen = NULL;
 	saver.watch = WATCH_OFF;

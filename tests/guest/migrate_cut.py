@@ -1,0 +1,125 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""A migration whose link is cut, or whose movers are killed, after the guest was given away: it goes on, in the same
+processes or in others, and the guest has its memory; and one that had not begun there runs on here."""
+
+import subprocess
+import time
+
+from lib import case, latent, vm
+from lib.link_cut import Relay
+from lib.migration import Pair, begin, check, end, runs, still_lives
+
+TOUCH = "latent-guest mem check m"
+
+
+def start_move(pair, *options):
+    """By post-copy, slow enough to be cut while pages are missing."""
+    receiver = pair.second.receive(f"unix:{pair.directory}/far")
+    sender = popen("migrate", "--max-rate", "8", "--max-downtime", "0", *options, pair.first.name, pair.socket())
+    return sender, receiver
+
+
+def popen(*arguments):
+    return subprocess.Popen([vm.BUILD_DIR / "latent", *map(str, arguments)], stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_runs(test, guest, timeout_s=90):
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        try:
+            if runs(guest):
+                return
+        except Exception:  # its monitor is not there yet
+            guest._forget_connections()
+        time.sleep(0.1)
+    test.check(False, f"{guest.name} runs within {timeout_s} s")
+
+
+def both_end(test, sender, receiver, what):
+    said, why = sender.communicate(timeout=120)
+    test.check_equal((sender.returncode, why), (0, ""), f"{what}: the source has ended well")
+    receiver.communicate(timeout=60)
+    test.check_equal(receiver.returncode, 0, f"{what}: the destination has all")
+
+
+def after_the_switch(test, what, disturb):
+    """`disturb(pair, relay, sender, receiver)` returns who does the work then."""
+    with Pair("cut") as pair:
+        relay = Relay(pair.directory / "socket", pair.directory / "far")
+        nonce = begin(test, pair.first)
+        sender, receiver = start_move(pair)
+        wait_runs(test, pair.second)
+        relay.cut()
+        test.check(pair.first.qmp("query-status")["status"] == "postmigrate", f"{what}: the source stands, with its pages")
+        sender, receiver = disturb(pair, sender, receiver)
+        job = pair.second.sh_start(TOUCH)
+        test.check(not job.done.wait(3), f"{what}: who touches missing pages waits")
+        test.check(runs(pair.second), f"{what}: the guest is not stopped")
+        relay.mend()
+        both_end(test, sender, receiver, what)
+        test.check(not still_lives(pair.first), f"{what}: the source's QEMU has ended")
+        pair.first._forget()
+        test.check(job.wait(60).startswith("ok"), f"{what}: what waited has come, and is right")
+        check(test, pair.second, nonce, what)
+        end(test, pair.second)
+        relay.close()
+        test.check_equal(list(pair.first.disk.parent.glob("*.latent-*")), [], f"{what}: no ballot is left")
+
+
+def just_the_link(pair, sender, receiver):
+    time.sleep(1)
+    return sender, receiver
+
+
+def source_killed(pair, sender, receiver):
+    sender.kill()
+    sender.wait()
+    return popen("migrate", "--resume", pair.first.name, pair.socket()), receiver
+
+
+def destination_killed(pair, sender, receiver):
+    receiver.kill()
+    receiver.wait()
+    other = popen("receive", "--listen", f"unix:{pair.directory}/far", "--resume", pair.second.name)
+    return sender, other
+
+
+def not_begun_there(test):
+    """The token is on its way when the link is cut; the destination is killed, and so nothing runs there."""
+    with Pair("lost") as pair:
+        relay = Relay(pair.directory / "socket", pair.directory / "far")
+        nonce = begin(test, pair.first)
+        receiver = pair.second.receive(f"unix:{pair.directory}/far")
+        sender = popen("migrate", pair.first.name, pair.socket())
+        record = latent.run_dir() / pair.first.name / "migration"
+        while not record.exists() and sender.poll() is None:
+            time.sleep(0.0002)
+        receiver.kill()
+        relay.cut()
+        _, why = sender.communicate(timeout=60)
+        if sender.returncode == 0 or not runs(pair.first):
+            # It was too fast for us: the guest was there already, and is there now.
+            test.say(f"the guest had gone: {why.strip()}")
+            relay.close()
+            return False
+        test.check_equal(sender.returncode, latent.NO_ANSWER, why.strip())
+        test.check(not still_lives(pair.second), "nothing runs there")
+        pair.second._forget()
+        check(test, pair.first, nonce, "not begun there")
+        relay.close()
+        pair.first.shutdown()
+        return True
+
+
+def body(test):
+    test.need_latent()
+    latent.private_run_dir()
+    after_the_switch(test, "link cut", just_the_link)
+    after_the_switch(test, "source's mover killed", source_killed)
+    after_the_switch(test, "destination's mover killed", destination_killed)
+    test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
+
+
+case.main("A migration goes on after a cut, with every page.", body, timeout_s=800)

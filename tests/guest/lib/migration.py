@@ -59,7 +59,7 @@ def still_lives(guest, timeout_s=10):
 
 def end(test, guest):
     """A guest that was moved is no child of ours: QEMU is asked to end, and cleans up."""
-    guest.monitor.send("quit")
+    guest.qmp("quit")
     test.check(not still_lives(guest), f"{guest.name} ends")
     guest._forget()
 
@@ -86,24 +86,25 @@ def move(test, here, there, address, *options, receive=()):
     return sent, got
 
 
-def begin(test, guest):
-    latent.check_hashes(test, guest, FILES)
+def begin(test, guest, files=FILES):
+    """`files`: read twice; the second time they are mapped."""
+    latent.check_hashes(test, guest, files)
     guest.drop_guest_caches()
-    latent.check_hashes(test, guest, FILES)
+    latent.check_hashes(test, guest, files)
     guest.sh(f"latent-guest mem hold m {HELD_MIB} 13 random", timeout=60)
     guest.sh("head -c 16 /dev/urandom | sha256sum > /run/nonce")
     guest.sh_start(COUNT)
     return guest.sh("cat /run/nonce")
 
 
-def check(test, guest, nonce, what):
+def check(test, guest, nonce, what, files=FILES):
     """Contents that are nowhere else, a process that goes on, files in its cache and from the disk, and new ones."""
     test.check_equal(guest.sh("cat /run/nonce"), nonce, f"{what}: its nonce, which is in RAM alone")
     test.check(guest.sh("latent-guest mem check m", timeout=60).startswith("ok"), f"{what}: its memory is right")
     before = int(guest.sh("cat /run/count"))
     time.sleep(0.5)
     test.check(int(guest.sh("cat /run/count")) > before, f"{what}: it counts on from {before}")
-    latent.check_hashes(test, guest, FILES, what=f"{what}: in its cache")
+    latent.check_hashes(test, guest, files, what=f"{what}: in its cache")
     guest.drop_guest_caches()
     latent.check_hashes(test, guest, SOME_FILES, what=f"{what}: from the disk")
     guest.sh(f"head -c 3000000 /dev/urandom > /root/new; sync; sha256sum /root/new > /run/new.sum; "

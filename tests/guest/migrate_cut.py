@@ -3,10 +3,9 @@
 """A migration whose link is cut, or whose movers are killed, after the guest was given away: it goes on, in the same
 processes or in others, and the guest has its memory; and one that had not begun there runs on here."""
 
-import subprocess
 import time
 
-from lib import case, latent, vm
+from lib import case, latent
 from lib.link_cut import Relay
 from lib.migration import HELD_MIB, Pair, begin, check, end, runs, still_lives
 
@@ -17,13 +16,8 @@ CHURN_PAGES_PER_S = 5000
 def start_move(pair, *options):
     """By post-copy, slow enough to be cut while pages are missing."""
     receiver = pair.second.receive(f"unix:{pair.directory}/far")
-    sender = popen("migrate", "--max-rate", "8", "--max-downtime", "0", *options, pair.first.name, pair.socket())
+    sender = latent.start("migrate", "--max-rate", "8", "--max-downtime", "0", *options, pair.first.name, pair.socket())
     return sender, receiver
-
-
-def popen(*arguments):
-    return subprocess.Popen([vm.BUILD_DIR / "latent", *map(str, arguments)], stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_runs(test, guest, timeout_s=90):
@@ -76,13 +70,13 @@ def just_the_link(pair, sender, receiver):
 def source_killed(pair, sender, receiver):
     sender.kill()
     sender.wait()
-    return popen("migrate", "--resume", pair.first.name, pair.socket()), receiver
+    return latent.start("migrate", "--resume", pair.first.name, pair.socket()), receiver
 
 
 def destination_killed(pair, sender, receiver):
     receiver.kill()
     receiver.wait()
-    other = popen("receive", "--listen", f"unix:{pair.directory}/far", "--resume", pair.second.name)
+    other = latent.start("receive", "--listen", f"unix:{pair.directory}/far", "--resume", pair.second.name)
     return sender, other
 
 
@@ -92,7 +86,7 @@ def not_begun_there(test):
         relay = Relay(pair.directory / "socket", pair.directory / "far")
         nonce = begin(test, pair.first, FEW_FILES)
         receiver = pair.second.receive(f"unix:{pair.directory}/far")
-        sender = popen("migrate", pair.first.name, pair.socket())
+        sender = latent.start("migrate", pair.first.name, pair.socket())
         record = latent.run_dir() / pair.first.name / "migration"
         while not record.exists() and sender.poll() is None:
             time.sleep(0.0002)

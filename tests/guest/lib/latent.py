@@ -81,6 +81,12 @@ def popen(*arguments):
                             stderr=subprocess.DEVNULL)
 
 
+def start(*arguments):
+    """The same, with what it says kept."""
+    return subprocess.Popen([vm.BUILD_DIR / "latent", *map(str, arguments)], stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def run(*arguments, timeout_s=60):
     """Runs `latent ARGUMENTS`; its standard output. Raises on a status other than 0."""
     result = command(*arguments, timeout_s=timeout_s)

@@ -121,22 +121,27 @@ static int read_file(const struct digest_reading *reading, int fd, uint64_t byte
 
 int digest_file(const struct digest_reading *reading, int fd, struct digest *ret_digest)
 {
+	struct digest digest = { { 0 } };
 	struct stat before, after;
-	struct digest digest;
+	off_t bytes;
 	int r;
 
 	if (fstat(fd, &before))
 		return -errno;
-	if (!look_up(reading, &before, ret_digest))
+	if (!S_ISREG(before.st_mode) && !S_ISBLK(before.st_mode))
+		return -ENOTSUP;
+	if (S_ISREG(before.st_mode) && !look_up(reading, &before, ret_digest))
 		return 0;
-	r = read_file(reading, fd, (uint64_t)before.st_size, &digest);
+	bytes = lseek(fd, 0, SEEK_END); /* also of a device */
+	r = bytes < 0 ? -errno : read_file(reading, fd, (uint64_t)bytes, &digest);
 	if (!r && fstat(fd, &after))
 		r = -errno;
 	if (!r && !digest_same_file(&before, &after))
 		r = -ESTALE;
 	if (r)
 		return r;
-	keep(reading, &after, &digest);
+	if (S_ISREG(after.st_mode))
+		keep(reading, &after, &digest);
 	*ret_digest = digest;
 	return 0;
 }

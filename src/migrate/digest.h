@@ -21,7 +21,8 @@ struct digest_reading {
 	void *ctx;
 };
 
-/* -ESTALE: the file was written meanwhile. Errors of reading, and -ENOMEM. */
+/* Of a file, or a block device, which is read each time. -ESTALE: it was written meanwhile; -ENOTSUP: it is neither.
+ * Errors of reading, and -ENOMEM. */
 int digest_file(const struct digest_reading *reading, int fd, struct digest *ret_digest);
 
 /* It has not been written since, as far as its times say. */

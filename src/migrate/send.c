@@ -311,15 +311,23 @@ static int add_wanted(struct send *s, const struct wire_message *m)
 	return r || !s->batch->runs ? r : put_batch(s, true);
 }
 
-static void keep_rate(struct send *s)
+/* Until more may be sent. */
+static uint64_t us_to_wait(const struct send *s)
 {
-	uint64_t due_us;
+	uint64_t now_us = os_now_us(), due_us;
 
 	if (!s->options->max_bytes_s)
-		return;
+		return 0;
 	due_us = s->first_pass_us + link_bytes_sent(s->link) * 1000000 / s->options->max_bytes_s;
-	if (os_now_us() < due_us)
-		usleep((useconds_t)(due_us - os_now_us() < 100000 ? due_us - os_now_us() : 100000));
+	return now_us < due_us ? due_us - now_us : 0;
+}
+
+static void keep_rate(const struct send *s)
+{
+	uint64_t us = us_to_wait(s);
+
+	if (us)
+		usleep((useconds_t)(us < TURN_MS * 1000 ? us : TURN_MS * 1000));
 }
 
 /* `teller_fill` or `teller_fill_missing`, until it has no more. */
@@ -487,7 +495,7 @@ static int put_rest(struct send *s)
 {
 	int r = 0;
 
-	while (!r && link_waiting(s->link) < LINK_ROOM) {
+	while (!r && link_waiting(s->link) < LINK_ROOM && !us_to_wait(s)) {
 		r = teller_fill(s->teller, s->batch, s->why);
 		if (r || !s->batch->runs)
 			break;
@@ -526,6 +534,15 @@ static int take_in_the_end(struct send *s, const struct wire_message *m)
 	return 0;
 }
 
+/* Until there is something to do. */
+static int rest(struct send *s)
+{
+	uint64_t us = us_to_wait(s);
+	int ms = us && us < TURN_MS * 1000 ? (int)((us + 999) / 1000) : TURN_MS;
+
+	return link_wait(s->link, teller_left(s->teller) && !us, NULL, 0, ms, s->why);
+}
+
 /* Until the destination has all. */
 static int serve(struct send *s)
 {
@@ -541,7 +558,7 @@ static int serve(struct send *s)
 		else if (r == -EAGAIN)
 			r = put_rest(s);
 		if (!r)
-			r = link_wait(s->link, teller_left(s->teller), NULL, 0, TURN_MS, s->why);
+			r = rest(s);
 		if (r > 0)
 			r = snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m.type);
 	}
@@ -587,6 +604,7 @@ static int go_on(struct send *s)
 	if (r)
 		return r;
 	s->batch->runs = s->batch->data_pages = 0;
+	s->first_pass_us = os_now_us();
 	teller_forget(s->teller);
 	return serve(s);
 }

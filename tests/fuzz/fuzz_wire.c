@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define RAM_PAGES 1000u
+#define FILES 2u
 
 static const struct fuzz_token tokens[] = {
 	FUZZ_TEXT("LTMIGRAT"),
@@ -69,7 +70,10 @@ static void check_others(const struct wire_message *m)
 	char why[SNAPSHOT_WHY_BYTES] = "", text[WIRE_TEXT_MAX];
 	struct snapshot_image layout;
 	struct wire_hello hello;
+	const struct digest *digests;
+	const struct wire_owed *owed;
 	const uint64_t *wanted;
+	bool ballot;
 	size_t count;
 
 	if (m->type == WIRE_BLOCKS && !wire_read_blocks(m, &layout, why)) {
@@ -84,6 +88,11 @@ static void check_others(const struct wire_message *m)
 	if (m->type == WIRE_WANT && !wire_read_wanted(m, RAM_PAGES, &wanted, &count, why))
 		for (size_t i = 0; i < count; i++)
 			fuzz_require(wanted[i] < RAM_PAGES);
+	if (m->type == WIRE_OWED && !wire_read_owed(m, RAM_PAGES, &owed, &count, why))
+		for (size_t i = 0; i < count; i++)
+			fuzz_require(owed[i].pages && owed[i].page < RAM_PAGES && owed[i].pages <= RAM_PAGES - owed[i].page);
+	if (m->type == WIRE_FILES && !wire_read_files(m, FILES, &ballot, &digests, why))
+		fuzz_require((const uint8_t *)(digests + FILES) <= m->payload + m->bytes);
 	if ((m->type == WIRE_REFUSE || m->type == WIRE_FAILED) && !wire_read_text(m, text, why))
 		for (size_t i = 0; text[i]; i++)
 			fuzz_require((uint8_t)text[i] >= 0x20);

@@ -263,6 +263,50 @@ static void test_wanted_pages_are_in_ram(void **state)
 	assert_int_equal(wire_read_wanted(&message, PAGES, &pages, &count, why), -EPROTO);
 }
 
+static void test_missing_pages_are_in_ram(void **state)
+{
+	struct wire_owed owed[2] = { { 0, PAGES }, { PAGES - 1, 1 } };
+	const struct wire_message message = { WIRE_OWED, (const uint8_t *)owed, sizeof owed };
+	const struct wire_message odd = { WIRE_OWED, (const uint8_t *)owed, sizeof owed - 8 };
+	const struct wire_owed *read;
+	char why[SNAPSHOT_WHY_BYTES];
+	size_t count;
+
+	(void)state;
+	assert_int_equal(wire_read_owed(&message, PAGES, &read, &count, why), 0);
+	assert_int_equal(count, 2);
+	assert_int_equal(wire_read_owed(&odd, PAGES, &read, &count, why), -EPROTO);
+	owed[1].pages = 2;
+	assert_int_equal(wire_read_owed(&message, PAGES, &read, &count, why), -EPROTO);
+	owed[1] = (struct wire_owed){ 1, UINT64_MAX };
+	assert_int_equal(wire_read_owed(&message, PAGES, &read, &count, why), -EPROTO);
+	owed[1] = (struct wire_owed){ 1, 0 };
+	assert_int_equal(wire_read_owed(&message, PAGES, &read, &count, why), -EPROTO);
+}
+
+static void test_files_are_as_many_as_the_manifest_has(void **state)
+{
+	struct {
+		struct wire_files header;
+		struct digest digest[2];
+	} files = { .header = { .count = 2, .ballot = 1 }, .digest[1].bytes[15] = 7 };
+	struct wire_message message = { WIRE_FILES, (const uint8_t *)&files, sizeof files };
+	const struct digest *digests;
+	char why[SNAPSHOT_WHY_BYTES];
+	bool ballot = false;
+
+	(void)state;
+	assert_int_equal(wire_read_files(&message, 2, &ballot, &digests, why), 0);
+	assert_true(ballot && digests[1].bytes[15] == 7);
+	assert_int_equal(wire_read_files(&message, 1, &ballot, &digests, why), -EPROTO);
+	files.header.count = 3;
+	assert_int_equal(wire_read_files(&message, 3, &ballot, &digests, why), -EPROTO);
+	files.header = (struct wire_files){ 2, 2 };
+	assert_int_equal(wire_read_files(&message, 2, &ballot, &digests, why), -EPROTO);
+	message.bytes = 4;
+	assert_int_equal(wire_read_files(&message, 2, &ballot, &digests, why), -EPROTO);
+}
+
 static void test_sentences_have_no_control_characters(void **state)
 {
 	const struct wire_message message = { WIRE_REFUSE, (const uint8_t *)"a\x1b[2Jb", 6 };
@@ -285,6 +329,8 @@ int main(void)
 		cmocka_unit_test(test_hellos),
 		cmocka_unit_test(test_blocks),
 		cmocka_unit_test(test_wanted_pages_are_in_ram),
+		cmocka_unit_test(test_missing_pages_are_in_ram),
+		cmocka_unit_test(test_files_are_as_many_as_the_manifest_has),
 		cmocka_unit_test(test_sentences_have_no_control_characters),
 	};
 

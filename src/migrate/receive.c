@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "migrate/receive.h"
 
+#include "migrate/files.h"
 #include "migrate/guest.h"
 #include "migrate/record.h"
 #include "os/os.h"
@@ -45,7 +46,7 @@ struct receive {
 	uint8_t *room; /* for contents that are unpacked */
 	uint8_t session[WIRE_SESSION_BYTES];
 	struct digest digest[WIRE_FILES_MAX];
-	struct stat volume_stat[SNAPSHOT_VOLUMES];
+	struct files files;
 	struct record record;
 	bool has_token; /* the guest is not ended any more because the link is */
 	bool lost;      /* but the source has it again */
@@ -182,15 +183,6 @@ static int take_blocks(struct receive *c)
 	return 0;
 }
 
-static uint32_t files_of(const struct manifest *m)
-{
-	uint32_t count = m->volumes;
-
-	for (uint32_t i = 0; i < m->disks; i++)
-		count += m->disk[i].layers ? m->disk[i].layers - 1 : 0;
-	return count;
-}
-
 /* The source keeps nobody waiting who talks. */
 static int tick(void *ctx)
 {
@@ -200,85 +192,29 @@ static int tick(void *ctx)
 	return r ? r : link_wait(c->link, false, NULL, 0, 0, c->why);
 }
 
-static int compare_digest(struct receive *c, int fd, const struct digest *wanted)
+static struct files_options files_options(struct receive *c)
 {
-	const struct digest_reading reading = { .known_dir = c->options->known_dir, .tick = tick, .ctx = c };
-	struct digest found;
-	int r = digest_file(&reading, fd, &found);
-
-	return r ? r : memcmp(&found, wanted, sizeof found) ? -ESTALE : 0;
+	return (struct files_options){ .manifest = &c->manifest, .digests = c->digest, .find = c->options->find,
+				       .reading = { .known_dir = c->options->known_dir, .tick = tick, .ctx = c },
+				       .find_ctx = c->options->ctx };
 }
 
-/* One that is missing, or another one, is no failure: its pages are sent. */
-static int open_volume(struct receive *c, uint32_t i)
+static int open_files(struct receive *c)
 {
-	int fd = open(c->options->find(c->options->ctx, c->manifest.volume[i].path), O_RDONLY | O_NONBLOCK), r;
-	struct stat *st = &c->volume_stat[i];
-
-	c->incoming.volume_fd[i] = -1;
-	if (fd < 0)
-		return 0;
-	r = fstat(fd, st) || !S_ISREG(st->st_mode) ? -ESTALE : compare_digest(c, fd, &c->digest[i]);
-	if (r) {
-		close(fd);
-		return link_is_over(c->link) || r == -EINTR ? r : 0;
-	}
-	c->incoming.volume_fd[i] = fd;
-	c->limits.volume_pages[i] = ((uint64_t)st->st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT;
-	return 0;
-}
-
-static int open_volumes(struct receive *c)
-{
-	int r = 0;
+	const struct files_options options = files_options(c);
+	int r = files_open(&options, &c->files, c->why);
 
 	c->limits.volumes = c->incoming.volumes = c->manifest.volumes;
-	memset(c->incoming.volume_fd, -1, sizeof c->incoming.volume_fd);
-	for (uint32_t i = 0; !r && i < c->manifest.volumes; i++)
-		r = open_volume(c, i);
-	return r;
+	memcpy(c->incoming.volume_fd, c->files.volume_fd, sizeof c->incoming.volume_fd);
+	memcpy(c->limits.volume_pages, c->files.pages, sizeof c->limits.volume_pages);
+	return r ? r : files_check_disks(&options, c->why);
 }
 
-/* The VM's leases are taken: what was read before is what is mapped. */
 static int check_volumes(struct receive *c)
 {
-	for (uint32_t i = 0; i < c->manifest.volumes; i++) {
-		struct stat now;
+	const struct files_options options = files_options(c);
 
-		if (c->incoming.volume_fd[i] >= 0 &&
-		    (fstat(c->incoming.volume_fd[i], &now) || !digest_same_file(&now, &c->volume_stat[i])))
-			return snapshot_fail(c->why, -ESTALE, "%.200s was written while it was looked at",
-					     c->options->find(c->options->ctx, c->manifest.volume[i].path));
-	}
-	return 0;
-}
-
-/* What a disk lies over is read by the guest: it must be the same here. */
-static int check_layer(struct receive *c, const struct manifest_disk *disk, uint32_t layer, const struct digest *digest)
-{
-	const char *path = c->options->find(c->options->ctx, disk->layer[layer].volume.path);
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-	int r = fd < 0 ? -errno : compare_digest(c, fd, digest);
-
-	if (fd >= 0)
-		close(fd);
-	if (!r || r == -EINTR || link_is_over(c->link))
-		return r;
-	return snapshot_fail(c->why, r, r == -ESTALE ? "the disk %.40s lies over %.150s, and here that has other contents: say "
-			     "with --volume where the same file is%s"
-			     : "the disk %.40s lies over %.150s, which cannot be read here: say with --volume where it is (%s)",
-			     disk->drive, path, r == -ESTALE ? "" : strerror(-r));
-}
-
-static int check_disks(struct receive *c)
-{
-	const struct digest *digest = &c->digest[c->manifest.volumes];
-	int r = 0;
-
-	for (uint32_t i = 0; i < c->manifest.disks; i++)
-		for (uint32_t layer = 1; !r && layer < c->manifest.disk[i].layers; layer++)
-			r = check_layer(c, &c->manifest.disk[i], layer, digest++);
-	return r;
+	return files_check_volumes(&options, &c->files, c->why);
 }
 
 /* It is there if the disk here is the disk there. */
@@ -313,9 +249,7 @@ static int take_files(struct receive *c)
 		return snapshot_fail(c->why, -EPROTO, "the source has a ballot beside no disk");
 	if (ballot)
 		r = find_ballot(c);
-	if (!r)
-		r = open_volumes(c);
-	return r ? r : check_disks(c);
+	return r ? r : open_files(c);
 }
 
 static int start_vmm(struct receive *c)
@@ -768,9 +702,7 @@ static void free_receive(struct receive *c)
 	guest_close(c->guest);
 	vmm_close(&c->vmm);
 	link_close(c->link);
-	for (uint32_t i = 0; i < c->incoming.volumes; i++)
-		if (c->incoming.volume_fd[i] >= 0)
-			close(c->incoming.volume_fd[i]);
+	files_close(&c->files);
 	if (c->state_fd >= 0)
 		close(c->state_fd);
 	if (c->vm.pid_fd >= 0)
@@ -810,6 +742,7 @@ static struct receive *create(const struct receive_options *options, struct rece
 	c->why = why;
 	c->vm.pid_fd = -1;
 	c->vmm.state_fd = -1;
+	memset(c->files.volume_fd, -1, sizeof c->files.volume_fd);
 	c->state_fd = os_memfd_create("latent-state", 0, false);
 	c->room = malloc((size_t)WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT);
 	if (c->state_fd < 0 || !c->room) {

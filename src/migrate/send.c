@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "migrate/send.h"
 
+#include "migrate/files.h"
 #include "migrate/link.h"
 #include "migrate/record.h"
 #include "os/os.h"
@@ -202,31 +203,12 @@ static int tick(void *ctx)
 	return check_stop(ctx);
 }
 
-static int digest_path(struct send *s, const char *path, struct digest *digest)
-{
-	const struct digest_reading reading = { .known_dir = s->options->known_dir, .tick = tick, .ctx = s };
-	int fd = open(path, O_RDONLY | O_CLOEXEC), r = fd < 0 ? -errno : digest_file(&reading, fd, digest);
-
-	if (fd >= 0)
-		close(fd);
-	return r && r != -EINTR ? snapshot_fail(s->why, r, "%.200s cannot be read: %s", path, strerror(-r)) : r;
-}
-
-/* Volumes, then what lies below the disks. */
 static int digest_files(struct send *s)
 {
-	const struct manifest *m = &s->manifest;
-	uint32_t *count = &s->files.header.count;
-	int r = 0;
+	const struct digest_reading reading = { .known_dir = s->options->known_dir, .tick = tick, .ctx = s };
 
-	for (uint32_t i = 0; !r && i < m->volumes; i++)
-		r = digest_path(s, m->volume[i].path, &s->files.digest[(*count)++]);
-	for (uint32_t i = 0; i < m->disks; i++)
-		for (uint32_t layer = 1; !r && layer < m->disk[i].layers; layer++)
-			r = *count == WIRE_FILES_MAX
-			    ? snapshot_fail(s->why, -E2BIG, "the VM has more than %u images", WIRE_FILES_MAX)
-			    : digest_path(s, m->disk[i].layer[layer].volume.path, &s->files.digest[(*count)++]);
-	return r;
+	s->files.header.count = files_of(&s->manifest);
+	return files_digest(&s->manifest, &reading, s->files.digest, s->why);
 }
 
 /* Where it cannot be made, or the disk is no file, only a user can say who has the guest when both sides cannot talk. */

@@ -145,6 +145,34 @@ static char **make_line(struct command *c, const struct manifest *m, int *ret_ar
 	return argv;
 }
 
+/* The same device, with the generation that the guest knows; NULL: it is another device, or there is no memory. */
+static char *device_with_generation(const char *value, const char *guid)
+{
+	struct props props = { 0 };
+	char *text = NULL;
+
+	if (!props_parse(&props, value, "driver") && props_get(&props, "driver") && !strcmp(props_get(&props, "driver"), "vmgenid")) {
+		text = append(strdup(""), "driver", "vmgenid");
+		for (size_t i = 0; i < props.count; i++)
+			if (strcmp(props.items[i].key, "driver") && strcmp(props.items[i].key, "guid"))
+				text = append(text, props.items[i].key, props.items[i].value);
+		text = append(text, "guid", guid);
+	}
+	props_clear(&props);
+	return text;
+}
+
+/* A guest that moves is no other one: QEMU shall not draw a new number. */
+static void keep_generation(const struct manifest *m, int argc, char **argv)
+{
+	for (int i = 0; m->generation_id[0] && i + 1 < argc; i++) {
+		char *text = strcmp(argv[i], "-device") && strcmp(argv[i], "--device")
+			     ? NULL : device_with_generation(argv[i + 1], m->generation_id);
+
+		argv[i + 1] = text ? text : argv[i + 1];
+	}
+}
+
 static _Noreturn void become(struct command *c, const struct manifest *m, const struct agent_incoming *incoming)
 {
 	struct run_restore vm = { .name = c->name ? c->name : m->name, .incoming = incoming, .argc = c->argc, .argv = c->argv };
@@ -158,7 +186,10 @@ static _Noreturn void become(struct command *c, const struct manifest *m, const 
 	vm.agent.report_fd = vm.agent.overlays_fd = -1;
 	if (!vm.argc)
 		vm.argv = make_line(c, m, &vm.argc);
-	_exit(vm.argv ? run_restored(&vm) : CLI_SYSTEM);
+	if (!vm.argv)
+		_exit(CLI_SYSTEM);
+	keep_generation(m, vm.argc, vm.argv);
+	_exit(run_restored(&vm));
 }
 
 static int start(void *ctx, const struct manifest *m, const struct agent_incoming *incoming, struct receive_vm *ret_vm,

@@ -195,6 +195,7 @@ static int describe(struct send *s)
 		return r;
 	describe_nodes(s->vmm.qmp, &s->manifest);
 	describe_machine(s->vmm.qmp, s->options->run_dir, &s->manifest);
+	describe_generation(s->vmm.qmp, &s->manifest);
 	return 0;
 }
 

@@ -176,3 +176,13 @@ void describe_machine(struct qmp *qmp, const char *run_dir, struct manifest *m)
 	json_object_put(json);
 	free(line);
 }
+
+void describe_generation(struct qmp *qmp, struct manifest *m)
+{
+	struct json_object *value = ask(qmp, "query-vm-generation-id", "{}");
+	const char *guid = json_object_is_type(value, json_type_object) ? text_of(value, "guid") : "";
+
+	if (strlen(guid) + 1 == sizeof m->generation_id)
+		memcpy(m->generation_id, guid, sizeof m->generation_id);
+	json_object_put(value);
+}

@@ -12,5 +12,7 @@ void describe_nodes(struct qmp *qmp, struct manifest *manifest);
 
 /* Sets `machine`, or `machine_missing`, of a manifest that has its disks. */
 void describe_machine(struct qmp *qmp, const char *run_dir, struct manifest *manifest);
+/* Sets `generation_id`, if the VM has a vmgenid device. */
+void describe_generation(struct qmp *qmp, struct manifest *manifest);
 
 #endif

@@ -161,6 +161,8 @@ static struct json_object *to_json(const struct manifest *m)
 	json_object_object_add(json, "volumes", volumes);
 	json_object_object_add(json, "disks", disks);
 	json_object_object_add(json, "stood", json_object_new_boolean(m->stood));
+	if (m->generation_id[0])
+		add_text(json, "generation_id", m->generation_id);
 	if (m->machine)
 		json_object_object_add(json, "machine", machine_to_json(m->machine));
 	else
@@ -339,6 +341,16 @@ static void take_disk(struct reading *d, struct json_object *json, struct manife
 	}
 }
 
+static void take_generation(struct reading *d, struct json_object *json, struct manifest *m)
+{
+	if (!json_object_object_get_ex(json, "generation_id", NULL))
+		return;
+	take_text(d, json, "generation_id", m->generation_id, sizeof m->generation_id);
+	if (!d->r && (strlen(m->generation_id) + 1 != sizeof m->generation_id ||
+		      m->generation_id[strspn(m->generation_id, "0123456789abcdefABCDEF-")]))
+		wrong(d, SNAPSHOT_MANIFEST ": \"generation_id\" is none");
+}
+
 /* All of this is younger than the format. */
 static void take_machine(struct reading *d, struct json_object *json, struct manifest *m)
 {
@@ -379,6 +391,7 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	array = take_array(d, json, "disks", MANIFEST_DISKS, &m->disks);
 	for (uint32_t i = 0; i < m->disks; i++)
 		take_disk(d, json_object_array_get_idx(array, i), &m->disk[i]);
+	take_generation(d, json, m);
 	take_machine(d, json, m);
 }
 

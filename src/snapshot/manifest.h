@@ -14,6 +14,7 @@
 #define MANIFEST_DISKS 16
 #define MANIFEST_LAYERS 24
 #define MANIFEST_MAX_BYTES (1 << 20)
+#define MANIFEST_GUID_BYTES 37
 
 /* What a file that RAM refers to is; a snapshot's `ram` is never written after it was made. */
 enum manifest_role { MANIFEST_IMAGE, MANIFEST_RAM };
@@ -60,6 +61,7 @@ struct manifest {
 	struct manifest_volume volume[SNAPSHOT_VOLUMES];
 	struct manifest_disk disk[MANIFEST_DISKS];
 	bool stood;              /* the guest did not run when it was saved */
+	char generation_id[MANIFEST_GUID_BYTES]; /* of a vmgenid device, for a migration; empty: none, or a snapshot */
 	struct machine *machine; /* freed by whoever has read it (machine_free); NULL: */
 	char machine_missing[MACHINE_WHY_BYTES]; /* why it could not be described; empty: by an older Latent */
 };

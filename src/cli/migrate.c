@@ -5,6 +5,7 @@
 #include "cli/vm_view.h"
 #include "migrate/send.h"
 #include "os/os.h"
+#include "vmdir/moving.h"
 
 #include <errno.h>
 #include <json-c/json.h>
@@ -53,22 +54,43 @@ static void on_interrupt(int signal)
 
 static void show(void)
 {
-	static const char *const phases[] = { "looking at it", "the other host prepares", "passes", "switch", "the rest", "done" };
+	static const char *const names[] = { "looking at it", "the other host prepares", "passes", "switch", "the rest", "done" };
 	char sent[CLI_SIZE_TEXT], left[CLI_SIZE_TEXT];
 
 	fprintf(stderr, "\r\033[K%s: pass %ju, sent %s, left %s ",
-		progress.cut ? "the link is cut; trying again" : phases[progress.phase], (uintmax_t)progress.pass,
+		progress.cut ? "the link is cut; trying again" : names[progress.phase], (uintmax_t)progress.pass,
 		cli_size(progress.bytes_sent, sent), cli_size(os_bytes(progress.pages_left), left));
+}
+
+/* For `latent stat`. */
+static void tell(int fd)
+{
+	static const enum moving_phase phases[] = { MOVING_PREPARES, MOVING_PREPARES, MOVING_PASSES, MOVING_SWITCHES, MOVING_REST,
+						    MOVING_REST };
+	const struct moving moving = {
+		.side = MOVING_AWAY, .phase = phases[progress.phase], .cut = progress.cut, .pass = (uint32_t)progress.pass,
+		.bytes = progress.bytes_sent, .pages_all = progress.pages_all, .words = progress.words,
+		.volumes = progress.volume, .contents = progress.data, .left = progress.pages_left, .wanted = progress.wanted,
+	};
+
+	moving_say(fd, &moving);
 }
 
 static void *show_all(void *arg)
 {
-	(void)arg;
+	const char *run_dir = arg;
+	bool terminal = isatty(STDERR_FILENO);
+	int fd = moving_begin(run_dir);
+
 	while (!shown_enough) {
-		show();
+		if (terminal)
+			show();
+		tell(fd);
 		usleep(SHOW_MS * 1000);
 	}
-	fprintf(stderr, "\r\033[K");
+	if (terminal)
+		fprintf(stderr, "\r\033[K");
+	moving_end(run_dir, fd);
 	return NULL;
 }
 
@@ -189,7 +211,7 @@ static int move(struct vm_view *view, struct send_options *send, bool json)
 	sigaction(SIGINT, &action, NULL);
 	sigaction(SIGTERM, &action, NULL);
 	signal(SIGPIPE, SIG_IGN);
-	shown = isatty(STDERR_FILENO) && !pthread_create(&thread, NULL, show_all, NULL);
+	shown = !pthread_create(&thread, NULL, show_all, run_dir);
 	r = migrate_send(send, &progress, &result, &where, why);
 	shown_enough = true;
 	if (shown)

@@ -11,12 +11,14 @@
 #include "migrate/receive.h"
 #include "os/os.h"
 #include "snapshot/drives.h"
+#include "vmdir/moving.h"
 #include "vmdir/vmdir.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <json-c/json.h>
+#include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +30,7 @@
 #define VOLUMES_MAX 64
 #define END_MS 5000
 #define LOG "log"
+#define SHOW_MS 200
 
 enum { OPT_LISTEN, OPT_NAME, OPT_VOLUME, OPT_TLS, OPT_PLAIN, OPT_RESUME, OPT_JSON };
 
@@ -64,9 +67,12 @@ struct command {
 	char **argv;
 	char root[VMDIR_PATH_BYTES], known_dir[VMDIR_PATH_BYTES];
 	int log_fd;
+	char run_dir[VMDIR_PATH_BYTES]; /* the VM's; written before `has_vm` is set */
+	_Atomic bool has_vm;
 };
 
 static struct receive_progress progress;
+static _Atomic bool shown_enough;
 
 static void on_interrupt(int signal)
 {
@@ -211,6 +217,8 @@ static int start(void *ctx, const struct manifest *m, const struct agent_incomin
 	if (ret_vm->pid < 0)
 		return snapshot_fail(why, -errno, "no process: %s", strerror(errno));
 	ret_vm->pid_fd = (int)syscall(SYS_pidfd_open, ret_vm->pid, 0);
+	snprintf(c->run_dir, sizeof c->run_dir, "%.250s", ret_vm->run_dir);
+	c->has_vm = true;
 	if (ret_vm->pid_fd >= 0)
 		return 0;
 	(void)kill(ret_vm->pid, SIGKILL);
@@ -333,6 +341,50 @@ static void print_log(const struct command *c)
 		fprintf(stderr, "%s%s", text, text[strlen(text) - 1] == '\n' ? "" : "\n");
 }
 
+static void show(void)
+{
+	static const char *const names[] = { "waiting", "the VM is prepared", "passes", "switch", "the rest", "done" };
+	char received[CLI_SIZE_TEXT], missing[CLI_SIZE_TEXT];
+
+	fprintf(stderr, "\r\033[K%s: received %s, missing %s ",
+		progress.cut ? "the link is cut; the other host is waited for" : names[progress.phase],
+		cli_size(progress.bytes_received, received), cli_size(os_bytes(progress.pages_missing), missing));
+}
+
+/* For `latent stat`. */
+static void tell(int fd)
+{
+	static const enum moving_phase phases[] = { MOVING_PREPARES, MOVING_PREPARES, MOVING_PASSES, MOVING_SWITCHES, MOVING_REST,
+						    MOVING_REST };
+	const struct moving moving = {
+		.side = MOVING_HERE, .phase = phases[progress.phase], .cut = progress.cut, .bytes = progress.bytes_received,
+		.pages_all = progress.pages_all, .words = progress.words, .volumes = progress.volume,
+		.contents = progress.data, .left = progress.pages_missing, .wanted = progress.wanted,
+	};
+
+	moving_say(fd, &moving);
+}
+
+static void *show_all(void *arg)
+{
+	struct command *c = arg;
+	bool terminal = isatty(STDERR_FILENO);
+	int fd = -1;
+
+	while (!shown_enough) {
+		if (terminal && progress.phase > RECEIVE_LISTENING)
+			show();
+		if (fd < 0 && c->has_vm)
+			fd = moving_begin(c->run_dir);
+		tell(fd);
+		usleep(SHOW_MS * 1000);
+	}
+	if (terminal)
+		fprintf(stderr, "\r\033[K");
+	moving_end(c->run_dir, fd);
+	return NULL;
+}
+
 /* The VM is no child of ours. */
 static int go_on(struct command *c, const struct receive_options *receive, struct receive_result *ret_result, char *why)
 {
@@ -345,6 +397,8 @@ static int go_on(struct command *c, const struct receive_options *receive, struc
 	vm.pid = (pid_t)view.stats.pid;
 	vm_view_close(&view);
 	snprintf(vm.run_dir, sizeof vm.run_dir, "%.180s/%.63s", c->root, c->resume);
+	snprintf(c->run_dir, sizeof c->run_dir, "%.250s", vm.run_dir);
+	c->has_vm = true;
 	vm.pid_fd = (int)syscall(SYS_pidfd_open, vm.pid, 0);
 	r = vm.pid_fd < 0 ? snapshot_fail(why, -errno, "the VM %.63s has ended", c->resume) : 0;
 	return r ? r : migrate_receive_again(receive, &vm, c->resume, &progress, ret_result, why);
@@ -364,8 +418,13 @@ static int wait_for_vm(struct command *c, int listener, struct link_keys *keys)
 					   .start = start, .end = end, .ctx = c };
 	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct receive_result result = { 0 };
+	pthread_t thread;
+	bool shown = !pthread_create(&thread, NULL, show_all, c);
 	int r = c->resume ? go_on(c, &receive, &result, why) : migrate_receive(&receive, &progress, &result, why);
 
+	shown_enough = true;
+	if (shown)
+		pthread_join(thread, NULL);
 	if (!c->resume && (result.runs || result.kept))
 		keep_log(c, c->name ? c->name : result.name);
 	if (!r) {

@@ -2,6 +2,7 @@
 /* latent stat: the statistics of one VM. */
 #include "cli/cli.h"
 #include "cli/restore_steps.h"
+#include "cli/stat_moving.h"
 #include "cli/stat_reclaim.h"
 #include "cli/stat_scan.h"
 #include "cli/vm_view.h"
@@ -279,6 +280,7 @@ static void print_vm(const struct vm_view *view)
 		printf("drives use io_uring or Linux AIO: what they read is copied, and not counted here\n");
 	if (stats->message[0])
 		printf("last message, %s ago: %s\n", cli_age(stats->message_unix_s, a), stats->message);
+	stat_print_moving(view);
 	print_rest(stats);
 	if (stats->source[0])
 		print_source(stats);
@@ -434,6 +436,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 		json_object_object_add(json, "rest", rest_to_json(stats));
 	json_object_object_add(json, "scan", stat_scan_to_json(&stats->scan));
 	json_object_object_add(json, "reclaim", stat_reclaim_to_json(&stats->reclaim));
+	json_object_object_add(json, "migration", stat_moving_to_json(view));
 	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
 	if (stats->source[0])
 		add_source(json, stats);

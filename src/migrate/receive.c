@@ -314,6 +314,9 @@ static int take_pages(struct receive *c, const struct wire_message *m)
 		c->result->volume += run->kind == WIRE_VOLUME ? run->pages : 0;
 		c->result->data += run->kind == WIRE_DATA ? run->pages : 0;
 	}
+	c->progress->words = c->result->words;
+	c->progress->volume = c->result->volume;
+	c->progress->data = c->result->data;
 	return r;
 }
 
@@ -346,7 +349,7 @@ static int pass_wishes(struct receive *c)
 	uint64_t wanted[WIRE_WANTED_MAX];
 	size_t count = guest_wanted(c->guest, wanted, WIRE_WANTED_MAX);
 
-	c->result->pages_wanted += count;
+	c->progress->wanted = c->result->pages_wanted += count;
 	return count ? say(c, WIRE_WANT, wanted, count * sizeof wanted[0]) : 0;
 }
 

@@ -42,7 +42,7 @@ struct receive_progress {
 	_Atomic bool stop;
 	_Atomic int phase; /* enum receive_phase */
 	_Atomic bool cut;  /* the source is waited for */
-	_Atomic uint64_t pages_all, pages_missing, bytes_received;
+	_Atomic uint64_t pages_all, pages_missing, bytes_received, words, volume, data, wanted;
 };
 
 struct receive_result {

@@ -266,12 +266,24 @@ static int introduce(struct send *s)
 
 /* ---- pages -------------------------------------------------------------------------------------------- */
 
+static void note_progress(struct send *s)
+{
+	struct teller_counts told;
+
+	teller_get_counts(s->teller, &told);
+	s->progress->words = told.words;
+	s->progress->volume = told.volume;
+	s->progress->data = told.data;
+	s->progress->pages_left = teller_left(s->teller);
+	s->progress->wanted = s->result->pages_wanted;
+}
+
 static int put_batch(struct send *s, bool urgent)
 {
 	int level = link_waiting(s->link) < FAST_BYTES ? 0 : PACK_LEVEL, r;
 	size_t bytes = wire_close(s->batch, level, s->payload);
 
-	s->progress->pages_left = teller_left(s->teller);
+	note_progress(s);
 	if (!urgent)
 		return put(s, WIRE_PAGES, s->payload, bytes);
 	r = link_send(s->link, WIRE_PAGES, s->payload, bytes, true);

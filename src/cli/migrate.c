@@ -2,6 +2,7 @@
 /* latent migrate: moves a running VM to another host; the work is migrate/'s, here it is shown. */
 #include "cli/cli.h"
 #include "cli/mover.h"
+#include "cli/progress.h"
 #include "cli/vm_view.h"
 #include "migrate/send.h"
 #include "os/os.h"
@@ -235,7 +236,9 @@ int migrate_run(const struct cli_command *command, int argc, char **argv)
 	send.address = argv[2];
 	if (!send.keys_dir && !plain && strncmp(send.address, "unix:", 5))
 		return cli_fail(CLI_USAGE, "migrate: over TCP, say where the keys are (--tls DIR), or that there are none (--plain)");
-	status = vm_view_find(argv[1], &view);
+	status = progress_take_faults();
+	if (!status)
+		status = vm_view_find(argv[1], &view);
 	if (status)
 		return status;
 	status = move(&view, &send, json);

@@ -6,6 +6,7 @@
  */
 #include "cli/cli.h"
 #include "cli/mover.h"
+#include "cli/progress.h"
 #include "cli/run.h"
 #include "cli/vm_view.h"
 #include "migrate/receive.h"
@@ -374,7 +375,7 @@ static void *show_all(void *arg)
 	while (!shown_enough) {
 		if (terminal && progress.phase > RECEIVE_LISTENING)
 			show();
-		if (fd < 0 && c->has_vm)
+		if (fd < 0 && c->has_vm && progress.phase > RECEIVE_PREPARING)
 			fd = moving_begin(c->run_dir);
 		tell(fd);
 		usleep(SHOW_MS * 1000);
@@ -457,6 +458,9 @@ int receive_run(const struct cli_command *command, int argc, char **argv)
 		return cli_fail(CLI_USAGE, "receive: '%.80s' is no name for a VM", c.resume);
 	if (!c.keys_dir && !c.plain && strncmp(c.listen, "unix:", 5))
 		return cli_fail(CLI_USAGE, "receive: over TCP, say where the keys are (--tls DIR), or that there are none (--plain)");
+	status = progress_take_faults();
+	if (status)
+		return status;
 	if (vmdir_root(true, c.root, why))
 		return cli_fail(CLI_RUN_DIR, "%s", why);
 	snprintf(c.known_dir, sizeof c.known_dir, "%.200s/" MOVER_DIGESTS, c.root);

@@ -11,7 +11,11 @@
 #define SUFFIX_BYTES 16
 #define NAMED_BYTES 8 /* of the session */
 
-static const char *const suffixes[] = { [BALLOT_SOURCE] = ".source", [BALLOT_DESTINATION] = ".destination" };
+/* OVER: of the destination, which has all pages. */
+enum { OVER = BALLOT_DESTINATION + 1, NAMES };
+
+static const char *const suffixes[NAMES] = { [BALLOT_SOURCE] = ".source", [BALLOT_DESTINATION] = ".destination",
+					     [OVER] = ".over" };
 
 int ballot_name(const char *disk, const uint8_t session[WIRE_SESSION_BYTES], struct ballot *ret_ballot)
 {
@@ -23,7 +27,7 @@ int ballot_name(const char *disk, const uint8_t session[WIRE_SESSION_BYTES], str
 	       (int)sizeof ret_ballot->path - SUFFIX_BYTES ? 0 : -ENAMETOOLONG;
 }
 
-static void taken_path(const struct ballot *b, enum ballot_side side, char path[BALLOT_PATH_BYTES])
+static void taken_path(const struct ballot *b, int side, char path[BALLOT_PATH_BYTES])
 {
 	snprintf(path, BALLOT_PATH_BYTES, "%.300s%s", b->path, suffixes[side]);
 }
@@ -68,6 +72,8 @@ int ballot_take(const struct ballot *b, enum ballot_side side)
 	char ours[BALLOT_PATH_BYTES], others[BALLOT_PATH_BYTES];
 	int r;
 
+	if (side == BALLOT_SOURCE && ballot_is_over(b))
+		return -EALREADY;
 	taken_path(b, side, ours);
 	taken_path(b, side == BALLOT_SOURCE ? BALLOT_DESTINATION : BALLOT_SOURCE, others);
 	if (!rename(b->path, ours))
@@ -89,6 +95,24 @@ void ballot_return(const struct ballot *b)
 		(void)sync_directory(b);
 }
 
+void ballot_note_over(const struct ballot *b)
+{
+	char from[BALLOT_PATH_BYTES], to[BALLOT_PATH_BYTES];
+
+	taken_path(b, BALLOT_DESTINATION, from);
+	taken_path(b, OVER, to);
+	if (b->path[0] && !rename(from, to))
+		(void)sync_directory(b);
+}
+
+bool ballot_is_over(const struct ballot *b)
+{
+	char path[BALLOT_PATH_BYTES];
+
+	taken_path(b, OVER, path);
+	return b->path[0] && !look_for(path);
+}
+
 void ballot_remove(const struct ballot *b)
 {
 	char path[BALLOT_PATH_BYTES];
@@ -96,8 +120,8 @@ void ballot_remove(const struct ballot *b)
 	if (!b->path[0])
 		return;
 	(void)unlink(b->path);
-	for (int side = BALLOT_SOURCE; side <= BALLOT_DESTINATION; side++) {
-		taken_path(b, (enum ballot_side)side, path);
+	for (int name = 0; name < NAMES; name++) {
+		taken_path(b, name, path);
 		(void)unlink(path);
 	}
 }

@@ -29,6 +29,9 @@ bool ballot_is_there(const struct ballot *ballot);
 int ballot_take(const struct ballot *ballot, enum ballot_side side);
 /* The destination has taken it, and never let the guest run: the source may take it. */
 void ballot_return(const struct ballot *ballot);
+/* The destination has taken it, and has all pages by now: the source need not wait for a word. */
+void ballot_note_over(const struct ballot *ballot);
+bool ballot_is_over(const struct ballot *ballot);
 /* When all is over. */
 void ballot_remove(const struct ballot *ballot);
 

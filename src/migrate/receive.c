@@ -54,6 +54,14 @@ struct receive {
 	bool runs;
 };
 
+/* Where tests let it be killed. */
+static int step(int r)
+{
+	if (!r)
+		(void)os_fault(OS_FAULT_MIGRATE_STEP);
+	return r;
+}
+
 /* ---- messages --------------------------------------------------------------------------------------- */
 
 static int check_alive(struct receive *c)
@@ -285,9 +293,9 @@ static int prepare(struct receive *c)
 	if (!r)
 		r = take_blocks(c);
 	if (!r)
-		r = take_files(c);
+		r = step(take_files(c));
 	if (!r)
-		r = start_vmm(c);
+		r = step(start_vmm(c));
 	if (!r)
 		r = check_volumes(c);
 	for (uint32_t i = 0; i < c->manifest.volumes; i++)
@@ -428,8 +436,8 @@ static int take_switch(struct receive *c, const struct wire_message *m)
 		r = snapshot_fail(c->why, -EPROTO, "%ju pages are missing, and the source says %ju",
 				  (uintmax_t)c->result->pages_missing, (uintmax_t)sw.missing);
 	if (!r)
-		r = load_devices(c);
-	return r ? r : say(c, WIRE_LOADED, NULL, 0);
+		r = step(load_devices(c));
+	return r ? r : step(say(c, WIRE_LOADED, NULL, 0));
 }
 
 /* Until the switch is made. */
@@ -441,7 +449,7 @@ static int take_passes(struct receive *c)
 	while (!(r = next(c, SOURCE_MS, &m))) {
 		if (m.type == WIRE_PAGES)
 			r = take_pages(c, &m);
-		else if (m.type == WIRE_PASS && !(r = guest_finish_passes(c->guest, c->why)))
+		else if (m.type == WIRE_PASS && !(r = step(guest_finish_passes(c->guest, c->why))))
 			r = say(c, WIRE_PASS, NULL, 0);
 		else if (m.type == WIRE_STATE)
 			r = take_state(c, &m);
@@ -486,7 +494,7 @@ static int take_token(struct receive *c)
 	memcpy(c->record.session, c->session, sizeof c->session);
 	c->record.stood = c->manifest.stood;
 	if (!r)
-		r = note_phase(c, RECORD_TOKEN);
+		r = step(note_phase(c, RECORD_TOKEN));
 	c->has_token = !r;
 	return r;
 }
@@ -505,7 +513,7 @@ static int commit(struct receive *c)
 			return snapshot_fail(c->why, -ECANCELED, "the source had lost sight of this host, and goes on with the guest");
 		if (os_now_us() >= until_us)
 			return snapshot_fail(c->why, r, "%.200s: %s", c->record.ballot.path, strerror(-r));
-		r = link_wait(c->link, false, NULL, 0, TURN_MS, c->why);
+		r = c->link ? link_wait(c->link, false, NULL, 0, TURN_MS, c->why) : -usleep(TURN_MS * 1000);
 		if (r)
 			return r;
 	}
@@ -518,7 +526,7 @@ static int let_run(struct receive *c)
 
 	if (!c->record.stood && !c->let) {
 		r = vmm_start_guest(&c->vmm);
-		c->let = !r;
+		c->let = !step(r);
 	}
 	if (!r && !c->record.stood)
 		r = serve_until(c, is_running, "letting the guest run");
@@ -543,24 +551,28 @@ static int take_rest(struct receive *c)
 			r = unexpected(c, &m);
 	}
 	if (!r)
-		r = guest_end(c->guest, c->why);
-	if (!r)
-		r = say(c, WIRE_DONE, NULL, 0);
+		r = step(guest_end(c->guest, c->why));
+	if (r)
+		return r;
+	ballot_note_over(&c->record.ballot);
+	r = say(c, WIRE_DONE, NULL, 0);
 	/* Pages that were wanted may come twice. */
 	while (!r && !(r = next(c, SOURCE_MS, &m)) && m.type == WIRE_PAGES)
 		;
-	return r ? r : m.type == WIRE_DONE ? 0 : unexpected(c, &m);
+	if (r)
+		return ballot_is_over(&c->record.ballot) ? 0 : r; /* the source will see it there */
+	return m.type == WIRE_DONE ? 0 : unexpected(c, &m);
 }
 
 /* From the token, or the source's return, on. */
 static int finish(struct receive *c)
 {
-	int r = commit(c);
+	int r = step(commit(c));
 
 	if (!r && !c->runs)
-		r = let_run(c);
+		r = step(let_run(c));
 	if (!r)
-		r = say(c, WIRE_RUNNING, NULL, 0);
+		r = step(say(c, WIRE_RUNNING, NULL, 0));
 	return r ? r : take_rest(c);
 }
 
@@ -662,7 +674,7 @@ static int receive(struct receive *c)
 	int r;
 
 	c->progress->phase = RECEIVE_LISTENING;
-	r = accept_source(c);
+	r = step(accept_source(c));
 	c->progress->phase = RECEIVE_PREPARING;
 	if (!r)
 		r = prepare(c);
@@ -819,7 +831,7 @@ static int take_over(struct receive *c)
 	c->result->pages_missing = guest_missing(c->guest);
 	c->started = c->has_token = true;
 	c->runs = c->result->runs = c->record.phase == RECORD_RUNNING;
-	return 0;
+	return commit(c); /* if it was not known yet whose the guest is */
 }
 
 int migrate_receive_again(const struct receive_options *options, const struct receive_vm *vm, const char *name,
@@ -835,13 +847,10 @@ int migrate_receive_again(const struct receive_options *options, const struct re
 	c->vm = *vm;
 	snprintf(ret_result->name, sizeof ret_result->name, "%s", name);
 	r = take_over(c);
-	if (!r)
-		r = go_on(c, -ECONNRESET);
-	else
+	if (r && !c->lost) {
 		ret_result->kept = true; /* as it was */
-	if (ret_result->kept) {
 		free_receive(c);
 		return r;
 	}
-	return end(c, r, begin_us);
+	return end(c, r ? r : go_on(c, -ECONNRESET), begin_us);
 }

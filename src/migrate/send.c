@@ -53,7 +53,16 @@ struct send {
 	bool given;  /* the token has been sent */
 	bool runs;   /* the destination has said so */
 	bool cut;    /* the link was, after the token */
+	bool over;   /* the destination has all, as the ballot says */
 };
+
+/* Where tests let it be killed. */
+static int step(int r)
+{
+	if (!r)
+		(void)os_fault(OS_FAULT_MIGRATE_STEP);
+	return r;
+}
 
 /* ---- messages --------------------------------------------------------------------------------------- */
 
@@ -385,7 +394,7 @@ static int put_passes(struct send *s)
 		s->progress->pass = s->result->passes = pass;
 		r = put_all(s, teller_fill);
 		if (!r)
-			r = end_pass(s);
+			r = step(end_pass(s));
 	}
 	return r;
 }
@@ -453,7 +462,7 @@ static int switch_over(struct send *s)
 	bool all = s->options->no_postcopy;
 	struct wire_switch sw = { 0 };
 	struct wire_message m;
-	int r = stop_guest(s);
+	int r = step(stop_guest(s));
 
 	if (!r && (all || teller_left(s->teller) <= pages_in_downtime(s)))
 		r = put_all(s, teller_fill);
@@ -467,16 +476,17 @@ static int switch_over(struct send *s)
 		r = put(s, WIRE_SWITCH, &sw, sizeof sw);
 	note_step(s, &s->result->told_us);
 	if (!r)
-		r = await(s, WIRE_LOADED, &m);
+		r = step(await(s, WIRE_LOADED, &m));
 	note_step(s, &s->result->loaded_us);
 	if (!r)
-		r = give(s);
+		r = step(give(s));
 	if (!r)
 		r = link_send(s->link, WIRE_TOKEN, NULL, 0, false);
 	if (r)
 		return r;
 	s->given = true;
-	r = await(s, WIRE_RUNNING, &m);
+	link_flush(s->link);
+	r = step(await(s, WIRE_RUNNING, &m));
 	s->runs = !r;
 	note_step(s, &s->result->started_us);
 	s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
@@ -501,10 +511,10 @@ static int put_rest(struct send *s)
 
 static int end_serving(struct send *s)
 {
-	int r = put(s, WIRE_DONE, NULL, 0);
+	int r = step(put(s, WIRE_DONE, NULL, 0));
 
 	link_flush(s->link);
-	return r;
+	return step(r);
 }
 
 /* What the destination says first after a cut. */
@@ -582,6 +592,9 @@ static int come_together(struct send *s)
 			s->given = false;
 			return snapshot_fail(s->why, -ECANCELED, "the link was cut before the guest ran there, and it never will");
 		}
+		s->over = ballot_is_over(&s->record.ballot);
+		if (s->over)
+			return 0;
 		r = connect_destination(s);
 		if (!r || r == -EREMOTEIO || r == -EACCES)
 			return r;
@@ -596,7 +609,7 @@ static int go_on(struct send *s)
 	s->cut = s->progress->cut = true;
 	r = come_together(s);
 	s->progress->cut = false;
-	if (r)
+	if (r || s->over)
 		return r;
 	s->batch->runs = s->batch->data_pages = 0;
 	s->first_pass_us = os_now_us();
@@ -692,14 +705,14 @@ static int set_phase(struct send *s, enum send_phase phase)
 
 static int migrate(struct send *s)
 {
-	int r = prepare(s);
+	int r = step(prepare(s));
 
 	if (!r)
 		r = set_phase(s, SEND_CONNECTING);
 	if (!r)
-		r = connect_destination(s);
+		r = step(connect_destination(s));
 	if (!r)
-		r = introduce(s);
+		r = step(introduce(s));
 	if (!r)
 		r = set_phase(s, SEND_PASSES);
 	if (!r)

@@ -37,6 +37,7 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_AGENT_STEP] = "agent_step",
 	[OS_FAULT_PAGER_STEP] = "pager_step",
 	[OS_FAULT_PAGER_MEMORY] = "pager_memory",
+	[OS_FAULT_MIGRATE_STEP] = "migrate_step",
 };
 
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error)

@@ -278,6 +278,7 @@ enum os_fault_point {
 	OS_FAULT_AGENT_STEP,   /* and from then on, until it is told that the guest runs */
 	OS_FAULT_PAGER_STEP,   /* of what a pager is asked for */
 	OS_FAULT_PAGER_MEMORY, /* a pager has no memory to remember what somebody waits for */
+	OS_FAULT_MIGRATE_STEP, /* between any two steps of a migration, on either side */
 	OS_FAULT_POINTS
 };
 
@@ -286,7 +287,7 @@ enum os_fault_point {
  * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), "point:nth:FULL"
  * (from then on every OS_FAULT_WRITE fails with ENOSPC), or "storage_read:delay:MS" (every call is
  * delayed), comma-separated, as in the environment variable LATENT_FAULT of the VMM, of `latent save`,
- * `flatten`, `restore` and `spare`, and of a pager.
+ * `flatten`, `restore`, `spare`, `migrate` and `receive`, and of a pager.
  */
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error);
 int os_fault_parse(const char *text);

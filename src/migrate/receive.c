@@ -277,7 +277,7 @@ static int start_vmm(struct receive *c)
 		r = snapshot_fail(c->why, -ENOTSUP, "the source runs QEMU %.40s, and this is %.40s", c->manifest.qemu_version,
 				  c->vmm.version);
 	if (!r)
-		r = vmm_prepare_load(&c->vmm);
+		r = vmm_prepare_load(&c->vmm, !c->manifest.stood);
 	if (r) {
 		close(options.channel);
 		return r;

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * What a mover must know that takes the place of one that has died: the file `migration` in the VM's run directory, on
- * each side from the moment on at which its death does not end the migration.
+ * What a mover must know that comes after one that has died: the file `migration` in the VM's run directory.
  */
 #ifndef LATENT_MIGRATE_RECORD_H
 #define LATENT_MIGRATE_RECORD_H
@@ -9,7 +8,8 @@
 #include "migrate/ballot.h"
 
 enum record_phase {
-	RECORD_GIVEN,     /* source: the token may have been sent */
+	RECORD_BEGUN,     /* source: there is a ballot, */
+	RECORD_GIVEN,     /* and the token may have been sent */
 	RECORD_TOKEN,     /* destination: the token has come, */
 	RECORD_COMMITTED, /* and the guest is its own */
 	RECORD_RUNNING,   /* destination: it has been let run */

@@ -644,12 +644,29 @@ static int begin_source(struct send *s)
 	return 0;
 }
 
+/* Of a migration that was before this one. */
+static int clear_record(struct send *s)
+{
+	char ignored[SNAPSHOT_WHY_BYTES];
+	struct record old;
+
+	if (record_read(s->options->run_dir, &old, ignored))
+		return 0;
+	if (old.phase > RECORD_GIVEN)
+		return snapshot_fail(s->why, -EBUSY, "not all of its memory has come from where it was: `latent receive --resume` "
+				     "brings it");
+	ballot_remove(&old.ballot); /* its mover was killed; the VM is here */
+	return 0;
+}
+
 static int prepare(struct send *s)
 {
 	int r = make_room(s);
 
 	if (!r)
 		r = vmm_open(s->options->run_dir, &s->progress->stop, s->why, &s->vmm);
+	if (!r)
+		r = clear_record(s);
 	if (!r)
 		r = begin_source(s);
 	if (!r)
@@ -660,7 +677,8 @@ static int prepare(struct send *s)
 		r = snapshot_fail(s->why, -EIO, "no random numbers");
 	if (!r)
 		make_ballot(s);
-	return r;
+	s->record.phase = RECORD_BEGUN;
+	return r ? r : record_write(s->options->run_dir, &s->record, s->why);
 }
 
 /* The VM stands, and was given away by one that is gone. */

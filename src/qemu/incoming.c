@@ -254,7 +254,7 @@ static int make_channel(int *ret_theirs)
 
 int incoming_attach(int *ret_channel)
 {
-	int theirs, ours, r;
+	int theirs = -1, ours, r;
 
 	if (!incoming.began)
 		return -ENOENT;

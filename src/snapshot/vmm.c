@@ -243,12 +243,17 @@ void vmm_drain(struct vmm *vmm)
 	qmp_drain(vmm->qmp);
 }
 
-int vmm_prepare_load(struct vmm *vmm)
+int vmm_prepare_load(struct vmm *vmm, bool runs)
 {
-	return vmm_run(vmm, "migrate-set-capabilities",
-		       json_tokener_parse("{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
-					  "{\"capability\": \"late-block-activate\", \"state\": true},"
-					  "{\"capability\": \"events\", \"state\": true}]}"), NULL);
+	static const char *const capabilities[] = {
+		"{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+		"{\"capability\": \"events\", \"state\": true}]}",
+		"{\"capabilities\": [{\"capability\": \"x-ignore-shared\", \"state\": true},"
+		"{\"capability\": \"late-block-activate\", \"state\": true},"
+		"{\"capability\": \"events\", \"state\": true}]}",
+	};
+
+	return vmm_run(vmm, "migrate-set-capabilities", json_tokener_parse(capabilities[runs]), NULL);
 }
 
 int vmm_start_load(struct vmm *vmm, int state_fd)

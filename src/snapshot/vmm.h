@@ -31,9 +31,9 @@ int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WH
 /* The same of one that is starting, and waits with -incoming defer; `end_fd` is readable when it has ended (-1: not
  * known). */
 int vmm_open_waiting(const char *run_dir, int end_fd, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
-/* What vmm_start_load would else take the guest's time for; before it, once. Images are not locked, nor looked at, before
- * the guest runs. */
-int vmm_prepare_load(struct vmm *vmm);
+/* What vmm_start_load would else take the guest's time for; before it, once. `runs`: the guest will be let run; until then
+ * images are not locked, nor looked at. (Of one that stands they must be: QEMU 7.2 dies when it shall migrate such a VM.) */
+int vmm_prepare_load(struct vmm *vmm, bool runs);
 /*
  * Its devices get the state that the file holds; then the guest runs. Both are begun, and are over when `migration` is
  * "completed" (or "failed"), and when `continued_us` is set: QEMU may be waiting for a page of guest RAM meanwhile,

@@ -164,9 +164,9 @@ struct latent_request {
 
 /*
  * Binds the calling thread to `cpu` and prepares `slots` (1 to LATENT_SLOTS_MAX) slots: 4 MiB of addresses each and
- * two pages of memory. A slot holds one request. Measures what mapping and copying cost here (about 1 ms).
- * -EINVAL: no such CPU, or not allowed for this process; -EXDEV: another thread of the process may run elsewhere
- * (with `cpu` -1 nothing is bound, and LATENT_GLOBAL_FLUSH is what remains); -ENOMEM.
+ * two pages of memory. A slot holds one request. Measures what mapping and copying cost here (some 3 ms).
+ * -EINVAL: no such CPU, or not allowed for this process; -EXDEV: another thread of the process may run elsewhere,
+ * the calling one is bound all the same; -ENOMEM. With `cpu` -1 nothing is bound, and LATENT_GLOBAL_FLUSH remains.
  */
 int latent_window_register(int cpu, uint32_t slots, struct latent_window **ret_window);
 /* No request may be in flight. The thread stays bound. NULL is allowed. */
@@ -176,7 +176,8 @@ void latent_window_unregister(struct latent_window *window);
  * Gives a request a slot. Long runs of segments are mapped, shorter ones copied (`writes_guest`: by done). A request
  * that another lane has had is mapped after this one has emptied all slots that wait.
  * -EAGAIN: all slots are in use; -E2BIG: more than LATENT_SLOT_PAGES; -EINVAL; -EBUSY: it has a slot;
- * -EXDEV: the thread is not on its CPU (see use); -EFAULT: a segment ends behind its file; -EOPNOTSUPP: `flush` is local
+ * -EXDEV: the thread is not on its CPU (see use); -EFAULT: a segment that is copied ends behind its file
+ * (one that is mapped raises SIGBUS where it is touched, and makes system calls fail with EFAULT); -EOPNOTSUPP: `flush` is local
  * and the window has no CPU; -ENOMEM and what mmap(2) and pread(2) say. The request has no slot then.
  */
 int latent_window_map(struct latent_window *window, struct latent_request *request, int flush);

@@ -151,8 +151,8 @@ uint64_t os_memory_spare(const char *meminfo);
  */
 void *os_reserve(size_t bytes, size_t align);
 void os_unreserve(void *hva, size_t bytes);
-/* Within a reservation, in the place of whatever is there. os_window_map: a part of a file, shared, its pages brought
- * into the page table as far as the file has them. os_window_memory: zeroed memory of this process alone.
+/* Within a reservation, in the place of whatever is there. os_window_map: a part of a file, shared; its pages
+ * come into the page table when they are touched, with those around them. os_window_memory: zeroed memory of this process alone.
  * os_window_clear: nothing again. As os_map_base_over when they fail. */
 int os_window_map(void *hva, size_t bytes, int fd, uint64_t offset, bool writable);
 int os_window_memory(void *hva, size_t bytes);

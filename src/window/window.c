@@ -126,7 +126,7 @@ int window_register(int cpu, uint32_t slots, struct window **ret_window)
 		w->empty.slots[w->empty.count] = (uint16_t)(slots - 1 - w->empty.count);
 		w->empty.count++;
 	}
-	w->stats.min_window_bytes = window_measure_threshold(w->slots[0].hva, w->slots[0].bounce, LATENT_SLOT_PAGES);
+	w->stats.min_window_bytes = window_measure_threshold(w->slots[0].hva, w->slots[0].bounce);
 	w->slots[0].bounce_touched = SLOT_BYTES;
 	*ret_window = w;
 	return 0;

@@ -37,9 +37,9 @@ void window_stats(const struct window *w, struct latent_window_stats *stats);
 void window_set_threshold(struct window *w, uint32_t bytes);
 
 /*
- * threshold.c: the shortest run, in bytes, that is mapped sooner than copied, measured here with a file of its own.
- * `hva`, `pages`: a part of a reservation that is emptied afterwards; `bounce`: memory, as long. At least 16 pages.
+ * threshold.c: the shortest run, in bytes, that is mapped sooner than copied, measured here with a file of its own: a
+ * power of two of pages, at most 64. `hva`: 64 pages of a reservation, emptied afterwards; `bounce`: as much memory.
  */
-uint32_t window_measure_threshold(uint8_t *hva, uint8_t *bounce, uint32_t pages);
+uint32_t window_measure_threshold(uint8_t *hva, uint8_t *bounce);
 
 #endif

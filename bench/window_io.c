@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * window_io WAY PAGES {contiguous|scattered} OPERATIONS [--all-bytes] [--uring bound|loose]: what it costs a process
- * beside a VMM to get at PAGES pages of guest memory (64 MiB of a memfd), look at them, and let go of them again. WAY:
+ * window_io WAY PAGES {contiguous|scattered} OPERATIONS [--all-bytes] [--uring]: what it costs a process
+ * beside a VMM to get at PAGES pages of guest memory (32 MiB of a memfd), look at them, and let go of them again. WAY:
  *
  *   lane        a window of a lane: one thread on one CPU, an address space of its own, local flushes
  *   lane-map    the same, with every segment mapped; without it short ones are copied
@@ -11,11 +11,12 @@
  *   permanent   guest memory is mapped for good; the control run of what is counted
  *
  * A look is one word of each page, or all of them; it is compared with what was written there. "--uring": the
- * process has reads of an io_uring under way in workers, which are bound to its CPU or not.
+ * process has reads of an io_uring under way in workers, which are bound to its CPU.
  *
  * Prints a JSON object: the median of the operations in ns; flushes of other CPUs that this process has sent for (the
  * kernel's tracepoint tlb:tlb_flush, with its own threads and io_uring's workers; null without the right to see it)
- * and the host's TLB shootdowns meanwhile (/proc/interrupts: everybody's), for each operation; mismatches.
+ * and the host's TLB shootdowns meanwhile (/proc/interrupts: everybody's), for each operation; whether all threads,
+ * io_uring's workers among them, are bound to one CPU; mismatches.
  *
  * Exit status: 0, 1 contents wrong or a call failed, 2 usage, 77 fewer than two CPUs.
  */
@@ -40,7 +41,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define GUEST_PAGES 16384u
+#define GUEST_PAGES 8192u
 #define MAX_PAGES 256u
 #define WORDS (OS_PAGE_BYTES / sizeof(uint64_t))
 #define SLOTS 8u
@@ -57,7 +58,7 @@ static const char *const way_names[WAYS] = { "lane", "lane-map", "shared", "proc
 struct bench {
 	enum way way;
 	uint32_t pages, operations;
-	bool scattered, all_bytes, uring, uring_bound;
+	bool scattered, all_bytes, uring;
 	int cpu, other_cpu;
 	int memfd;
 	const uint64_t *guest; /* the VMM's mapping: its address there; of `permanent`, one of our own */
@@ -224,7 +225,7 @@ static void start_uring(struct bench *b)
 		fail("io_uring", -r);
 	CPU_ZERO(&mine);
 	CPU_SET(b->cpu, &mine);
-	r = b->uring_bound ? io_uring_register_iowq_aff(&b->ring, sizeof mine, &mine) : 0;
+	r = io_uring_register_iowq_aff(&b->ring, sizeof mine, &mine);
 	if (r)
 		fail("IORING_REGISTER_IOWQ_AFF", -r);
 	for (uint32_t i = 0; i < READS; i++)
@@ -378,10 +379,10 @@ static int measure(struct bench *b)
 		printf("null");
 	else
 		printf("%.4f", (double)flushes / (double)done);
-	printf(", \"host_shootdowns\": %.4f, \"uring_reads\": %ju, \"off_cpu\": %ju, \"min_window_bytes\": %u, "
+	printf(", \"host_shootdowns\": %.4f, \"bound\": %s, \"uring_reads\": %ju, \"off_cpu\": %ju, \"min_window_bytes\": %u, "
 	       "\"mismatches\": %ju}\n",
-	       (double)shootdowns / (double)done, (uintmax_t)b->uring_reads, (uintmax_t)stats.off_cpu,
-	       stats.min_window_bytes, (uintmax_t)b->mismatches);
+	       (double)shootdowns / (double)done, os_all_bound_to_cpu(b->cpu) ? "false" : "true",
+	       (uintmax_t)b->uring_reads, (uintmax_t)stats.off_cpu, stats.min_window_bytes, (uintmax_t)b->mismatches);
 	fflush(stdout);
 	return b->mismatches ? 1 : 0;
 }
@@ -398,8 +399,8 @@ static bool parse(int argc, char **argv, struct bench *b)
 	for (int i = 5; i < argc; i++) {
 		if (!strcmp(argv[i], "--all-bytes"))
 			b->all_bytes = true;
-		else if (!strcmp(argv[i], "--uring") && ++i < argc)
-			b->uring = true, b->uring_bound = !strcmp(argv[i], "bound");
+		else if (!strcmp(argv[i], "--uring"))
+			b->uring = true;
 		else
 			return false;
 	}
@@ -431,7 +432,7 @@ int main(int argc, char **argv)
 
 	if (!parse(argc, argv, &b)) {
 		fprintf(stderr, "usage: window_io {lane|lane-map|shared|process-vm|permanent} PAGES "
-				"{contiguous|scattered} OPERATIONS [--all-bytes] [--uring bound|loose]\n");
+				"{contiguous|scattered} OPERATIONS [--all-bytes] [--uring]\n");
 		return 2;
 	}
 	if (!choose_cpus(&b, &allowed))

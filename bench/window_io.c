@@ -1,22 +1,25 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
  * window_io WAY PAGES {contiguous|scattered} OPERATIONS [--all-bytes] [--uring]: what it costs a process
- * beside a VMM to get at PAGES pages of guest memory (32 MiB of a memfd), look at them, and let go of them again. WAY:
+ * beside a VMM to get at PAGES pages of guest memory (32 MiB of a memfd), look at them, and let go of
+ * them again. WAY:
  *
  *   lane        a window of a lane: one thread on one CPU, an address space of its own, local flushes
  *   lane-map    the same, with every segment mapped; without it short ones are copied
- *   shared      the same windows, all mapped, with global flushes, in a process whose other thread is busy on another CPU;
- *               operations during which it did not run there (the machine has other work) do not count
+ *   shared      the same windows, all mapped, with global flushes, in a process whose other thread is
+ *               busy on another CPU; operations during which it did not run there (the machine has
+ *               other work) do not count
  *   process-vm  process_vm_readv from the VMM
  *   permanent   guest memory is mapped for good; the control run of what is counted
  *
- * A look is one word of each page, or all of them; it is compared with what was written there. "--uring": the
- * process has reads of an io_uring under way in workers, which are bound to its CPU.
+ * A look is one word of each page, or all of them; it is compared with what was written there.
+ * "--uring": the process has reads of an io_uring under way in workers, which are bound to its CPU.
  *
- * Prints a JSON object: the median of the operations in ns; flushes of other CPUs that this process has sent for (the
- * kernel's tracepoint tlb:tlb_flush, with its own threads and io_uring's workers; null without the right to see it)
- * and the host's TLB shootdowns meanwhile (/proc/interrupts: everybody's), for each operation; whether all threads,
- * io_uring's workers among them, are bound to one CPU; mismatches.
+ * Prints a JSON object: the median of the operations in ns; flushes of other CPUs that this process has
+ * sent for (the kernel's tracepoint tlb:tlb_flush, with its own threads and io_uring's workers; null
+ * without the right to see it) and the host's TLB shootdowns meanwhile (/proc/interrupts: everybody's),
+ * for each operation; whether all threads, io_uring's workers among them, are bound to one CPU;
+ * mismatches.
  *
  * Exit status: 0, 1 contents wrong or a call failed, 2 usage, 77 fewer than two CPUs.
  */
@@ -47,7 +50,7 @@
 #define SLOTS 8u
 #define SCATTER 37u /* pages between two of a scattered request: no two are neighbours */
 #define RUN_MAX_NS UINT64_C(20000000000)
-#define READS 4u    /* of io_uring under way, each so long that its worker is busy during an operation */
+#define READS 4u /* of io_uring under way, each so long that its worker is busy during an operation */
 #define READ_BYTES (1u << 20)
 #define TLB_FLUSH_ID "/sys/kernel/tracing/events/tlb/tlb_flush/id"
 #define REMOTE_SEND "reason == 4" /* TLB_REMOTE_SEND_IPI of include/linux/mm_types.h */
@@ -160,7 +163,8 @@ static void by_process_vm(struct bench *b, uint64_t operation)
 	for (uint32_t i = 0; i < count; i++)
 		from[i] = (struct iovec){ (uint8_t *)b->guest + os_bytes(page_of(b, operation, i)),
 					  os_bytes(b->scattered ? 1 : b->pages) };
-	require(process_vm_readv(b->vmm, &to, 1, from, count, 0) == (ssize_t)to.iov_len, "process_vm_readv");
+	require(process_vm_readv(b->vmm, &to, 1, from, count, 0) == (ssize_t)to.iov_len,
+		"process_vm_readv");
 	for (uint32_t i = 0; i < b->pages; i++)
 		look(b, b->buffer + os_bytes(i), page_of(b, operation, i));
 }
@@ -194,7 +198,8 @@ static void prepare(struct bench *b)
 		fail("latent_window_register", -error);
 	if (b->way == LANE_MAP || b->way == SHARED)
 		window_set_threshold(b->window, 1);
-	b->buffer = os_view_file(os_memfd_create("buffer", os_bytes(MAX_PAGES), false), os_bytes(MAX_PAGES), true);
+	b->buffer = os_view_file(os_memfd_create("buffer", os_bytes(MAX_PAGES), false),
+				 os_bytes(MAX_PAGES), true);
 	require(b->buffer, "mmap");
 	memset(b->buffer, 1, os_bytes(MAX_PAGES));
 	if (b->way == PERMANENT) {
@@ -255,7 +260,9 @@ static void go_on_with_uring(struct bench *b)
 /* Counts in this process and the threads that it will have; -1: not allowed, or no such tracepoint. */
 static int open_flush_counter(void)
 {
-	struct perf_event_attr attr = { .type = PERF_TYPE_TRACEPOINT, .size = sizeof attr, .inherit = 1 };
+	struct perf_event_attr attr = { .type = PERF_TYPE_TRACEPOINT,
+					.size = sizeof attr,
+					.inherit = 1 };
 	FILE *f = fopen(TLB_FLUSH_ID, "re");
 	unsigned long long id = 0;
 	int fd;
@@ -373,16 +380,18 @@ static int measure(struct bench *b)
 	qsort(times_ns, b->operations, sizeof *times_ns, by_size);
 	if (b->window)
 		window_stats(b->window, &stats);
-	printf("{\"way\": \"%s\", \"pages\": %u, \"median_ns\": %ju, \"flushes\": ", way_names[b->way], b->pages,
-	       (uintmax_t)times_ns[b->operations / 2]);
+	printf("{\"way\": \"%s\", \"pages\": %u, \"median_ns\": %ju, \"flushes\": ", way_names[b->way],
+	       b->pages, (uintmax_t)times_ns[b->operations / 2]);
 	if (counter < 0)
 		printf("null");
 	else
 		printf("%.4f", (double)flushes / (double)done);
-	printf(", \"host_shootdowns\": %.4f, \"bound\": %s, \"uring_reads\": %ju, \"off_cpu\": %ju, \"min_window_bytes\": %u, "
+	printf(", \"host_shootdowns\": %.4f, \"bound\": %s, \"uring_reads\": %ju, \"off_cpu\": %ju, "
+	       "\"min_window_bytes\": %u, "
 	       "\"mismatches\": %ju}\n",
 	       (double)shootdowns / (double)done, os_all_bound_to_cpu(b->cpu) ? "false" : "true",
-	       (uintmax_t)b->uring_reads, (uintmax_t)stats.off_cpu, stats.min_window_bytes, (uintmax_t)b->mismatches);
+	       (uintmax_t)b->uring_reads, (uintmax_t)stats.off_cpu, stats.min_window_bytes,
+	       (uintmax_t)b->mismatches);
 	fflush(stdout);
 	return b->mismatches ? 1 : 0;
 }
@@ -404,7 +413,8 @@ static bool parse(int argc, char **argv, struct bench *b)
 		else
 			return false;
 	}
-	return b->way < WAYS && b->pages && b->pages <= MAX_PAGES && b->operations && b->operations <= 1000000;
+	return b->way < WAYS && b->pages && b->pages <= MAX_PAGES && b->operations &&
+	       b->operations <= 1000000;
 }
 
 static bool choose_cpus(struct bench *b, cpu_set_t *ret_allowed)

@@ -38,7 +38,8 @@ static const char *what_is_wrong(const struct memory_table *t, const struct memo
 
 int memory_add(struct memory_table *t, const struct memory_region *region, const char **ret_why)
 {
-	const char *why = t->count == MEMORY_REGIONS_MAX ? "there are too many memory regions" : what_is_wrong(t, region);
+	const char *why = t->count == MEMORY_REGIONS_MAX ? "there are too many memory regions"
+							 : what_is_wrong(t, region);
 
 	if (why) {
 		*ret_why = why;
@@ -63,7 +64,8 @@ int memory_remove(struct memory_table *t, const struct memory_region *region, ui
 	return -ENOENT;
 }
 
-uint64_t memory_find(const struct memory_table *t, uint64_t gpa, uint64_t bytes, uint32_t *ret_index, uint64_t *ret_offset)
+uint64_t memory_find(const struct memory_table *t, uint64_t gpa, uint64_t bytes, uint32_t *ret_index,
+		     uint64_t *ret_offset)
 {
 	for (uint32_t i = 0; i < t->count; i++) {
 		const struct memory_region *r = &t->regions[i];
@@ -79,7 +81,8 @@ uint64_t memory_find(const struct memory_table *t, uint64_t gpa, uint64_t bytes,
 	return 0;
 }
 
-bool memory_find_uva(const struct memory_table *t, uint64_t uva, uint64_t bytes, uint32_t *ret_index, uint64_t *ret_offset)
+bool memory_find_uva(const struct memory_table *t, uint64_t uva, uint64_t bytes, uint32_t *ret_index,
+		     uint64_t *ret_offset)
 {
 	for (uint32_t i = 0; i < t->count; i++) {
 		const struct memory_region *r = &t->regions[i];

@@ -15,8 +15,17 @@
 #define REGION_BYTES 32u
 
 /* What a payload looks like. */
-enum shape { SHAPE_NONE, SHAPE_NUMBER, SHAPE_QUEUE, SHAPE_QUEUE_FD, SHAPE_RINGS, SHAPE_MEMORY, SHAPE_REGION, SHAPE_CONFIG,
-	     SHAPE_INFLIGHT };
+enum shape {
+	SHAPE_NONE,
+	SHAPE_NUMBER,
+	SHAPE_QUEUE,
+	SHAPE_QUEUE_FD,
+	SHAPE_RINGS,
+	SHAPE_MEMORY,
+	SHAPE_REGION,
+	SHAPE_CONFIG,
+	SHAPE_INFLIGHT
+};
 
 static const struct op {
 	bool known;
@@ -75,8 +84,8 @@ static int wrong(const char **ret_why, const char *why)
 	return -EPROTO;
 }
 
-int vhost_user_parse_header(const uint8_t bytes[VHOST_USER_HEADER_BYTES], struct vhost_user_header *ret_header,
-			    const char **ret_why)
+int vhost_user_parse_header(const uint8_t bytes[VHOST_USER_HEADER_BYTES],
+			    struct vhost_user_header *ret_header, const char **ret_why)
 {
 	struct vhost_user_header h = { get32(bytes), get32(bytes + 4), get32(bytes + 8) };
 
@@ -142,7 +151,8 @@ static int parse_region(const uint8_t *at, struct memory_table *t, const char **
 	return memory_add(t, &r, ret_why);
 }
 
-static int parse_memory(const uint8_t *at, uint32_t bytes, struct vhost_user_message *m, const char **ret_why)
+static int parse_memory(const uint8_t *at, uint32_t bytes, struct vhost_user_message *m,
+			const char **ret_why)
 {
 	uint32_t count = get32(at);
 	int r = 0;
@@ -155,11 +165,13 @@ static int parse_memory(const uint8_t *at, uint32_t bytes, struct vhost_user_mes
 	return r;
 }
 
-static int parse_config(const uint8_t *at, uint32_t bytes, struct vhost_user_message *m, const char **ret_why)
+static int parse_config(const uint8_t *at, uint32_t bytes, struct vhost_user_message *m,
+			const char **ret_why)
 {
 	m->u.config.offset = get32(at);
 	m->u.config.bytes = get32(at + 4);
-	if (m->u.config.offset > VHOST_USER_CONFIG_MAX || m->u.config.bytes > VHOST_USER_CONFIG_MAX - m->u.config.offset ||
+	if (m->u.config.offset > VHOST_USER_CONFIG_MAX ||
+	    m->u.config.bytes > VHOST_USER_CONFIG_MAX - m->u.config.offset ||
 	    m->u.config.bytes != bytes - CONFIG_HEADER_BYTES)
 		return wrong(ret_why, "a part of the configuration is not where it can be");
 	memcpy(m->u.config.data, at + CONFIG_HEADER_BYTES, m->u.config.bytes);
@@ -176,8 +188,10 @@ static int parse_inflight(const uint8_t *at, struct vhost_user_message *m, const
 	memcpy(counts, at + 16, sizeof counts);
 	m->u.inflight.queues = counts[0];
 	m->u.inflight.queue_size = counts[1];
-	if (!counts[0] || counts[0] > VHOST_USER_QUEUES_MAX || !counts[1] || counts[1] > VHOST_USER_QUEUE_MAX)
-		return wrong(ret_why, "requests in flight are of more queues than there are, or of longer ones");
+	if (!counts[0] || counts[0] > VHOST_USER_QUEUES_MAX || !counts[1] ||
+	    counts[1] > VHOST_USER_QUEUE_MAX)
+		return wrong(ret_why,
+			     "requests in flight are of more queues than there are, or of longer ones");
 	if (__builtin_add_overflow(m->u.inflight.bytes, m->u.inflight.offset, &end) || end > INT64_MAX)
 		return wrong(ret_why, "the record of requests in flight ends behind all files");
 	return 0;

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * vhost-user messages, as a front end (QEMU, Cloud Hypervisor …) sends them to a block device: the one function that
- * looks at its bytes. Pure: it keeps nothing and reads no socket. Source: QEMU's docs/interop/vhost-user.rst.
+ * vhost-user messages, as a front end (QEMU, Cloud Hypervisor …) sends them to a block device: the one
+ * function that looks at its bytes. Pure: it keeps nothing and reads no socket. Source: QEMU's
+ * docs/interop/vhost-user.rst.
  *
- * A message is a header of VHOST_USER_HEADER_BYTES, `size` bytes behind it, and descriptors beside it. Host byte order.
+ * A message is a header of VHOST_USER_HEADER_BYTES, `size` bytes behind it, and descriptors beside it.
+ * Host byte order.
  */
 #ifndef LATENT_BLK_VHOST_USER_H
 #define LATENT_BLK_VHOST_USER_H
@@ -14,7 +16,7 @@
 
 #define VHOST_USER_HEADER_BYTES 12u
 #define VHOST_USER_PAYLOAD_MAX 512u
-#define VHOST_USER_FDS_MAX 8u     /* beside one message: those of a memory table */
+#define VHOST_USER_FDS_MAX 8u /* beside one message: those of a memory table */
 #define VHOST_USER_QUEUES_MAX 64u
 #define VHOST_USER_QUEUE_MAX 1024u /* descriptors in a ring */
 #define VHOST_USER_CONFIG_MAX 256u
@@ -62,7 +64,8 @@ struct vhost_user_message {
 		uint64_t number; /* features, status */
 		struct {
 			uint32_t index, number; /* less than VHOST_USER_QUEUES_MAX */
-		} queue;                        /* NUM (a power of two), BASE, ENABLE; KICK, CALL, ERR with a descriptor or none */
+		} queue; /* NUM (a power of two), BASE, ENABLE; KICK, CALL, ERR with a descriptor or none
+			  */
 		struct {
 			uint32_t index;
 			uint64_t desc, used, avail; /* uva, aligned as virtio wants them */
@@ -74,18 +77,21 @@ struct vhost_user_message {
 		} config;
 		struct {
 			uint64_t bytes, offset;
-			uint16_t queues, queue_size; /* none of them 0, nor beyond what a device may have */
+			uint16_t queues,
+				queue_size; /* none of them 0, nor beyond what a device may have */
 		} inflight;
 	} u;
 };
 
-/* -EPROTO: not a message of a front end, or too long; `*ret_why` is a sentence. Then the connection is of no use. */
-int vhost_user_parse_header(const uint8_t bytes[VHOST_USER_HEADER_BYTES], struct vhost_user_header *ret_header,
-			    const char **ret_why);
+/* -EPROTO: not a message of a front end, or too long; `*ret_why` is a sentence. Then the connection is
+ * of no use. */
+int vhost_user_parse_header(const uint8_t bytes[VHOST_USER_HEADER_BYTES],
+			    struct vhost_user_header *ret_header, const char **ret_why);
 
 /*
- * `payload`: header->size bytes; `fds`: how many descriptors came along. -EOPNOTSUPP: an op that this is no device for;
- * -EPROTO, -EINVAL, -ENOSPC: its contents are wrong. `*ret_why`, a sentence, is set with each.
+ * `payload`: header->size bytes; `fds`: how many descriptors came along. -EOPNOTSUPP: an op that this is
+ * no device for; -EPROTO, -EINVAL, -ENOSPC: its contents are wrong. `*ret_why`, a sentence, is set with
+ * each.
  */
 int vhost_user_parse(const struct vhost_user_header *header, const uint8_t *payload, uint32_t fds,
 		     struct vhost_user_message *ret_message, const char **ret_why);

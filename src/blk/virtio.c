@@ -24,7 +24,8 @@ struct walk {
 	bool indirect;
 };
 
-static int read_desc(const struct walk *walk, uint32_t index, struct vring_desc *ret_desc, const char **ret_why)
+static int read_desc(const struct walk *walk, uint32_t index, struct vring_desc *ret_desc,
+		     const char **ret_why)
 {
 	uint64_t gpa;
 
@@ -61,15 +62,16 @@ static int add_segment(struct virtio_chain *chain, const struct vring_desc *d, c
 static int enter_table(struct walk *walk, const struct vring_desc *d, const char **ret_why)
 {
 	if (walk->indirect || d->flags & VRING_DESC_F_NEXT)
-		return broken(ret_why, "an indirect table is within another one, or is not the end of its chain");
+		return broken(ret_why,
+			      "an indirect table is within another one, or is not the end of its chain");
 	if (!d->len || d->len % sizeof *d || d->len / sizeof *d > UINT16_MAX)
 		return broken(ret_why, "an indirect table is not made of descriptors");
 	*walk = (struct walk){ walk->memory, d->addr, d->len / (uint32_t)sizeof *d, true };
 	return 0;
 }
 
-int virtio_read_chain(const struct virtio_memory *memory, uint64_t table_gpa, uint16_t queue_size, uint16_t head,
-		      struct virtio_chain *ret_chain, const char **ret_why)
+int virtio_read_chain(const struct virtio_memory *memory, uint64_t table_gpa, uint16_t queue_size,
+		      uint16_t head, struct virtio_chain *ret_chain, const char **ret_why)
 {
 	struct walk walk = { memory, table_gpa, queue_size, false };
 	struct virtio_chain *chain = ret_chain;
@@ -102,8 +104,8 @@ int virtio_read_chain(const struct virtio_memory *memory, uint64_t table_gpa, ui
 /* ---- block requests --------------------------------------------------------------------------- */
 
 /* Copies and takes off the first bytes of the readable segments, however they are cut. */
-static int take_front(const struct virtio_memory *memory, struct virtio_chain *chain, void *to, uint32_t bytes,
-		      uint32_t *first, const char **ret_why)
+static int take_front(const struct virtio_memory *memory, struct virtio_chain *chain, void *to,
+		      uint32_t bytes, uint32_t *first, const char **ret_why)
 {
 	uint8_t *at = to;
 
@@ -163,7 +165,8 @@ static void refuse(struct virtio_blk_request *r, uint8_t status)
 
 static void parse_data(const struct virtio_disk *disk, struct virtio_blk_request *r, uint64_t wrong_way)
 {
-	if (wrong_way || !r->bytes || r->bytes % SECTOR_BYTES || !is_on_disk(disk, r->sector, r->bytes / SECTOR_BYTES) ||
+	if (wrong_way || !r->bytes || r->bytes % SECTOR_BYTES ||
+	    !is_on_disk(disk, r->sector, r->bytes / SECTOR_BYTES) ||
 	    (r->op == VIRTIO_BLK_WRITE && disk->readonly))
 		refuse(r, VIRTIO_BLK_S_IOERR);
 }
@@ -176,13 +179,14 @@ static uint8_t check_range(const struct virtio_disk *disk, const struct virtio_b
 
 	if (range->flags & ~known)
 		return VIRTIO_BLK_S_UNSUPP;
-	if (range->num_sectors > disk->range_sectors_max || !is_on_disk(disk, range->sector, range->num_sectors))
+	if (range->num_sectors > disk->range_sectors_max ||
+	    !is_on_disk(disk, range->sector, range->num_sectors))
 		return VIRTIO_BLK_S_IOERR;
 	return VIRTIO_BLK_S_OK;
 }
 
-static int parse_ranges(const struct virtio_memory *memory, const struct virtio_disk *disk, struct virtio_chain *chain,
-			struct virtio_blk_request *r, const char **ret_why)
+static int parse_ranges(const struct virtio_memory *memory, const struct virtio_disk *disk,
+			struct virtio_chain *chain, struct virtio_blk_request *r, const char **ret_why)
 {
 	struct virtio_blk_discard_write_zeroes range;
 	uint64_t bytes = sum_bytes(chain, r->first, chain->readable), n = bytes / sizeof range;
@@ -200,7 +204,8 @@ static int parse_ranges(const struct virtio_memory *memory, const struct virtio_
 		if (error)
 			return error;
 		status = check_range(disk, r, &range);
-		r->range[r->ranges++] = (struct virtio_range){ range.sector, range.num_sectors, range.flags };
+		r->range[r->ranges++] =
+			(struct virtio_range){ range.sector, range.num_sectors, range.flags };
 	}
 	if (status != VIRTIO_BLK_S_OK)
 		refuse(r, status);
@@ -213,9 +218,12 @@ static bool op_of(uint32_t type, enum virtio_blk_op *ret_op)
 		uint32_t type;
 		enum virtio_blk_op op;
 	} ops[] = {
-		{ VIRTIO_BLK_T_IN, VIRTIO_BLK_READ },       { VIRTIO_BLK_T_OUT, VIRTIO_BLK_WRITE },
-		{ VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_SYNC },    { VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_ID },
-		{ VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_PUNCH }, { VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_ZERO },
+		{ VIRTIO_BLK_T_IN, VIRTIO_BLK_READ },
+		{ VIRTIO_BLK_T_OUT, VIRTIO_BLK_WRITE },
+		{ VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_SYNC },
+		{ VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_ID },
+		{ VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_PUNCH },
+		{ VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_ZERO },
 	};
 
 	for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
@@ -228,7 +236,8 @@ static bool op_of(uint32_t type, enum virtio_blk_op *ret_op)
 }
 
 /* Data is what is left: that to be read for WRITE, that to be written for READ and ID. */
-static void find_data(const struct virtio_chain *chain, uint32_t first, struct virtio_blk_request *r, uint64_t *ret_other)
+static void find_data(const struct virtio_chain *chain, uint32_t first, struct virtio_blk_request *r,
+		      uint64_t *ret_other)
 {
 	bool writes_guest = r->op == VIRTIO_BLK_READ || r->op == VIRTIO_BLK_ID;
 	uint64_t readable = sum_bytes(chain, first, chain->readable);
@@ -240,8 +249,9 @@ static void find_data(const struct virtio_chain *chain, uint32_t first, struct v
 	*ret_other = writes_guest ? readable : writable;
 }
 
-int virtio_blk_parse(const struct virtio_memory *memory, const struct virtio_disk *disk, struct virtio_chain *chain,
-		     struct virtio_blk_request *ret_request, const char **ret_why)
+int virtio_blk_parse(const struct virtio_memory *memory, const struct virtio_disk *disk,
+		     struct virtio_chain *chain, struct virtio_blk_request *ret_request,
+		     const char **ret_why)
 {
 	struct virtio_blk_request *r = ret_request;
 	struct virtio_blk_outhdr header;

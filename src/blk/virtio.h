@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * A chain of virtio descriptors, and the block request that it is. Guest memory is read through a callback, each byte at
- * most once, and only what was read is believed: a guest may change it meanwhile. Pure otherwise.
+ * A chain of virtio descriptors, and the block request that it is. Guest memory is read through a
+ * callback, each byte at most once, and only what was read is believed: a guest may change it meanwhile.
+ * Pure otherwise.
  *
  * Source: Virtual I/O Device (VIRTIO) 1.2, 2.7 (split virtqueues) and 5.2 (block device).
  */
@@ -34,12 +35,13 @@ struct virtio_chain {
 };
 
 /*
- * The chain that begins with descriptor `head` of a table of `queue_size` at `table_gpa`, indirect tables included.
- * -EPROTO: the driver has broken the ring (a descriptor that is not there, a loop, too many, none, an empty one, a readable
- * one behind a writable one, an indirect one where none may be); -EFAULT. `*ret_why`: a sentence. The queue must stop.
+ * The chain that begins with descriptor `head` of a table of `queue_size` at `table_gpa`, indirect
+ * tables included. -EPROTO: the driver has broken the ring (a descriptor that is not there, a loop, too
+ * many, none, an empty one, a readable one behind a writable one, an indirect one where none may be);
+ * -EFAULT. `*ret_why`: a sentence. The queue must stop.
  */
-int virtio_read_chain(const struct virtio_memory *memory, uint64_t table_gpa, uint16_t queue_size, uint16_t head,
-		      struct virtio_chain *ret_chain, const char **ret_why);
+int virtio_read_chain(const struct virtio_memory *memory, uint64_t table_gpa, uint16_t queue_size,
+		      uint16_t head, struct virtio_chain *ret_chain, const char **ret_why);
 
 struct virtio_disk {
 	uint64_t sectors;
@@ -52,14 +54,14 @@ enum virtio_blk_op {
 	VIRTIO_BLK_READ,
 	VIRTIO_BLK_WRITE,
 	VIRTIO_BLK_SYNC,
-	VIRTIO_BLK_ID,     /* the first `bytes` of the disk's name, which has 20 */
+	VIRTIO_BLK_ID, /* the first `bytes` of the disk's name, which has 20 */
 	VIRTIO_BLK_PUNCH,
 	VIRTIO_BLK_ZERO,
 	VIRTIO_BLK_REFUSE, /* nothing to do but to write `status` */
 };
 
 struct virtio_range {
-	uint64_t sector; /* sector + sectors is within the disk */
+	uint64_t sector;  /* sector + sectors is within the disk */
 	uint32_t sectors; /* may be 0 */
 	bool may_unmap;
 };
@@ -76,10 +78,12 @@ struct virtio_blk_request {
 };
 
 /*
- * What a chain asks for. Cuts header and status off its segments. -EPROTO: there is no header, or no place for a
- * status, so it cannot even be refused; -EFAULT: header or ranges are not in guest memory. `*ret_why` with both.
+ * What a chain asks for. Cuts header and status off its segments. -EPROTO: there is no header, or no
+ * place for a status, so it cannot even be refused; -EFAULT: header or ranges are not in guest memory.
+ * `*ret_why` with both.
  */
-int virtio_blk_parse(const struct virtio_memory *memory, const struct virtio_disk *disk, struct virtio_chain *chain,
-		     struct virtio_blk_request *ret_request, const char **ret_why);
+int virtio_blk_parse(const struct virtio_memory *memory, const struct virtio_disk *disk,
+		     struct virtio_chain *chain, struct virtio_blk_request *ret_request,
+		     const char **ret_why);
 
 #endif

@@ -6,10 +6,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
-int os_cpu(void)
-{
-	return sched_getcpu();
-}
+int os_cpu(void) { return sched_getcpu(); }
 
 int os_bind_to_cpu(int cpu)
 {

@@ -391,7 +391,8 @@ int os_window_map(void *hva, size_t bytes, int fd, uint64_t offset, bool writabl
 
 int os_window_memory(void *hva, size_t bytes)
 {
-	return map_fixed(hva, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return map_fixed(hva, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+			 -1, 0);
 }
 
 int os_window_clear(void *hva, size_t bytes)

@@ -146,14 +146,14 @@ uint64_t os_memory_room(const char *cgroups, const char *root);
 uint64_t os_memory_spare(const char *meminfo);
 
 /*
- * Addresses for later: nobody can touch them, and nobody else is given them. `align`: a power of two of at least a
- * page. NULL: no memory. os_unreserve takes NULL, and what is mapped there by then goes too.
+ * Addresses for later: nobody can touch them, and nobody else is given them. `align`: a power of two of
+ * at least a page. NULL: no memory. os_unreserve takes NULL, and what is mapped there by then goes too.
  */
 void *os_reserve(size_t bytes, size_t align);
 void os_unreserve(void *hva, size_t bytes);
-/* Within a reservation, in the place of whatever is there. os_window_map: a part of a file, shared; its pages
- * come into the page table when they are touched, with those around them. os_window_memory: zeroed memory of this process alone.
- * os_window_clear: nothing again. As os_map_base_over when they fail. */
+/* Within a reservation, in the place of whatever is there. os_window_map: a part of a file, shared; its
+ * pages come into the page table when they are touched, with those around them. os_window_memory: zeroed
+ * memory of this process alone. os_window_clear: nothing again. As os_map_base_over when they fail. */
 int os_window_map(void *hva, size_t bytes, int fd, uint64_t offset, bool writable);
 int os_window_memory(void *hva, size_t bytes);
 int os_window_clear(void *hva, size_t bytes);
@@ -273,7 +273,7 @@ void os_may_freeze(pid_t tid);
 /* ---- cpu.c: where threads run ------------------------------------------------------------------ */
 
 int os_cpu(void); /* of the calling thread, at this moment */
-/* The calling thread runs nowhere else from now on. -EINVAL: there is no such CPU, or it is not ours to use. */
+/* The calling thread runs nowhere else from now on. -EINVAL: there is none, or it is not ours. */
 int os_bind_to_cpu(int cpu);
 /* -EXDEV: a thread of this process, or a worker of io_uring's, is not bound to this CPU alone. */
 int os_all_bound_to_cpu(int cpu);

@@ -10,7 +10,7 @@
 enum { ROUNDS = 15, LEAST_PAGES = 2, MOST_PAGES = 64 };
 
 struct bench {
-	int fd; /* ROUNDS * MOST_PAGES: each round has pages that no CPU has seen lately, as guest memory is */
+	int fd; /* ROUNDS * MOST_PAGES: each round has pages that no CPU has seen lately */
 	uint8_t *hva, *bounce;
 };
 
@@ -22,7 +22,7 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-/* In the place of the last one, as slots are reused, and with the faults that the kernel's I/O would meet. */
+/* In the place of the last one, as slots are reused; with the faults that the kernel's I/O meets. */
 static void map(struct bench *b, uint32_t pages, uint64_t offset)
 {
 	if (os_window_map(b->hva, os_bytes(pages), b->fd, offset, true))
@@ -37,7 +37,8 @@ static void copy(struct bench *b, uint32_t pages, uint64_t offset)
 }
 
 /* The smallest of several: what it costs without what has disturbed it. */
-static uint64_t best_ns(struct bench *b, uint32_t pages, void (*work)(struct bench *b, uint32_t pages, uint64_t offset))
+static uint64_t best_ns(struct bench *b, uint32_t pages,
+			void (*work)(struct bench *b, uint32_t pages, uint64_t offset))
 {
 	uint64_t best = UINT64_MAX;
 
@@ -63,13 +64,15 @@ static bool fill(struct bench *b)
 
 uint32_t window_measure_threshold(uint8_t *hva, uint8_t *bounce)
 {
-	struct bench b = { os_memfd_create("latent-window", os_bytes(ROUNDS * MOST_PAGES), false), hva, bounce };
+	struct bench b = { os_memfd_create("latent-window", os_bytes(ROUNDS * MOST_PAGES), false), hva,
+			   bounce };
 	uint32_t n = MOST_PAGES;
 
 	if (b.fd < 0)
 		return (uint32_t)os_bytes(MOST_PAGES);
 	if (fill(&b))
-		for (n = LEAST_PAGES; n < MOST_PAGES && best_ns(&b, n, map) > best_ns(&b, n, copy); n *= 2)
+		for (n = LEAST_PAGES; n < MOST_PAGES && best_ns(&b, n, map) > best_ns(&b, n, copy);
+		     n *= 2)
 			;
 	(void)os_window_clear(hva, os_bytes(MOST_PAGES));
 	close(b.fd);

@@ -12,21 +12,22 @@
 
 #define TABLE_BYTES ((size_t)2 << 20) /* what one page table maps */
 #define SLOT_BYTES (TABLE_BYTES - OS_PAGE_BYTES)
-#define BOUNCE_KEPT_BYTES ((size_t)64 << 10) /* of a slot's bounce buffer, when there is nothing to do */
+#define BOUNCE_KEPT_BYTES ((size_t)64 << 10) /* of a slot's bounce buffer, while nothing is to be done */
 #define SEGMENTS_MAX 1024u
 #define ANY_CPU (-1)
 
-_Static_assert(SLOT_BYTES == (size_t)LATENT_SLOT_PAGES << OS_PAGE_SHIFT, "a slot and the page that keeps its table");
+_Static_assert(SLOT_BYTES == (size_t)LATENT_SLOT_PAGES << OS_PAGE_SHIFT,
+	       "a slot and the page that keeps its table");
 
 enum slot_state { SLOT_EMPTY, SLOT_WAITING, SLOT_IN_USE, SLOT_LOST };
 
 struct slot {
-	uint8_t *hva;         /* behind the page that keeps the table: SLOT_BYTES */
-	uint8_t *bounce;      /* as many */
-	size_t mapped_bytes;  /* from hva on */
-	size_t bounce_bytes;  /* from bounce on, of this request */
+	uint8_t *hva;        /* behind the page that keeps the table: SLOT_BYTES */
+	uint8_t *bounce;     /* as many */
+	size_t mapped_bytes; /* from hva on */
+	size_t bounce_bytes; /* from bounce on, of this request */
 	size_t bounce_touched;
-	uint64_t use;         /* of the request that is in it */
+	uint64_t use; /* of the request that is in it */
 	enum slot_state state;
 	bool local;
 };
@@ -83,7 +84,8 @@ static int make_slots(struct window *w)
 		r = os_window_memory(keeper, OS_PAGE_BYTES);
 		if (!r)
 			r = os_populate_write(keeper, OS_PAGE_BYTES);
-		w->slots[i] = (struct slot){ .hva = keeper + OS_PAGE_BYTES, .bounce = w->bounce + i * TABLE_BYTES };
+		w->slots[i] = (struct slot){ .hva = keeper + OS_PAGE_BYTES,
+					     .bounce = w->bounce + i * TABLE_BYTES };
 	}
 	return r;
 }
@@ -144,20 +146,11 @@ void window_unregister(struct window *w)
 	free(w);
 }
 
-int window_move(struct window *w, int cpu)
-{
-	return bind_to(w, cpu);
-}
+int window_move(struct window *w, int cpu) { return bind_to(w, cpu); }
 
-int window_check(const struct window *w)
-{
-	return w->cpu == ANY_CPU ? 0 : os_all_bound_to_cpu(w->cpu);
-}
+int window_check(const struct window *w) { return w->cpu == ANY_CPU ? 0 : os_all_bound_to_cpu(w->cpu); }
 
-void window_set_threshold(struct window *w, uint32_t bytes)
-{
-	w->stats.min_window_bytes = bytes;
-}
+void window_set_threshold(struct window *w, uint32_t bytes) { w->stats.min_window_bytes = bytes; }
 
 void window_stats(const struct window *w, struct latent_window_stats *stats)
 {
@@ -168,9 +161,9 @@ void window_stats(const struct window *w, struct latent_window_stats *stats)
 /* ---- where it runs ---------------------------------------------------------------------------- */
 
 /*
- * Off its CPU a local window is no danger: the kernel loads this address space elsewhere only with a look at what was
- * flushed meanwhile. But it costs what windows are there to save. Nobody but the registered thread may use it, so if
- * that is here, somebody else has moved it.
+ * Off its CPU a local window is no danger: the kernel loads this address space elsewhere only with a
+ * look at what was flushed meanwhile. But it costs what windows are there to save. Nobody but the
+ * registered thread may use it, so if that is here, somebody else has moved it.
  */
 static int check_cpu(struct window *w)
 {
@@ -183,21 +176,12 @@ static int check_cpu(struct window *w)
 
 /* ---- requests --------------------------------------------------------------------------------- */
 
-static size_t round_up(size_t bytes)
-{
-	return (bytes + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1);
-}
+static size_t round_up(size_t bytes) { return (bytes + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1); }
 
 /* Where in its first page a run begins, and the whole pages that it is in. */
-static size_t within_page(const struct run *run)
-{
-	return (size_t)run->offset & (OS_PAGE_BYTES - 1);
-}
+static size_t within_page(const struct run *run) { return (size_t)run->offset & (OS_PAGE_BYTES - 1); }
 
-static size_t span_bytes(const struct run *run)
-{
-	return round_up(within_page(run) + run->bytes);
-}
+static size_t span_bytes(const struct run *run) { return round_up(within_page(run) + run->bytes); }
 
 static bool next_run(const struct latent_request *r, struct run *run)
 {
@@ -206,7 +190,8 @@ static bool next_run(const struct latent_request *r, struct run *run)
 	if (i >= r->count)
 		return false;
 	*run = (struct run){ i, 1, r->segments[i].fd, r->segments[i].offset, r->segments[i].bytes };
-	while (++i < r->count && r->segments[i].fd == run->fd && r->segments[i].offset == run->offset + run->bytes) {
+	while (++i < r->count && r->segments[i].fd == run->fd &&
+	       r->segments[i].offset == run->offset + run->bytes) {
 		run->bytes += r->segments[i].bytes;
 		run->count++;
 	}
@@ -218,7 +203,8 @@ static bool is_mapped(const struct window *w, const struct run *run)
 	return run->bytes >= w->stats.min_window_bytes;
 }
 
-/* Everything that a caller can get wrong, before anything is done. Sums cannot overflow: each term is bounded. */
+/* Everything that a caller can get wrong, before anything is done. Sums cannot overflow: each term is
+ * bounded. */
 static int check_request(const struct window *w, const struct latent_request *r, size_t *ret_to_map)
 {
 	size_t to_map = 0, to_copy = 0;
@@ -325,7 +311,8 @@ static uint64_t new_use(struct window *w, const struct slot *s)
 
 /* ---- bringing a request in -------------------------------------------------------------------- */
 
-static int map_run(struct window *w, struct slot *s, const struct latent_request *r, const struct run *run, size_t at)
+static int map_run(struct window *w, struct slot *s, const struct latent_request *r,
+		   const struct run *run, size_t at)
 {
 	size_t bytes = span_bytes(run);
 	int error;
@@ -333,7 +320,8 @@ static int map_run(struct window *w, struct slot *s, const struct latent_request
 	/* Counted first: should it fail, what is there is emptied as far as this. */
 	if (at + bytes > s->mapped_bytes)
 		set_mapped(w, s, at + bytes);
-	error = os_window_map(s->hva + at, bytes, run->fd, run->offset - within_page(run), r->writes_guest);
+	error = os_window_map(s->hva + at, bytes, run->fd, run->offset - within_page(run),
+			      r->writes_guest);
 	if (error)
 		return error;
 	place_segments(r, run, s->hva + at + within_page(run));
@@ -342,7 +330,8 @@ static int map_run(struct window *w, struct slot *s, const struct latent_request
 	return 0;
 }
 
-static int copy_run(struct window *w, struct slot *s, const struct latent_request *r, const struct run *run)
+static int copy_run(struct window *w, struct slot *s, const struct latent_request *r,
+		    const struct run *run)
 {
 	uint8_t *at = s->bounce + s->bounce_bytes;
 	int error = r->writes_guest ? 0 : os_read_all(run->fd, at, run->bytes, run->offset);
@@ -428,7 +417,9 @@ static int copy_back(const struct window *w, const struct latent_request *r)
 	int error = 0;
 
 	while (next_run(r, &run)) {
-		int one = is_mapped(w, &run) ? 0 : os_write_all(run.fd, r->iov[run.first].iov_base, run.bytes, run.offset);
+		int one = is_mapped(w, &run) ? 0
+					     : os_write_all(run.fd, r->iov[run.first].iov_base,
+							    run.bytes, run.offset);
 
 		error = error ? error : one;
 	}

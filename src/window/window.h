@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * Windows: guest memory mapped for the time of a request, on one CPU. include/latent/latent.h says what each function
- * does; `latent_window_NAME` there is `window_NAME` here.
+ * Windows: guest memory mapped for the time of a request, on one CPU. include/latent/latent.h says what
+ * each function does; `latent_window_NAME` there is `window_NAME` here.
  *
- * A slot is the reach of one page table (2 MiB). Its first page is memory of the process's own, which keeps that table;
- * behind it a request's runs of segments are mapped one after the other. What a slot holds is of one request only:
+ * A slot is the reach of one page table (2 MiB). Its first page is memory of the process's own, which
+ * keeps that table; behind it a request's runs of segments are mapped one after the other. What a slot
+ * holds is of one request only:
  *
  *   empty   -> in use    map
  *   in use  -> waiting   done: still mapped, used by nobody
@@ -37,8 +38,9 @@ void window_stats(const struct window *w, struct latent_window_stats *stats);
 void window_set_threshold(struct window *w, uint32_t bytes);
 
 /*
- * threshold.c: the shortest run, in bytes, that is mapped sooner than copied, measured here with a file of its own: a
- * power of two of pages, at most 64. `hva`: 64 pages of a reservation, emptied afterwards; `bounce`: as much memory.
+ * threshold.c: the shortest run, in bytes, that is mapped sooner than copied, measured here with a file
+ * of its own: a power of two of pages, at most 64. `hva`: 64 pages of a reservation, emptied afterwards;
+ * `bounce`: as much memory.
  */
 uint32_t window_measure_threshold(uint8_t *hva, uint8_t *bounce);
 

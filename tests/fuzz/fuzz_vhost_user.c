@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * Messages of a hostile front end. What is believed of one is within bounds: queues, rings, parts of the configuration;
- * regions of memory that overlap nowhere, and whose every byte is found where it is, and nowhere else.
+ * Messages of a hostile front end. What is believed of one is within bounds: queues, rings, parts of the
+ * configuration; regions of memory that overlap nowhere, and whose every byte is found where it is, and
+ * nowhere else.
  *
- * Input: the number of descriptors beside the message (1 byte), its header (12 bytes), what is behind it.
+ * Input: the number of descriptors beside the message (1 byte), its header (12 bytes), what is behind
+ * it.
  */
 #include "fuzz.h"
 
@@ -33,7 +35,8 @@ static void check_region(const struct memory_table *t, uint32_t i)
 	uint64_t offset, n;
 
 	fuzz_require(r->bytes && !((r->gpa | r->bytes | r->uva | r->offset) % OS_PAGE_BYTES));
-	fuzz_require(r->gpa + r->bytes > r->gpa && r->uva + r->bytes > r->uva && r->offset + r->bytes > r->offset);
+	fuzz_require(r->gpa + r->bytes > r->gpa && r->uva + r->bytes > r->uva &&
+		     r->offset + r->bytes > r->offset);
 	for (int k = 0; k < 4; k++) {
 		n = memory_find(t, r->gpa + places[k], UINT64_MAX, &index, &offset);
 		fuzz_require(n == r->bytes - places[k] && index == i && offset == r->offset + places[k]);
@@ -67,7 +70,8 @@ static void check_message(struct vhost_user_message *m)
 	switch (m->op) {
 	case VHU_SET_VRING_NUM:
 		fuzz_require(m->u.queue.number && m->u.queue.number <= VHOST_USER_QUEUE_MAX);
-		fuzz_require(!(m->u.queue.number & (m->u.queue.number - 1)) && m->u.queue.index < VHOST_USER_QUEUES_MAX);
+		fuzz_require(!(m->u.queue.number & (m->u.queue.number - 1)) &&
+			     m->u.queue.index < VHOST_USER_QUEUES_MAX);
 		break;
 	case VHU_SET_VRING_BASE:
 	case VHU_GET_VRING_BASE:
@@ -96,7 +100,8 @@ static void check_message(struct vhost_user_message *m)
 	case VHU_GET_INFLIGHT_FD:
 	case VHU_SET_INFLIGHT_FD:
 		fuzz_require(m->u.inflight.queues && m->u.inflight.queues <= VHOST_USER_QUEUES_MAX);
-		fuzz_require(m->u.inflight.queue_size && m->u.inflight.queue_size <= VHOST_USER_QUEUE_MAX);
+		fuzz_require(m->u.inflight.queue_size &&
+			     m->u.inflight.queue_size <= VHOST_USER_QUEUE_MAX);
 		fuzz_require(m->u.inflight.bytes + m->u.inflight.offset >= m->u.inflight.bytes);
 		break;
 	default:

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * A hostile driver: descriptors that loop, overflow or lie elsewhere, and guest memory that changes as it is read. What is
- * believed of a request is within the disk and goes the right way, and the changes make no difference.
+ * A hostile driver: descriptors that loop, overflow or lie elsewhere, and guest memory that changes as
+ * it is read. What is believed of a request is within the disk and goes the right way, and the changes
+ * make no difference.
  *
- * Input: what was agreed on (1 byte), the queue's size as a power of two (1), the head (1), the disk's sectors (2); then
- * guest memory from address 0 on, descriptors first. Behind it there is none.
+ * Input: what was agreed on (1 byte), the queue's size as a power of two (1), the head (1), the disk's
+ * sectors (2); then guest memory from address 0 on, descriptors first. Behind it there is none.
  */
 #include "fuzz.h"
 
@@ -58,7 +59,8 @@ static void check_chain(const struct virtio_chain *c)
 {
 	fuzz_require(c->count && c->count <= VIRTIO_SEGMENTS_MAX && c->readable <= c->count);
 	for (uint32_t i = 0; i < c->count; i++)
-		fuzz_require(c->segments[i].bytes && c->segments[i].gpa + c->segments[i].bytes > c->segments[i].gpa);
+		fuzz_require(c->segments[i].bytes &&
+			     c->segments[i].gpa + c->segments[i].bytes > c->segments[i].gpa);
 }
 
 static uint64_t data_bytes(const struct virtio_chain *c, const struct virtio_blk_request *r)
@@ -72,18 +74,22 @@ static uint64_t data_bytes(const struct virtio_chain *c, const struct virtio_blk
 	return bytes;
 }
 
-static void check_request(const struct virtio_disk *disk, const struct virtio_chain *c, const struct virtio_blk_request *r)
+static void check_request(const struct virtio_disk *disk, const struct virtio_chain *c,
+			  const struct virtio_blk_request *r)
 {
-	bool changes_disk = r->op == VIRTIO_BLK_WRITE || r->op == VIRTIO_BLK_PUNCH || r->op == VIRTIO_BLK_ZERO;
+	bool changes_disk =
+		r->op == VIRTIO_BLK_WRITE || r->op == VIRTIO_BLK_PUNCH || r->op == VIRTIO_BLK_ZERO;
 
-	fuzz_require(r->first + r->count <= c->count && (!r->count || r->first >= c->readable || r->first + r->count <= c->readable));
+	fuzz_require(r->first + r->count <= c->count &&
+		     (!r->count || r->first >= c->readable || r->first + r->count <= c->readable));
 	fuzz_require(!changes_disk || !disk->readonly);
 	switch (r->op) {
 	case VIRTIO_BLK_READ:
 	case VIRTIO_BLK_WRITE:
 		fuzz_require(r->bytes && r->bytes % 512 == 0 && data_bytes(c, r) == r->bytes);
 		fuzz_require(r->sector <= disk->sectors && r->bytes / 512 <= disk->sectors - r->sector);
-		fuzz_require(r->op == VIRTIO_BLK_READ ? r->first >= c->readable : r->first + r->count <= c->readable);
+		fuzz_require(r->op == VIRTIO_BLK_READ ? r->first >= c->readable
+						      : r->first + r->count <= c->readable);
 		break;
 	case VIRTIO_BLK_ID:
 		fuzz_require(r->bytes <= 20 && data_bytes(c, r) >= r->bytes && r->first >= c->readable);
@@ -93,7 +99,8 @@ static void check_request(const struct virtio_disk *disk, const struct virtio_ch
 		fuzz_require(r->op == VIRTIO_BLK_PUNCH ? disk->discard : disk->write_zeroes);
 		fuzz_require(r->ranges && r->ranges <= VIRTIO_RANGES_MAX && !r->count);
 		for (uint32_t i = 0; i < r->ranges; i++) {
-			fuzz_require(r->range[i].sector <= disk->sectors && r->range[i].sectors <= disk->range_sectors_max);
+			fuzz_require(r->range[i].sector <= disk->sectors &&
+				     r->range[i].sectors <= disk->range_sectors_max);
 			fuzz_require(r->range[i].sectors <= disk->sectors - r->range[i].sector);
 			fuzz_require(r->op == VIRTIO_BLK_ZERO || !r->range[i].may_unmap);
 		}
@@ -107,7 +114,8 @@ static void check_request(const struct virtio_disk *disk, const struct virtio_ch
 	}
 }
 
-static void run(struct guest *g, const struct virtio_disk *disk, uint16_t size, uint16_t head, struct outcome *o)
+static void run(struct guest *g, const struct virtio_disk *disk, uint16_t size, uint16_t head,
+		struct outcome *o)
 {
 	const struct virtio_memory memory = { read_guest, g };
 
@@ -129,8 +137,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 	struct fuzz_reader in = { data, data + bytes };
 	uint8_t agreed = fuzz_byte(&in);
 	uint16_t size = (uint16_t)(1u << fuzz_byte(&in) % 9), head = fuzz_byte(&in);
-	const struct virtio_disk disk = { .sectors = fuzz_number(&in, 2), .readonly = agreed & 1, .discard = agreed & 2,
-					  .write_zeroes = agreed & 4, .range_sectors_max = 1024 };
+	const struct virtio_disk disk = { .sectors = fuzz_number(&in, 2),
+					  .readonly = agreed & 1,
+					  .discard = agreed & 2,
+					  .write_zeroes = agreed & 4,
+					  .range_sectors_max = 1024 };
 	size_t n = MEMORY_BYTES;
 	const uint8_t *memory = fuzz_bytes(&in, &n);
 
@@ -140,7 +151,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 	moving.changes = true;
 	run(&still, &disk, size, head, &a);
 	run(&moving, &disk, size, head, &b);
-	if (!still.seen_twice) /* else the guest has laid one thing over another, and gets what it gets */
+	if (!still.seen_twice) /* else one thing lies over another, and the guest gets what it gets */
 		fuzz_require(a.error == b.error && !memcmp(&a.chain, &b.chain, sizeof a.chain) &&
 			     !memcmp(&a.request, &b.request, sizeof a.request));
 	return 0;

@@ -36,7 +36,8 @@ static void an_address_is_found_in_its_region(void **state)
 		assert_int_equal(memory_add(&t, &regions[i], &why), 0);
 	assert_int_equal(memory_find(&t, 5, 100, &index, &offset), 100);
 	assert_true(index == 0 && offset == 5);
-	assert_int_equal(memory_find(&t, 15 * PAGE + 1, 3 * PAGE, &index, &offset), PAGE - 1); /* up to its end */
+	assert_int_equal(memory_find(&t, 15 * PAGE + 1, 3 * PAGE, &index, &offset),
+			 PAGE - 1); /* up to its end */
 	assert_int_equal(memory_find(&t, 16 * PAGE, PAGE, &index, &offset), PAGE);
 	assert_true(index == 1 && offset == 64 * PAGE);
 	assert_int_equal(memory_find(&t, 20 * PAGE, 1, &index, &offset), 0);
@@ -59,8 +60,8 @@ static void a_wrong_region_is_refused(void **state)
 		{ PAGE, 0, PAGE, 0 },
 		{ 1, PAGE, PAGE, 0 },
 		{ 0, PAGE, PAGE, 7 },
-		{ 31 * PAGE, 2 * PAGE, 2u << 30, 0 },                  /* overlaps for the guest */
-		{ 0, PAGE, (1 << 30) + 15 * PAGE, 0 },                 /* overlaps for the front end */
+		{ 31 * PAGE, 2 * PAGE, 2u << 30, 0 },  /* overlaps for the guest */
+		{ 0, PAGE, (1 << 30) + 15 * PAGE, 0 }, /* overlaps for the front end */
 		{ UINT64_MAX - PAGE + 1, PAGE, PAGE, 0 },
 		{ 0, UINT64_MAX - PAGE + 1, PAGE, 0 },
 		{ 0, PAGE, PAGE, (uint64_t)INT64_MAX + 1 - PAGE + PAGE },
@@ -109,7 +110,8 @@ static void messages_of_front_ends_are_understood(void **state)
 	static const uint64_t features = 0x140000000;
 	static const uint32_t num[] = { 3, 256 };
 	static const uint64_t kick = 2, no_call = 1 | 1 << 8;
-	static const uint64_t memory[] = { 2, 0, 0xa0000, 0x7f0000000000, 0, 0x100000, 0x700000, 0x7f0000100000, 0x100000 };
+	static const uint64_t memory[] = { 2,        0,        0xa0000,        0x7f0000000000, 0,
+					   0x100000, 0x700000, 0x7f0000100000, 0x100000 };
 	static const uint64_t region[] = { 0, 1ull << 32, 1 << 20, 0x7f1000000000, 4 * PAGE };
 	static const uint32_t config[3 + 60 / 4] = { 0, 60, 0 };
 	static const struct {
@@ -174,7 +176,7 @@ static void wrong_messages_are_refused(void **state)
 
 /* ---- virtio ----------------------------------------------------------------------------------- */
 
-/* Guest memory of two pages: the table of a queue, an indirect one behind it, headers in the second page. */
+/* Two pages: the table of a queue, an indirect one behind it; headers in the second page. */
 static union {
 	uint8_t bytes[2 * PAGE];
 	struct vring_desc table[2 * PAGE / sizeof(struct vring_desc)];
@@ -193,7 +195,9 @@ static int read_guest(void *ctx, uint64_t gpa, void *to, size_t bytes)
 }
 
 static const struct virtio_memory memory = { read_guest, NULL };
-static const struct virtio_disk disk = { .sectors = 1000, .discard = true, .write_zeroes = true, .range_sectors_max = 500 };
+static const struct virtio_disk disk = {
+	.sectors = 1000, .discard = true, .write_zeroes = true, .range_sectors_max = 500
+};
 static struct virtio_chain chain;
 static struct virtio_blk_request request;
 
@@ -257,20 +261,23 @@ static void a_request_may_be_cut_anywhere(void **state)
 	put(QUEUE + 1, HEADER_GPA + 5, 11 + 1024, N, 2); /* the rest of the header and all data */
 	put(QUEUE + 2, PAGE + 2000, 1, W, 0);
 	assert_int_equal(read_chain(0), 0);
-	assert_true(request.op == VIRTIO_BLK_WRITE && request.sector == 8 && request.bytes == 1024 && request.count == 1);
+	assert_true(request.op == VIRTIO_BLK_WRITE && request.sector == 8 && request.bytes == 1024 &&
+		    request.count == 1);
 	assert_true(chain.segments[request.first].gpa == HEADER_GPA + 16);
 
 	put_header(VIRTIO_BLK_T_IN, 8);
 	put(0, HEADER_GPA, 16, N, 1);
 	put(1, 3 * PAGE, 513, W, 0); /* data and status */
 	assert_int_equal(read_chain(0), 0);
-	assert_true(request.op == VIRTIO_BLK_READ && request.bytes == 512 && request.status_gpa == 3 * PAGE + 512);
+	assert_true(request.op == VIRTIO_BLK_READ && request.bytes == 512 &&
+		    request.status_gpa == 3 * PAGE + 512);
 }
 
 static void discards_are_understood(void **state)
 {
 	static const struct virtio_blk_discard_write_zeroes ranges[] = { { 10, 500, 0 }, { 0, 1, 0 } };
-	static const struct virtio_blk_discard_write_zeroes unmap = { 10, 5, 1 }, beyond = { 999, 2, 0 }, wide = { 0, 501, 0 };
+	static const struct virtio_blk_discard_write_zeroes unmap = { 10, 5, 1 }, beyond = { 999, 2, 0 },
+							    wide = { 0, 501, 0 };
 
 	(void)state;
 	for (int zero = 0; zero < 2; zero++) {
@@ -282,7 +289,8 @@ static void discards_are_understood(void **state)
 		put(2, PAGE + 100, 1, W, 0);
 		memcpy(guest.bytes + RANGES_GPA, ranges, sizeof ranges);
 		assert_int_equal(read_chain(0), 0);
-		assert_true(request.op == (zero ? VIRTIO_BLK_ZERO : VIRTIO_BLK_PUNCH) && request.ranges == 2);
+		assert_true(request.op == (zero ? VIRTIO_BLK_ZERO : VIRTIO_BLK_PUNCH) &&
+			    request.ranges == 2);
 		assert_true(request.range[0].sector == 10 && request.range[0].sectors == 500);
 		guest.table[1].len = 16;
 		memcpy(guest.bytes + RANGES_GPA, &unmap, sizeof unmap);
@@ -290,7 +298,8 @@ static void discards_are_understood(void **state)
 		if (zero)
 			assert_true(request.op == VIRTIO_BLK_ZERO && request.range[0].may_unmap);
 		else
-			assert_true(request.op == VIRTIO_BLK_REFUSE && request.status == VIRTIO_BLK_S_UNSUPP);
+			assert_true(request.op == VIRTIO_BLK_REFUSE &&
+				    request.status == VIRTIO_BLK_S_UNSUPP);
 		memcpy(guest.bytes + RANGES_GPA, &beyond, sizeof beyond);
 		assert_int_equal(read_chain(0), 0);
 		assert_true(request.op == VIRTIO_BLK_REFUSE && request.status == VIRTIO_BLK_S_IOERR);
@@ -320,7 +329,8 @@ static void what_a_disk_cannot_do_is_refused(void **state)
 
 	(void)state;
 	for (size_t i = 0; i < sizeof asked / sizeof asked[0]; i++) {
-		assert_int_equal(ask(asked[i].type, asked[i].sector, 1 << 20, asked[i].bytes, asked[i].flags), 0);
+		assert_int_equal(
+			ask(asked[i].type, asked[i].sector, 1 << 20, asked[i].bytes, asked[i].flags), 0);
 		assert_true(request.op == VIRTIO_BLK_REFUSE && request.status == asked[i].status);
 		assert_int_equal(request.status_gpa, PAGE + 100);
 	}

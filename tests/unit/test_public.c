@@ -396,20 +396,24 @@ static int be_a_lane(int memfd, const uint8_t *ram)
 {
 	struct latent_segment segment = { memfd, 10 * PAGE, 64 * PAGE };
 	struct iovec iov;
-	struct latent_request request = { .size = sizeof request, .segments = &segment, .count = 1, .iov = &iov };
+	struct latent_request request = {
+		.size = sizeof request, .segments = &segment, .count = 1, .iov = &iov
+	};
 	struct latent_window_stats stats = { .size = sizeof stats };
 	struct latent_window *window;
 	int cpu = sched_getcpu();
 
 	if (latent_window_register(cpu, 2, &window) || latent_window_check(window))
 		return 1;
-	if (latent_window_map(window, &request, LATENT_LOCAL_FLUSH) || latent_window_use(window, &request))
+	if (latent_window_map(window, &request, LATENT_LOCAL_FLUSH) ||
+	    latent_window_use(window, &request))
 		return 2;
 	if (memcmp(iov.iov_base, ram + 10 * PAGE, 64 * PAGE))
 		return 3;
 	if (latent_window_hand_over(window, &request) || latent_window_move(window, cpu))
 		return 4;
-	if (latent_window_map(window, &request, LATENT_GLOBAL_FLUSH) || latent_window_done(window, &request, 1))
+	if (latent_window_map(window, &request, LATENT_GLOBAL_FLUSH) ||
+	    latent_window_done(window, &request, 1))
 		return 5;
 	if (latent_window_recycle(window) || latent_window_stats_get(window, &stats))
 		return 6;

@@ -29,8 +29,8 @@
 #define PRIME 251 /* no divisor of a page: neighbours differ */
 
 /*
- * Lanes are children: what they do with CPUs must not stay. A child in which something does not hold says so, and
- * leaves with 1.
+ * Lanes are children: what they do with CPUs must not stay. A child in which something does not hold
+ * says so, and leaves with 1.
  */
 #define CHECK(condition)                                                                                \
 	do {                                                                                            \
@@ -293,7 +293,8 @@ static void recycle(void)
 	CHECK(page_table_kib() == tables_kib); /* made beforehand */
 	for (uint32_t i = 1; i < SLOTS; i++)
 		CHECK(!window_done(w, &io[i].request, true));
-	CHECK(window_done(w, &io[1].request, true) == -ESTALE && window_use(w, &io[1].request) == -ESTALE);
+	CHECK(window_done(w, &io[1].request, true) == -ESTALE &&
+	      window_use(w, &io[1].request) == -ESTALE);
 	CHECK(stats_of(w).mapped_pages == SLOTS * 200); /* they wait */
 
 	/* A smaller one in the place of a larger: nothing of the latter is left. */
@@ -339,7 +340,8 @@ static void random_io(struct io *io)
 
 	new_io(io, false);
 	while (n--) {
-		size_t bytes = random_below(3) ? 1 + random_below(3 * 4096) : PAGE * (1 + random_below(60));
+		size_t bytes =
+			random_below(3) ? 1 + random_below(3 * 4096) : PAGE * (1 + random_below(60));
 
 		if (at + bytes > RAM_PAGES * PAGE)
 			break;
@@ -422,7 +424,8 @@ static void map_with_failures(void)
 			CHECK(!r || r == -ENOMEM);
 			failed += r != 0;
 			if (r)
-				CHECK(window_use(w, &io.request) == -ESTALE && !stats_of(w).mapped_pages);
+				CHECK(window_use(w, &io.request) == -ESTALE &&
+				      !stats_of(w).mapped_pages);
 			else
 				check_contents(&io);
 			CHECK(r || !window_done(w, &io.request, true));
@@ -447,7 +450,8 @@ static void lose_slots(void)
 
 	for (uint32_t i = 0; i < SLOTS; i++) {
 		one_segment(&io, false, 0, 100 * PAGE);
-		CHECK(!window_map(w, &io.request, LATENT_LOCAL_FLUSH) && !window_done(w, &io.request, true));
+		CHECK(!window_map(w, &io.request, LATENT_LOCAL_FLUSH) &&
+		      !window_done(w, &io.request, true));
 		os_fault_arm(OS_FAULT_WINDOW, 1, ENOMEM);
 		CHECK(window_recycle(w) == -ENOMEM);
 		CHECK(stats_of(w).mapped_pages == (i + 1) * 100);
@@ -477,7 +481,8 @@ static void wrong_requests(void)
 	int pipes[2];
 	struct io io;
 
-	CHECK(window_register(cpus[0], 0, &other) == -EINVAL && window_register(-2, 1, &other) == -EINVAL);
+	CHECK(window_register(cpus[0], 0, &other) == -EINVAL &&
+	      window_register(-2, 1, &other) == -EINVAL);
 	CHECK(window_register(cpus[0], LATENT_SLOTS_MAX + 1, &other) == -EINVAL && !other);
 	CHECK(window_register(CPU_SETSIZE + 1, 1, &other) == -EINVAL && !other);
 	CHECK(map_one(w, ram_fd, 0, 0) == -EINVAL);
@@ -648,7 +653,8 @@ static void be_moved(void)
 	use_at_random(w, 500);
 	one_segment(&waiting, false, 0, 100 * PAGE);
 	one_segment(&flying, false, 50 * PAGE, 100 * PAGE);
-	CHECK(!window_map(w, &waiting.request, LATENT_LOCAL_FLUSH) && !window_map(w, &flying.request, LATENT_LOCAL_FLUSH));
+	CHECK(!window_map(w, &waiting.request, LATENT_LOCAL_FLUSH) &&
+	      !window_map(w, &flying.request, LATENT_LOCAL_FLUSH));
 	CHECK(!window_done(w, &waiting.request, true));
 	tell_parent(); /* which moves us, and writes guest memory */
 	CHECK(os_cpu() == cpus[1]);
@@ -765,7 +771,8 @@ static void take_turn(struct window *w, struct io *waiting)
 	first[ball->turns % (100 * PAGE)] = (uint8_t)ball->turns;
 	CHECK(!window_hand_over(w, &ball->io.request));
 	CHECK(os_readable_pages(first, 1) == 0);
-	one_segment(waiting, false, (ball->turns % 50) * PAGE, 30 * PAGE); /* so that a slot waits, with other pages */
+	one_segment(waiting, false, (ball->turns % 50) * PAGE,
+		    30 * PAGE); /* so that a slot waits, with other pages */
 	CHECK(!window_map(w, &waiting->request, LATENT_LOCAL_FLUSH));
 	check_contents(waiting);
 	CHECK(!window_done(w, &waiting->request, true));

@@ -19,7 +19,8 @@ check-long: deps all
 
 demo:
 	scripts/deps build guests
-	$(MAKE) all
+	[ -f build/build.ninja ] || meson setup build
+	ninja -C build latent latent-qemu.so
 	demo/run
 
 bench: deps all

@@ -14,7 +14,7 @@ N_CLONES = 8
 ROUNDS = {"full": 5, "quick": 1}
 SETTLE_S = 2.0  # from the last answer to the look at memory
 
-WAYS = {"latent": restores.latent, "qemu": restores.qemu_incoming}
+WAYS = {"latent": restores.latent, "qemu": restores.qemu_incoming}  # how each is prepared
 
 
 def run(result):
@@ -40,8 +40,7 @@ def in_turn(number):
 def run_clones(result, saved, way):
     guests = [restores.prepare(WAYS[way], saved, f"clone-{i + 1}") for i in range(N_CLONES)]
     try:
-        for guest in guests:
-            WAYS[way](saved, guest)
+        start(saved, guests, way)
         restores.wait_answers(guests)
         begin_ns = guests[0].begin_ns
         figures = {"first_ms": (min(guest.answer_ns for guest in guests) - begin_ns) / 1e6,
@@ -55,6 +54,14 @@ def run_clones(result, saved, way):
         raise
     finally:
         common.end_all(guests)
+
+
+def start(saved, guests, way):
+    if way == "latent":
+        restores.latent_clones(saved, guests)
+    else:
+        for guest in guests:
+            WAYS[way](saved, guest)
 
 
 def measure_memory(result, guests, way):
@@ -97,7 +104,7 @@ def report(result, samples):
                  + [[f"MiB: {title}" if title[0] != " " else title, *(mib(common.median(column(way, key))) for way in WAYS)]
                     for title, key in ROWS])
     result.note(f"""\
-All are started one right behind the other; times are from the first one's start. Memory is that of the processes, {SETTLE_S:.0f} s
+Latent's are started by one `latent restore --clones {N_CLONES}`, QEMU's one right behind the other; times are from the first start. Memory is that of the processes, {SETTLE_S:.0f} s
 after the last answer, while the guests stand still; each holds {restores.HELD_MIB} MiB that it has not looked at, all of which is
 checked afterwards. A page of a file that n clones map counts 1/n in each. One clone more: what goes away with the
 eighth. QEMU's -incoming reads a whole migration, from a file.""")

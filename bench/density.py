@@ -26,7 +26,7 @@ def run(result):
     sides = {PLAIN: [], KSM: [], LATENT: []}
     no_ksm = WITHOUT_KSM if result.quick else ksm.why_not()
     if no_ksm:
-        result.missing.add("ksm")
+        (result.left_out if result.quick else result.missing).add("ksm")
         result.note(f"Without KSM: {no_ksm}.")
     with common.scratch_dir() as directory:
         image = common.copy_image("golden.qcow2", directory)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """How long a guest stands while it is saved: QEMU's stop, migrate to a file and cont, against `latent save`."""
 
+import contextlib
 import json
+import os
 import subprocess
 import time
 
 from common import guests as common
+from common import restores
 from common.guests import GuestError, vm
 
 MEM = "1G"
@@ -37,7 +40,8 @@ def run(result):
     result.note(f"""\
 The guest holds {HELD_MIB} MiB of random words and rewrites {CHURN_PAGES_PER_S} pages of them a second while it is saved; it has read
 files, which Latent has mapped from the image. The pause is the time from the stop to the guest's next
-instruction, as seen over QMP; the total that until all is in the file.""")
+instruction, as seen over QMP; the total that until all is in the file. Pages on disk images are references in the
+metadata; what the image has at their places is looked at, page by page (the active set's packed copy is apart from it).""")
 
 
 def fill(guest):
@@ -100,10 +104,33 @@ def measure(result, plain, latent, pairs):
     result.table("Saves of a guest that writes, ms",
                  ["pair", "QEMU pause", "Latent pause", "of that RAM", "QEMU total", "Latent total", "copies in overlays",
                   "write faults", "MiB in use"], rows)
-    stored = (snapshot / "ram").stat().st_blocks * 512
-    result.metric("image_bytes_for_disk_pages", max(0, stored - figures["pages_stored"] * 4096))
-    result.metric("pages_on_disk_images", figures["pages_on_volumes"])
+    pages = disk_pages(snapshot)
+    stored_bytes = bytes_in_ram(snapshot, pages)
+    result.check(len(pages) == figures["pages_on_volumes"], "the metadata has as many pages on disk images as the save says")
+    result.check(stored_bytes == 0, "the image holds nothing of pages that are on the disk")
+    result.metric("image_bytes_for_disk_pages", stored_bytes)
+    result.metric("pages_on_disk_images", len(pages))
     return pauses, totals, snapshot
+
+
+def disk_pages(snapshot):
+    """Numbers of the pages that are references to disk images (docs/snapshot.md)."""
+    data = (snapshot / "pages").read_bytes()
+    _, _, _, n_blocks, _, _, _ = restores.HEADER.unpack_from(data)
+    images = {number for number, volume in enumerate(json.loads((snapshot / "manifest.json").read_text())["volumes"])
+              if volume["role"] == "image"}
+    records = restores.RECORD.iter_unpack(memoryview(data)[restores.HEADER.size + restores.BLOCK_BYTES * n_blocks:])
+    return [page for page, (kind, volume, _) in enumerate(records) if kind == restores.KIND_VOLUME and volume in images]
+
+
+def bytes_in_ram(snapshot, pages):
+    """What the snapshot's `ram` has at these pages' places, where a page that is elsewhere is a hole."""
+    count = 0
+    with open(snapshot / "ram", "rb") as file:
+        for page in pages:
+            with contextlib.suppress(OSError):  # ENXIO: no more data
+                count += os.lseek(file.fileno(), page * restores.PAGE_BYTES, os.SEEK_DATA) == page * restores.PAGE_BYTES
+    return count * restores.PAGE_BYTES
 
 
 def big(result, pairs):

@@ -45,6 +45,8 @@ def _benchmark(result, directory):
              f"{'Quick run' if result['quick'] else 'Full run'}, {result['seconds']:.0f} s, "
              f"{result['n_checks']} content checks: "
              + ("all right.\n" if result["ok"] else "**FAILED**: " + "; ".join(result["failures"]) + "\n")]
+    if result.get("left_out"):
+        parts.append(f"Not measured in a quick run: {', '.join(result['left_out'])}.\n")
     if result["missing"]:
         parts.append(f"Left out, not on this machine: {', '.join(result['missing'])}.\n")
     if result["ratios"]:

@@ -67,6 +67,14 @@ class Guest(vm.VM):
         self.begin_ns = time.monotonic_ns()
         self.adopt(self.spawn(command, pass_fds))
 
+    def move_to(self, path):
+        """Another place for its directory, before it is started."""
+        self.dir.rename(path)
+        self.dir, self.serial_log, self.qemu_log = path, path / self.serial_log.name, path / self.qemu_log.name
+
+    def has_process(self):
+        return self._own_pid() is not None
+
     def answer_ms(self):
         return (self.answer_ns - self.begin_ns) / 1e6
 
@@ -302,6 +310,44 @@ def write_packed(ram, pages, path):
 def latent(saved, guest):
     guest.begin([common.latent_command(), "restore", "--name", guest.name, "--disks", guest.dir, saved.snapshot, "--",
                  guest.qemu, *guest.qemu_arguments()])
+
+
+def latent_clones(saved, guests):
+    """All of them by one command, whose line has a place for each clone's number; they are called NAME-1, NAME-2, …"""
+    base = Path(tempfile.mkdtemp(prefix="clones-", dir=saved.directory.parent))
+    for number, guest in enumerate(guests, 1):
+        guest.move_to(base / str(number))
+    first = guests[0]
+    line = [word.replace(str(first.dir), f"{base}/{{clone}}").replace(first.name, "{name}") for word in first.qemu_arguments()]
+    command = [common.latent_command(), "restore", "--clones", len(guests), "--name", first.name.removesuffix("-1"), "--disks", base,
+               saved.snapshot, "--", first.qemu, *line]
+    begin_ns, process = time.monotonic_ns(), first.spawn(command)
+    for guest in guests:
+        guest.begin_ns = begin_ns
+        guest.adopt(Clone(guest, process))
+
+
+class Clone:
+    """A machine that `latent restore --clones` starts, as a Popen object: it runs, or will, until it has ended."""
+
+    def __init__(self, guest, command):
+        self.guest, self.command, self.returncode = guest, command, None
+
+    def poll(self):
+        if self.command.poll() is not None and not self.guest.has_process():
+            self.returncode = self.command.returncode
+        return self.returncode
+
+    def wait(self, timeout=None):
+        deadline_s = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if deadline_s and time.monotonic() > deadline_s:
+                raise subprocess.TimeoutExpired("latent restore --clones", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def kill(self):
+        self.command.kill()
 
 
 def spare(saved, guest):

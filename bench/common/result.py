@@ -18,6 +18,7 @@ class Result:
 
     quick     fewer repetitions were asked for
     missing   peers or tools that this machine lacks
+    left_out  what a quick run has no time for
     """
 
     def __init__(self, name, quick):
@@ -25,6 +26,7 @@ class Result:
         self.progress = Progress()
         self.metrics, self.ratios, self.spreads = {}, {}, {}
         self.missing = set()
+        self.left_out = set()
         self.tables, self.notes, self.plots = [], [], []
         self.failures = []
         self.n_checks = 0
@@ -100,6 +102,8 @@ class Result:
         env = dict(self.env)
         if self.missing:
             env["missing"] = sorted(self.missing)
+        if self.left_out:
+            env["left_out"] = sorted(self.left_out)
         return json.dumps({"bench": self.name, "ok": self.ok(), "metrics": self.metrics,
                            "ratios": self.ratios, "env": env})
 
@@ -108,7 +112,7 @@ class Result:
         everything = {key: getattr(self, key) for key in
                       ("name", "quick", "metrics", "ratios", "spreads", "tables", "notes", "plots",
                        "failures", "n_checks", "env")}
-        everything.update(ok=self.ok(), missing=sorted(self.missing),
+        everything.update(ok=self.ok(), missing=sorted(self.missing), left_out=sorted(self.left_out),
                           seconds=round(self.progress.elapsed_s(), 1))
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / f"{self.name}.json.partial"

@@ -38,7 +38,8 @@ struct latent_options {
 	size_t size;            /* sizeof(struct latent_options): tells the versions apart */
 	double share_threshold; /* map when the likelihood of sharing is at least this, 0..1; 0: always */
 	uint32_t min_run_pages; /* shortest run of pages to map; 0: by a cost model measured here */
-	uint32_t max_maps;      /* mappings that the process may have in all; 0: half of the limit */
+	uint32_t max_maps;      /* mappings that the process may have in all; at most, and if 0, half of
+				 * vm.max_map_count */
 	int trust_images;       /* map images that neither a lease nor anything else protects */
 	const char *tracks_dir; /* directory, mode 0700, of the tracking structures that the user's VMs
 				 * share; copied. It need not survive a reboot: /run is a good place */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "cli/cli.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -107,6 +108,26 @@ bool cli_parse_time(const char *text, uint64_t *ret_us)
 			return true;
 		}
 	return false;
+}
+
+bool cli_parse_size(const char *text, uint64_t *ret_bytes)
+{
+	static const char suffixes[] = "BKMGT";
+	const char *suffix = suffixes;
+	char *end;
+	double value = strtod(text, &end);
+
+	if (text[0] < '0' || text[0] > '9' || !isfinite(value))
+		return false;
+	if (*end)
+		suffix = strchr(suffixes, toupper((unsigned char)*end++));
+	if (!suffix || *end)
+		return false;
+	value *= (double)(1ull << 10 * (suffix - suffixes));
+	if (value >= 1e18)
+		return false;
+	*ret_bytes = (uint64_t)value;
+	return true;
 }
 
 int cli_fail(int status, const char *format, ...)

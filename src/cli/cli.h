@@ -38,7 +38,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore, cli_info,
-	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan, cli_heat, cli_top;
+	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan, cli_heat, cli_top, cli_reclaim;
 
 /* ---- options -------------------------------------------------------------------------------- */
 
@@ -79,6 +79,8 @@ bool cli_parse_real(const char *text, double min, double max, double *ret_value)
 
 /* "10s", "500ms", "2m", "1h"; seconds if there is no unit. */
 bool cli_parse_time(const char *text, uint64_t *ret_us);
+/* "512M", "1.5G"; bytes if there is no unit. */
+bool cli_parse_size(const char *text, uint64_t *ret_bytes);
 /* scan.c: a scan period. Prints the sentence and returns an exit status if it is none. */
 int cli_parse_period(const char *command, const char *option, const char *text, uint64_t *ret_us);
 

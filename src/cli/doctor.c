@@ -73,6 +73,8 @@ static int examine(int images, char **paths, bool json)
 		one = json_object_new_object();
 		json_object_object_add(one, "path", json_object_new_string(paths[i]));
 		json_object_object_add(one, "checks", checks_to_json(&list));
+		if (r)
+			json_object_object_add(one, "error", json_object_new_string(strerror(-r)));
 		json_object_array_add(all, one);
 		clear(&list);
 	}

@@ -349,8 +349,8 @@ static void check_file_system(struct image *image, uint64_t start_byte, bool *fo
 	check = check_add(image->list, "block size", "mapping what the guest reads");
 	if (le32(super + 24) < 2) {
 		check_found(check, CHECK_LIMITED,
-			    "ext4 with blocks of %u bytes: only about 21 %% of what is read "
-			    "is aligned to pages",
+			    "ext4 with blocks of %u bytes: most of what is read is not "
+			    "aligned to pages (of 1024 bytes: only about 21 %% is)",
 			    1024u << le32(super + 24));
 		check_remedy(check, "make the file system again with mkfs.ext4 -b 4096");
 	} else {

@@ -6,7 +6,7 @@
 
 static const struct cli_command *const commands[] = {
 	&cli_run, &cli_ps, &cli_top, &cli_stat, &cli_save, &cli_restore, &cli_spare, &cli_info, &cli_verify, &cli_flatten,
-	&cli_detach, &cli_stop_rest, &cli_scan, &cli_heat, &cli_doctor,
+	&cli_detach, &cli_stop_rest, &cli_scan, &cli_reclaim, &cli_heat, &cli_doctor,
 };
 #define COMMANDS (sizeof commands / sizeof commands[0])
 
@@ -48,7 +48,7 @@ static int help(int argc, char **argv)
 		printf("  %-10s %s\n", commands[i]->name, commands[i]->summary);
 	printf("  %-10s %s\n", "help", "This text, or help for a command");
 	printf("  %-10s %s\n", "version", "The version of Latent");
-	printf("\nEach command has --help and a manual page: latent-COMMAND(1).\n");
+	printf("\nEach of the others has --help and a manual page: latent-COMMAND(1).\n");
 	return CLI_OK;
 }
 

@@ -139,10 +139,14 @@ static int add_object(void *ctx, const char *name)
 	struct vm_view view;
 	struct row row;
 
-	if (vm_view_open(list->root, name, &view))
-		return 0;
-	gather(&view, &row);
 	json = json_object_new_object();
+	if (vm_view_open(list->root, name, &view)) {
+		json_object_object_add(json, "name", json_object_new_string(name));
+		json_object_object_add(json, "state", json_object_new_string("unknown"));
+		json_object_array_add(list->array, json);
+		return 0;
+	}
+	gather(&view, &row);
 	json_object_object_add(json, "name", json_object_new_string(row.name));
 	json_object_object_add(json, "pid", json_object_new_int64(row.pid));
 	json_object_object_add(json, "state", json_object_new_string(row.state));

@@ -3,6 +3,7 @@
 #include "cli/cli.h"
 #include "cli/guest_clock.h"
 #include "cli/lazy.h"
+#include "cli/progress.h"
 #include "cli/rest.h"
 #include "cli/restore.h"
 #include "os/os.h"
@@ -72,6 +73,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (status != CLI_END)
 		return cli_end_status(status);
 	status = parse_operands(&parser, &c);
+	if (!status)
+		status = progress_take_faults();
 	if (!status)
 		status = restore_prepare(&c.request, &c.manifest);
 	if (!status)
@@ -172,16 +175,22 @@ static bool rest_is_here(const struct command *c)
 	return c->request.rest && !lazy_is_url(c->request.dir) && !c->manifest.packed_bytes;
 }
 
-/* Beside the VM that this process becomes: prints its times, sets the guest's clock, and loads the rest. */
-static void watch(const struct command *c, const char *socket, int report_fd)
+/* Beside the VM that this process becomes: prints its times, sets the guest's clock, and loads the rest.
+ * If it is killed before that, its new disks are nobody's. */
+static void watch(const struct command *c, const char *socket, int report_fd, pid_t vm_pid)
 {
 	struct restored vm = { .report_fd = report_fd, .log_fd = -1 };
 	char root[VMDIR_PATH_BYTES], why[VMDIR_WHY_BYTES];
 	struct pollfd p = { .fd = report_fd, .events = POLLIN };
+	int kind;
 
 	while (poll(&p, 1, -1) < 0 && errno == EINTR) /* a store may be slow, but a QEMU that is gone is told */
 		;
-	if (restored_read(&vm) != REPORT_READY)
+	kind = restored_read(&vm);
+	if (kind == -EPIPE)
+		restore_remove_overlays(&c->manifest, c->disks_path,
+					c->request.name ? c->request.name : c->manifest.name, vm_pid);
+	if (kind != REPORT_READY)
 		return;
 	if (vm.report.rest)
 		vm.report.step_us[RESTORE_REST] = os_now_us();
@@ -198,8 +207,8 @@ static void watch(const struct command *c, const char *socket, int report_fd)
 /* A grandchild, so that QEMU has no child that it does not know. */
 static int start_watcher(struct command *c, const char *socket)
 {
+	pid_t vm_pid = getpid(), child;
 	int pair[2];
-	pid_t child;
 
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair))
 		return cli_fail(CLI_SYSTEM, "no socket: %s", strerror(errno));
@@ -207,7 +216,7 @@ static int start_watcher(struct command *c, const char *socket)
 	if (!child) {
 		close(pair[1]);
 		if (!fork())
-			watch(c, socket, pair[0]);
+			watch(c, socket, pair[0], vm_pid);
 		_exit(0);
 	}
 	close(pair[0]);
@@ -221,7 +230,8 @@ static int start_watcher(struct command *c, const char *socket)
 static int restore_one(struct command *c)
 {
 	char *socket = guest_clock_socket(c->request.argc, c->request.argv);
-	int status = c->json || socket || rest_is_here(c) ? start_watcher(c, socket) : CLI_OK;
+	bool watched = c->json || socket || rest_is_here(c) || c->manifest.disks;
+	int status = watched ? start_watcher(c, socket) : CLI_OK;
 
 	free(socket);
 	return status ? status : restore_become(&c->request);

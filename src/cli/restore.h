@@ -30,6 +30,9 @@ struct restore_request {
  * failure; the manifest's machine is the caller's to free. */
 int restore_prepare(struct restore_request *request, struct manifest *ret_manifest);
 
+/* Between two steps: where tests let it fail, or be killed (LATENT_FAULT=restore_step:N:…). */
+int restore_step(void);
+
 /* Becomes QEMU. Comes back only on failure, with an exit status, after the sentence was printed; nothing is left. */
 int restore_become(const struct restore_request *request);
 

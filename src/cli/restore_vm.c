@@ -100,6 +100,14 @@ static int become(struct restore *r)
 	return run_restored(&r->vm);
 }
 
+int restore_step(void)
+{
+	int r = os_fault(OS_FAULT_RESTORE_STEP);
+
+	return r ? cli_fail(CLI_SYSTEM, "between two steps of the restore, on purpose: %s", strerror(-r))
+		 : CLI_OK;
+}
+
 int restore_become(const struct restore_request *request)
 {
 	static int (*const steps[])(struct restore *) = {
@@ -118,8 +126,11 @@ int restore_become(const struct restore_request *request)
 	r.vm.agent.report_fd = request->report_fd;
 	r.vm.agent.overlays_fd = -1;
 	r.vm.agent.step_us[RESTORE_BEGUN] = request->begun_us;
-	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++)
-		status = steps[i](&r);
+	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++) {
+		status = restore_step();
+		if (!status)
+			status = steps[i](&r);
+	}
 	give_up(&r); /* a success does not come back */
 	return status;
 }

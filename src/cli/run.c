@@ -6,6 +6,7 @@
 #include "cli/cli.h"
 #include "cli/preflight.h"
 #include "cli/qemu_args.h"
+#include "cli/restore.h"
 #include "cli/run.h"
 #include "os/os.h"
 #include "os/probe.h"
@@ -141,8 +142,11 @@ static int launch_vmm(struct launch *launch)
 	};
 	int status = CLI_OK;
 
-	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++)
-		status = steps[i](launch);
+	for (size_t i = 0; !status && i < sizeof steps / sizeof steps[0]; i++) {
+		status = launch->restore ? restore_step() : CLI_OK;
+		if (!status)
+			status = steps[i](launch);
+	}
 	give_up(launch); /* a success does not come back */
 	return status;
 }
@@ -192,6 +196,13 @@ static int parse_options(const struct cli_command *command, struct launch *launc
 	return CLI_OK;
 }
 
+static uint32_t max_maps(void)
+{
+	uint64_t maps = os_max_maps() / 2;
+
+	return maps < UINT32_MAX ? (uint32_t)maps : UINT32_MAX;
+}
+
 static int parse_option(struct launch *launch, int option, const char *value)
 {
 	switch (option) {
@@ -220,11 +231,11 @@ static int parse_option(struct launch *launch, int option, const char *value)
 					MAX_RUN_PAGES, value);
 		return CLI_OK;
 	case OPT_MAX_MAPS:
-		if (!cli_parse_unsigned(value, UINT32_MAX, &launch->budget_maps) || !launch->budget_maps)
+		if (!cli_parse_unsigned(value, max_maps(), &launch->budget_maps) || !launch->budget_maps)
 			return cli_fail(CLI_USAGE,
-					"run: --max-maps takes a number of mappings, not "
-					"'%.80s'",
-					value);
+					"run: --max-maps takes a number of mappings up to %u (half of vm.max_map_count; "
+					"QEMU needs the rest), not '%.80s'",
+					max_maps(), value);
 		return CLI_OK;
 	case OPT_TRUST:
 		launch->trust_images = true;
@@ -260,6 +271,7 @@ static int plan(struct launch *launch)
 static int find_vmm(struct launch *launch)
 {
 	const char *word = launch->argv[0], *path = getenv("PATH");
+	struct stat st;
 	bool found = false;
 
 	if (strchr(word, '/')) {
@@ -283,6 +295,8 @@ static int find_vmm(struct launch *launch)
 		return cli_fail(CLI_NOT_FOUND, "%s: command not found", word);
 	if (!launch->vmm_path || access(launch->vmm_path, X_OK))
 		return cli_fail(CLI_NOT_EXECUTABLE, "%s cannot be run: %s", word, strerror(errno));
+	if (!stat(launch->vmm_path, &st) && S_ISDIR(st.st_mode))
+		return cli_fail(CLI_NOT_EXECUTABLE, "%s cannot be run: %s", word, strerror(EISDIR));
 	return CLI_OK;
 }
 

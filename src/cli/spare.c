@@ -7,6 +7,7 @@
  */
 #include "cli/cli.h"
 #include "cli/guest_clock.h"
+#include "cli/progress.h"
 #include "cli/rest.h"
 #include "cli/restore.h"
 #include "cli/vm_view.h"
@@ -313,6 +314,8 @@ static int keep(struct spares *s, struct cli_parser *parser)
 	s->wanted = s->wanted ? s->wanted : 1;
 	if (!status && s->json)
 		status = cli_fail(CLI_USAGE, "spare: --json is for `latent spare take`");
+	if (!status)
+		status = progress_take_faults();
 	if (!status)
 		status = restore_prepare(&s->request, &s->manifest);
 	if (status)

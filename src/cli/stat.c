@@ -2,6 +2,7 @@
 /* latent stat: the statistics of one VM. */
 #include "cli/cli.h"
 #include "cli/restore_steps.h"
+#include "cli/stat_reclaim.h"
 #include "cli/stat_scan.h"
 #include "cli/vm_view.h"
 
@@ -9,6 +10,7 @@
 #include <json-c/json.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -39,7 +41,7 @@ const struct cli_command cli_stat = {
 static const struct {
 	const char *key, *text;
 } reasons[MISS_REASONS] = {
-	[MISS_MISALIGNED] = { "misaligned", "offset and address differ within the page" },
+	[MISS_MISALIGNED] = { "misaligned", "no whole page, or offset and address differ within it" },
 	[MISS_SHORT_RUN] = { "short_run", "run too short to be worth a mapping" },
 	[MISS_UNLIKELY] = { "unlikely", "sharing too unlikely" },
 	[MISS_BUDGET] = { "budget", "no mappings to spare" },
@@ -134,6 +136,14 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 	return CLI_OK;
 }
 
+/* Another VM has its name now: the file that is open here has none any more. */
+static bool is_replaced(const struct vm_view *view)
+{
+	struct stat st;
+
+	return fstat(view->stats_fd, &st) || !st.st_nlink;
+}
+
 /* Until the VM ends. */
 static int watch(const struct request *request, struct vm_view *view)
 {
@@ -144,7 +154,7 @@ static int watch(const struct request *request, struct vm_view *view)
 	bool terminal = isatty(STDOUT_FILENO) && !request->json;
 	int status = CLI_OK;
 
-	while (vmdir_is_live(view->root, view->name)) {
+	while (vmdir_is_live(view->root, view->name) && !is_replaced(view)) {
 		if (terminal)
 			fputs("\033[H\033[J", stdout);
 		status = show(request, view);
@@ -214,10 +224,11 @@ static void print_masked(const struct vm_stats *stats)
 		return;
 	printf("  %-34s %9s  %5.1f %%\n", "to be made when it is touched", cli_size(now * PAGE_BYTES, a),
 	       percent(now * PAGE_BYTES, stats->ram_bytes));
-	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced before that %ju\n",
+	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced %ju; zero anyway %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_masked), (uintmax_t)stat_get(&stats->masked_made),
 	       (uintmax_t)stat_get(&stats->masked_mapped), (uintmax_t)stat_get(&stats->masked_copied),
-	       (uintmax_t)stat_get(&stats->masked_dropped));
+	       (uintmax_t)stat_get(&stats->masked_dropped),
+	       (uintmax_t)stat_get(&stats->pages_never_masked));
 }
 
 /* What the guest has not touched comes by itself. */
@@ -279,10 +290,12 @@ static void print_vm(const struct vm_view *view)
 	printf("  %-34s %9s  %5.1f %%\n", "copies of image pages", cli_size(copies, a),
 	       percent(copies, stats->ram_bytes));
 	print_masked(stats);
-	printf("  discarded %ju pages, settled %ju pages, mapping calls that failed %ju\n",
+	printf("  copied on write %ju pages, discarded %ju, settled %ju; mapping calls failed %ju\n",
+	       (uintmax_t)stat_get(&stats->pages_copied_on_write),
 	       (uintmax_t)stat_get(&stats->pages_discarded), (uintmax_t)stat_get(&stats->pages_settled),
 	       (uintmax_t)stat_get(&stats->map_failures));
 	stat_print_scan(stats);
+	stat_print_reclaim(stats);
 	printf("\nMappings: %ju of guest RAM + %ju others, budget %ju, limit of the kernel %ju\n",
 	       (uintmax_t)stat_get(&stats->maps_ram_now), (uintmax_t)stat_get(&stats->maps_other_now),
 	       (uintmax_t)stat_get(&stats->maps_budget_now),
@@ -407,6 +420,8 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	add_number(json, "masked_copied", stat_get(&stats->masked_copied));
 	add_number(json, "masked_mapped", stat_get(&stats->masked_mapped));
 	add_number(json, "masked_dropped", stat_get(&stats->masked_dropped));
+	add_number(json, "pages_never_masked", stat_get(&stats->pages_never_masked));
+	add_number(json, "pages_copied_on_write", stat_get(&stats->pages_copied_on_write));
 	add_number(json, "pages_discarded", stat_get(&stats->pages_discarded));
 	add_number(json, "pages_settled", stat_get(&stats->pages_settled));
 	add_number(json, "map_failures", stat_get(&stats->map_failures));
@@ -418,6 +433,7 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	if (step_us[RESTORE_BEGUN])
 		json_object_object_add(json, "rest", rest_to_json(stats));
 	json_object_object_add(json, "scan", stat_scan_to_json(&stats->scan));
+	json_object_object_add(json, "reclaim", stat_reclaim_to_json(&stats->reclaim));
 	json_object_object_add(json, "spare", json_object_new_boolean(stats->is_spare != 0));
 	if (stats->source[0])
 		add_source(json, stats);

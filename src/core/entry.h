@@ -17,7 +17,8 @@
  *  short, long   how much the page is used, by looks and by minutes: activity/states.h. They say
  *          nothing about the source, and stay with the page when that changes
  *  file index, page number   the locator, for an overlay or a masked page. With the file index
- *          ENTRY_WORDS the page is one 8-byte word repeated, and the page number is the word's
+ *          ENTRY_WORDS the page is one 8-byte word repeated, and the page number is the word's; with
+ *          ENTRY_SPILL it was taken out of memory, and the page number is its slot in the store
  *
  * Ranges are not stored: a range is a longest run of pages whose entries name one mapping (see
  * entry_joins). So ranges and entries cannot disagree.
@@ -46,7 +47,8 @@ enum entry_source {
 #define ENTRY_PAGE_SHIFT 16
 #define ENTRY_PAGE_BITS 36
 #define ENTRY_WORDS 0xfffu /* no file */
-#define ENTRY_FILES ENTRY_WORDS
+#define ENTRY_SPILL 0xffeu
+#define ENTRY_FILES ENTRY_SPILL
 #define ENTRY_FILE_PAGES (1ull << ENTRY_PAGE_BITS) /* 256 TiB */
 
 static inline uint64_t entry_overlay(unsigned file, uint64_t file_page)

@@ -4,6 +4,7 @@
 #define LATENT_CORE_INTERNAL_H
 
 #include "core/ram.h"
+#include "core/spill.h"
 #include "os/os.h"
 
 #include <assert.h>
@@ -20,10 +21,25 @@ struct ram_file {
 	struct ram_observer observer;
 };
 
-/* Of masked pages of one repeated word; see mask.c. */
+/* Of masked pages of one repeated word. Who has a word's number may read it without a lock: chunk k has
+ * twice as many as the one before it, and stays where it is. See word_at in mask.c. */
+#define WORDS_FIRST_CHUNK 64u
 struct ram_words {
-	uint64_t *list;
-	size_t count, room;
+	uint64_t *chunks[ENTRY_PAGE_BITS];
+	uint64_t count;
+};
+
+/* Of pages whose memory is given back; see reclaim.c. Under the mask lock but what is said. */
+struct ram_reclaim {
+	struct spill *spill; /* NULL: nothing is reclaimed */
+	bool allowed;
+	/* The unit under way. Changed under both locks; its pages are all in one watched mapping. */
+	struct ram_block *block; /* NULL: none */
+	uint64_t page, pages;
+	bool take[RAM_RECLAIM_PAGES]; /* protected, and nobody has touched it since */
+	struct ram_reclaim_counts counts;
+	pthread_mutex_t reads_lock; /* the last lock; protects the next */
+	struct ram_read *reads;
 };
 
 struct ram {
@@ -49,6 +65,7 @@ struct ram {
 	int uffd; /* borrowed; -1: pages cannot be masked */
 	struct ram_words words;
 	struct ram_mask_counts mask_counts;
+	struct ram_reclaim reclaim;
 };
 
 static inline void assert_locked(struct ram *ram)
@@ -102,6 +119,15 @@ int map_overlay(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pa
 
 /* mask.c */
 
+/* [locked, and with the mask lock] A watched mapping, from what is base or watched. */
+int mask_watch(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
+/* The same: what is watched for pages that are not there is watched for writes, too, from now on. */
+int mask_watch_writes(struct ram *ram);
+/* Mappings that mask_watch adds. */
+uint64_t mask_more_maps(const struct ram_block *b, uint64_t page, uint64_t pages);
+/* With the mask lock: the entry of a page in a watched mapping, which was not masked. */
+void mask_set(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t entry);
+uint64_t word_at(const struct ram_words *words, uint64_t number);
 /* [locked] A watched mapping: see ram_single. */
 int mask_single(struct ram *ram, void *hva, size_t bytes, bool on);
 
@@ -113,5 +139,15 @@ void mask_forget(struct ram *ram, uint64_t entry);
 void mask_drop(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
 /* Writes the contents of masked pages into the memfd; for a range that is mapped no more. */
 void mask_rescue(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
+
+/* reclaim.c */
+
+/* These pages get other contents, another mapping, or another watcher: those of the unit under way stay.
+ * With the mask lock; for pages that are not watched, with the range lock alone. */
+void reclaim_leave(struct ram *ram, const struct ram_block *b, uint64_t page, uint64_t pages);
+/* With the mask lock. Somebody waits for the page: it may be written from now on. */
+void reclaim_touched(struct ram *ram, struct ram_block *b, uint64_t page);
+/* [locked, and with the mask lock] Nothing of the unit under way is taken. */
+void reclaim_cancel(struct ram *ram);
 
 #endif

@@ -16,7 +16,12 @@
 
 static bool names_file(uint64_t entry)
 {
-	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) != ENTRY_WORDS;
+	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) < ENTRY_FILES;
+}
+
+static bool names_spill(uint64_t entry)
+{
+	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_SPILL;
 }
 
 static void count_out(struct ram *ram, uint64_t entry)
@@ -24,6 +29,21 @@ static void count_out(struct ram *ram, uint64_t entry)
 	ram->mask_counts.masked_now--;
 	if (names_file(entry))
 		ram->files[entry_file(entry)].masked_pages--;
+	if (names_spill(entry))
+		spill_free(ram->reclaim.spill, entry_file_page(entry));
+}
+
+/* What the entry names can be read without the lock until it is let go. */
+static void pin(struct ram *ram, uint64_t entry)
+{
+	if (names_spill(entry))
+		spill_pin(ram->reclaim.spill, entry_file_page(entry));
+}
+
+static void let_go(struct ram *ram, uint64_t entry)
+{
+	if (names_spill(entry))
+		spill_unpin(ram->reclaim.spill, entry_file_page(entry));
 }
 
 void mask_forget(struct ram *ram, uint64_t entry)
@@ -34,6 +54,7 @@ void mask_forget(struct ram *ram, uint64_t entry)
 
 void mask_drop(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
+	reclaim_leave(ram, b, page, pages);
 	for (uint64_t i = page; i < page + pages; i++) {
 		uint64_t entry = entry_get(b, i);
 
@@ -52,12 +73,21 @@ static void set_made(struct ram *ram, struct ram_block *b, uint64_t page)
 	count_out(ram, entry);
 	if (names_file(entry))
 		ram->mask_counts.copied++;
+	else if (names_spill(entry))
+		ram->reclaim.counts.returned++;
 	else
 		ram->mask_counts.made++;
 	entry_set(b, page, ENTRY_WATCHED);
 }
 
 /* ---- contents ---------------------------------------------------------------------------------- */
+
+uint64_t word_at(const struct ram_words *words, uint64_t number)
+{
+	unsigned chunk = 63 - (unsigned)__builtin_clzll(number / WORDS_FIRST_CHUNK + 1);
+
+	return words->chunks[chunk][number - WORDS_FIRST_CHUNK * ((1ull << chunk) - 1)];
+}
 
 /* What the page will hold; waits for storage, and so wants no lock. */
 static int get_contents(struct ram *ram, uint64_t entry, void *page)
@@ -69,8 +99,10 @@ static int get_contents(struct ram *ram, uint64_t entry, void *page)
 
 		return r ? r : os_read_all(ram->files[entry_file(entry)].fd, page, OS_PAGE_BYTES, os_bytes(entry_file_page(entry)));
 	}
+	if (names_spill(entry))
+		return spill_read(ram->reclaim.spill, entry_file_page(entry), page);
 	for (size_t i = 0; i < OS_PAGE_BYTES / sizeof *word; i++)
-		word[i] = ram->words.list[entry_file_page(entry)];
+		word[i] = word_at(&ram->words, entry_file_page(entry));
 	return 0;
 }
 
@@ -148,7 +180,7 @@ static struct ram_block *find_page(struct ram *ram, void *hva, uint64_t *ret_pag
 	return b;
 }
 
-/* `*ret_entry`: what is to be copied there, or ENTRY_BASE when there is nothing to do. */
+/* `*ret_entry`: what is to be copied there, pinned, or ENTRY_BASE when there is nothing to do. */
 static int begin_page(struct ram *ram, void *hva, uint64_t *ret_entry)
 {
 	struct ram_block *b;
@@ -159,23 +191,27 @@ static int begin_page(struct ram *ram, void *hva, uint64_t *ret_entry)
 	pthread_mutex_lock(&ram->mask_lock);
 	b = find_page(ram, hva, &page);
 	entry = b ? entry_get(b, page) : ENTRY_BASE;
+	if (b)
+		reclaim_touched(ram, b, page);
 	if (entry_source(entry) == ENTRY_WATCHED)
 		r = os_uffd_zero(ram->uffd, hva);
 	else if (entry_source(entry) == ENTRY_MASKED && try_to_map(ram, b, page))
 		*ret_entry = entry_get(b, page); /* not `entry`: a failure may have made it */
+	pin(ram, *ret_entry);
 	pthread_mutex_unlock(&ram->mask_lock);
 	return r == -EEXIST || r == -ENOENT ? 0 : r;
 }
 
-static int end_page(struct ram *ram, void *hva, uint64_t entry, const void *contents)
+/* `r`: what came of getting its contents. */
+static int end_page(struct ram *ram, void *hva, uint64_t entry, const void *contents, int r)
 {
 	struct ram_block *b;
 	uint64_t page;
-	int r = 0;
 
 	pthread_mutex_lock(&ram->mask_lock);
+	let_go(ram, entry);
 	b = find_page(ram, hva, &page);
-	if (b)
+	if (b && !r)
 		r = put_contents(ram, b, page, entry, contents);
 	pthread_mutex_unlock(&ram->mask_lock);
 	return r;
@@ -188,8 +224,7 @@ int ram_make(struct ram *ram, void *hva)
 
 	if (!r && entry_source(entry) == ENTRY_MASKED) {
 		r = get_contents(ram, entry, contents);
-		if (!r)
-			r = end_page(ram, hva, entry, contents);
+		r = end_page(ram, hva, entry, contents, r);
 	}
 	if (!r)
 		os_uffd_wake(ram->uffd, hva, OS_PAGE_BYTES);
@@ -205,18 +240,16 @@ void ram_watch(struct ram *ram, int uffd)
 }
 
 /* -ENOMEM. */
-static int make_room(struct ram_words *w)
+static int append_word(struct ram_words *w, uint64_t word)
 {
-	size_t room = w->room ? w->room * 2 : 64;
-	uint64_t *list;
+	unsigned k = 63 - (unsigned)__builtin_clzll(w->count / WORDS_FIRST_CHUNK + 1);
 
-	if (w->count < w->room)
-		return 0;
-	list = realloc(w->list, room * sizeof *list);
-	if (!list)
+	if (!w->chunks[k])
+		w->chunks[k] = malloc((WORDS_FIRST_CHUNK << k) * sizeof word);
+	if (!w->chunks[k])
 		return -ENOMEM;
-	w->list = list;
-	w->room = room;
+	w->chunks[k][w->count - WORDS_FIRST_CHUNK * ((1ull << k) - 1)] = word;
+	w->count++;
 	return 0;
 }
 
@@ -227,18 +260,22 @@ int ram_add_word(struct ram *ram, uint64_t word, uint64_t *ret_number)
 
 	assert_locked(ram);
 	pthread_mutex_lock(&ram->mask_lock);
-	if (!w->count || w->list[w->count - 1] != word) {
-		r = make_room(w);
-		if (!r)
-			w->list[w->count++] = word;
-	}
+	if (!w->count || word_at(w, w->count - 1) != word)
+		r = append_word(w, word);
 	if (!r)
 		*ret_number = w->count - 1;
 	pthread_mutex_unlock(&ram->mask_lock);
 	return r;
 }
 
-static uint64_t more_maps(const struct ram_block *b, uint64_t page, uint64_t pages)
+/* Where memory is reclaimed, all that is watched is watched for writes, too; so it stays one mapping. */
+static int watch_pages(struct ram *ram, void *hva, size_t bytes, bool single)
+{
+	return single || ram->reclaim.spill ? os_uffd_register_missing_wp(ram->uffd, hva, bytes)
+					    : os_uffd_register_missing(ram->uffd, hva, bytes);
+}
+
+uint64_t mask_more_maps(const struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	/* Its ends may become beginnings of mappings. */
 	bool before = page && !entry_is_watched(entry_get(b, page - 1));
@@ -247,19 +284,24 @@ static uint64_t more_maps(const struct ram_block *b, uint64_t page, uint64_t pag
 	return (uint64_t)before + behind;
 }
 
+void mask_set(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t entry)
+{
+	entry_set(b, page, entry);
+	if (entry_source(entry) != ENTRY_MASKED)
+		return;
+	ram->mask_counts.masked_now++;
+	ram->mask_counts.masked++;
+	if (names_file(entry))
+		ram->files[entry_file(entry)].masked_pages++;
+}
+
 static void set_masked(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, const uint64_t *entries)
 {
 	uint64_t starts = count_starts(b, page, page + pages);
 
-	for (uint64_t i = 0; i < pages; i++) {
-		entry_set(b, page + i, entries[i]);
-		if (entry_source(entries[i]) != ENTRY_MASKED)
-			continue;
-		ram->mask_counts.masked_now++;
-		ram->mask_counts.masked++;
-		if (names_file(entries[i]))
-			ram->files[entry_file(entries[i])].masked_pages++;
-	}
+	reclaim_leave(ram, b, page, pages);
+	for (uint64_t i = 0; i < pages; i++)
+		mask_set(ram, b, page + i, entries[i]);
 	ram->counts.maps += count_starts(b, page, page + pages) - starts;
 }
 
@@ -270,14 +312,51 @@ int ram_mask(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages
 	assert_locked(ram);
 	if (ram->uffd < 0 || ram->base_held)
 		return -EBUSY;
-	if (!within_budget(ram, more_maps(b, page, pages)))
+	if (!within_budget(ram, mask_more_maps(b, page, pages)))
 		return -EDQUOT;
 	ram_not_single(ram, b, page, pages); /* one userfaultfd a mapping */
 	pthread_mutex_lock(&ram->mask_lock);
-	r = os_uffd_register_missing(ram->uffd, page_hva(b, page), os_bytes(pages));
+	r = watch_pages(ram, page_hva(b, page), os_bytes(pages), false);
 	if (!r)
 		set_masked(ram, b, page, pages, entries);
 	pthread_mutex_unlock(&ram->mask_lock);
+	return r;
+}
+
+int mask_watch(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	uint64_t starts = count_starts(b, page, page + pages);
+	int r = watch_pages(ram, page_hva(b, page), os_bytes(pages), false);
+
+	if (r)
+		return r;
+	for (uint64_t i = page; i < page + pages; i++)
+		if (entry_source(entry_get(b, i)) == ENTRY_BASE)
+			entry_set(b, i, ENTRY_WATCHED);
+	ram->counts.maps += count_starts(b, page, page + pages) - starts;
+	return 0;
+}
+
+static int watch_writes_of(struct ram *ram, struct ram_block *b)
+{
+	struct ram_range range;
+	int r = 0;
+
+	for (uint64_t page = 0; !r && page < b->pages; page += range.pages) {
+		range = ram_range_at(b, page, b->pages);
+		if (range.source == ENTRY_WATCHED)
+			r = watch_pages(ram, page_hva(b, page), os_bytes(range.pages), true);
+	}
+	return r;
+}
+
+int mask_watch_writes(struct ram *ram)
+{
+	int r = 0;
+
+	for (size_t slot = 0; !r && slot < RAM_BLOCKS; slot++)
+		if (ram->blocks[slot])
+			r = watch_writes_of(ram, ram->blocks[slot]);
 	return r;
 }
 
@@ -286,8 +365,7 @@ int mask_single(struct ram *ram, void *hva, size_t bytes, bool on)
 	int r;
 
 	pthread_mutex_lock(&ram->mask_lock);
-	r = on ? os_uffd_register_missing_wp(ram->uffd, hva, bytes)
-	       : os_uffd_register_missing(ram->uffd, hva, bytes);
+	r = watch_pages(ram, hva, bytes, on);
 	pthread_mutex_unlock(&ram->mask_lock);
 	return r;
 }
@@ -297,6 +375,7 @@ int mask_single(struct ram *ram, void *hva, size_t bytes, bool on)
 struct batch {
 	struct ram_block *block;
 	uint64_t page[BATCH_PAGES], entry[BATCH_PAGES];
+	bool failed[BATCH_PAGES];
 	size_t count;
 	uint8_t *contents;
 };
@@ -314,11 +393,19 @@ static bool next_batch(struct ram *ram, size_t slot, uint64_t *page, int file, s
 
 		if (entry_source(entry) != ENTRY_MASKED || (file >= 0 && entry_file(entry) != (unsigned)file))
 			continue;
+		pin(ram, entry);
 		batch->page[batch->count] = *page;
+		batch->failed[batch->count] = false;
 		batch->entry[batch->count++] = entry;
 	}
 	pthread_mutex_unlock(&ram->mask_lock);
 	return batch->count;
+}
+
+static void unpin_batch(struct ram *ram, const struct batch *batch)
+{
+	for (size_t i = 0; i < batch->count; i++)
+		let_go(ram, batch->entry[i]);
 }
 
 static int make_batch(struct ram *ram, size_t slot, struct batch *batch)
@@ -328,15 +415,16 @@ static int make_batch(struct ram *ram, size_t slot, struct batch *batch)
 	for (size_t i = 0; i < batch->count; i++) {
 		int one = get_contents(ram, batch->entry[i], batch->contents + os_bytes(i));
 
-		if (one) {
-			batch->entry[i] = ENTRY_BASE; /* no page's that is masked */
-			r = r ? r : one;
-		}
+		batch->failed[i] = one;
+		r = r ? r : one;
 	}
 	pthread_mutex_lock(&ram->mask_lock);
+	unpin_batch(ram, batch);
 	for (size_t i = 0; i < batch->count && ram->blocks[slot] == batch->block; i++) {
-		int one = entry_source(batch->entry[i]) != ENTRY_MASKED ? 0
-				: put_contents(ram, batch->block, batch->page[i], batch->entry[i], batch->contents + os_bytes(i));
+		int one = batch->failed[i]
+				  ? 0
+				  : put_contents(ram, batch->block, batch->page[i], batch->entry[i],
+						 batch->contents + os_bytes(i));
 
 		r = r ? r : one;
 	}
@@ -382,6 +470,7 @@ static void map_all(struct ram *ram)
 			for (size_t i = 0; i < batch.count && ram->blocks[slot] == batch.block; i++)
 				if (names_file(entry_get(batch.block, batch.page[i])))
 					(void)map_run(ram, batch.block, batch.page[i]);
+			unpin_batch(ram, &batch);
 			pthread_mutex_unlock(&ram->mask_lock);
 			ram_unlock(ram);
 		}
@@ -397,6 +486,7 @@ static int end_watch(struct ram *ram, struct ram_block *b, uint64_t page, uint64
 	for (uint64_t i = page; i < page + pages; i++)
 		if (entry_source(entry_get(b, i)) == ENTRY_MASKED)
 			return -EAGAIN;
+	reclaim_leave(ram, b, page, pages);
 	r = os_uffd_unregister(ram->uffd, page_hva(b, page), os_bytes(pages));
 	if (r)
 		return r;
@@ -436,6 +526,27 @@ int ram_unmask(struct ram *ram)
 	map_all(ram);
 	r = copy_all(ram, -1);
 	return r ? r : end_watches(ram);
+}
+
+int ram_unmask_part(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct ram_range range;
+	int r = 0;
+
+	assert_locked(ram);
+	pthread_mutex_lock(&ram->mask_lock);
+	for (uint64_t i = page; i < page + pages; i += range.pages) {
+		int one = 0;
+
+		range = ram_range_at(b, i, page + pages);
+		if (range.source != ENTRY_WATCHED)
+			continue;
+		mask_rescue(ram, b, i, range.pages);
+		one = end_watch(ram, b, i, range.pages);
+		r = r ? r : one;
+	}
+	pthread_mutex_unlock(&ram->mask_lock);
+	return r;
 }
 
 void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts)

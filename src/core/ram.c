@@ -30,6 +30,7 @@ int ram_create(uint64_t budget_maps, struct ram **ret_ram)
 	}
 	pthread_mutex_init(&ram->lock, NULL);
 	pthread_mutex_init(&ram->mask_lock, NULL);
+	pthread_mutex_init(&ram->reclaim.reads_lock, NULL);
 	ram->uffd = -1;
 	ram->single_uffd = -1;
 	ram->counts.budget_maps = budget_maps ? budget_maps : os_max_maps() / 2;
@@ -47,9 +48,12 @@ void ram_destroy(struct ram *ram)
 		return;
 	ram_remove_blocks(ram);
 	os_pagemap_close(ram->pagemap);
+	pthread_mutex_destroy(&ram->reclaim.reads_lock);
 	pthread_mutex_destroy(&ram->mask_lock);
 	pthread_mutex_destroy(&ram->lock);
-	free(ram->words.list);
+	spill_close(ram->reclaim.spill);
+	for (size_t i = 0; i < ENTRY_PAGE_BITS; i++)
+		free(ram->words.chunks[i]);
 	free(ram);
 }
 
@@ -181,6 +185,7 @@ static void set_entries(struct ram *ram, struct ram_block *b, uint64_t page, uin
 	bool overlay = entry_source(head) == ENTRY_OVERLAY;
 	uint64_t starts_before = count_starts(b, page, page + pages);
 
+	reclaim_leave(ram, b, page, pages);
 	for (uint64_t i = 0; i < pages; i++) {
 		uint64_t old = entry_get(b, page + i);
 
@@ -216,6 +221,7 @@ static void set_private(struct ram *ram, struct ram_block *b, uint64_t page, enu
 		return;
 	entry_set(b, page, entry | ENTRY_PRIVATE);
 	ram->counts.private_pages++;
+	ram->counts.copied_pages += why == RAM_LOST_COPIED;
 	tell_lost(ram, entry, why);
 }
 
@@ -277,6 +283,8 @@ void ram_remove_block(struct ram *ram, struct ram_block *b)
 	if (!b)
 		return;
 	pthread_mutex_lock(&ram->mask_lock);
+	if (ram->reclaim.block == b)
+		reclaim_cancel(ram);
 	set_entries(ram, b, 0, b->pages, ENTRY_BASE, RAM_LOST_DROPPED);
 	ram->counts.pages -= b->pages;
 	ram->counts.maps--;

@@ -23,6 +23,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 #define RAM_BLOCKS 64
 #define RAM_NAME_BYTES 64
@@ -64,6 +65,7 @@ struct ram_range {
 
 struct ram_counts {
 	uint64_t pages, overlay_pages, private_pages;
+	uint64_t copied_pages; /* became private by a write; only grows */
 	uint64_t maps;       /* mappings that make up guest RAM */
 	uint64_t other_maps; /* the rest of the process, when last counted */
 	uint64_t budget_maps;
@@ -79,6 +81,21 @@ struct ram_mask_counts {
 	uint64_t copied;  /* or copied from a file, */
 	uint64_t mapped;  /* or the file was mapped there; */
 	uint64_t dropped; /* or something else came there before anybody looked */
+};
+
+/* Pages whose memory was given back, in pages but where it is said; all without "now" only grow. */
+struct ram_reclaim_counts {
+	uint64_t zeros;    /* they held zeros, */
+	uint64_t words;    /* or one word repeated, */
+	uint64_t spilled;  /* or went to the store; */
+	uint64_t returned; /* and of those: came back when they were touched */
+	uint64_t clean;    /* shown of files, in overlays, and went out of the page cache */
+	uint64_t spilled_now, spill_bytes_now, spill_most_bytes;
+	/* Wanted, and left where they are, because: */
+	uint64_t left_touched;  /* somebody wrote them or changed what lies there meanwhile, */
+	uint64_t left_reads;    /* a read into them was in flight, */
+	uint64_t left_unpacked; /* they pack so badly that it is not worth it, */
+	uint64_t left_failed;   /* the store is full or cannot be written, or the kernel did not give them back */
 };
 
 struct ram;
@@ -205,6 +222,8 @@ int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_
  * ram_unmask_file: makes all that comes from the file, by copying; it may be rewritten afterwards. May wait for
  *     storage. Needs no lock; the guest may run. Goes on after a failure and returns the first one.
  * ram_unmask: makes everything, by mapping where that is possible, and watches nothing any more.
+ * ram_unmask_part: [locked] makes these pages and watches them no more, because somebody is about to map their memfd
+ *     anew there. May wait for storage. What could not be made stays masked, and must not be mapped anew.
  */
 void ram_watch(struct ram *ram, int uffd);
 int ram_add_word(struct ram *ram, uint64_t word, uint64_t *ret_number);
@@ -212,7 +231,47 @@ int ram_mask(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t p
 int ram_make(struct ram *ram, void *hva);
 int ram_unmask_file(struct ram *ram, unsigned file);
 int ram_unmask(struct ram *ram);
+int ram_unmask_part(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
+
+/*
+ * Reclaim: memory of base is given back to the host, and what was there comes back when somebody touches it. Zeros
+ * are forgotten, a repeated word becomes a masked page, everything else is packed into a store and then masked. Of
+ * overlays the host drops what it has cached of the file, and nobody has in a page table. The guest runs, and loses
+ * nothing; but no thread may have pages of guest RAM pinned for writing that are not told of by ram_read_begins (see
+ * "Reclaim" in ARCHITECTURE.md).
+ *
+ * ram_reclaim_open: where what is taken goes to, once and for good: `fd` and the others as in spill_open. Masks must be
+ *     possible (ram_watch). -EOPNOTSUPP: not possible, or the kernel cannot write-protect shared memory (Linux 5.19);
+ *     -EALREADY; -ENOMEM; -EINVAL. Then ram_reclaim is allowed.
+ * ram_reclaim_allow: false: nothing is reclaimed from now on, and nothing is when it returns; for who ends all masks
+ *     (ram_unmask) and wants it to stay so. What is reclaimed stays.
+ * ram_reclaim: of the `count` next pages, RAM_RECLAIM_PAGES at most, from `page` of the block in `slot` on: those
+ *     that `wanted` says yes to, and no private copies. `*ret_pages`: so many were looked at; go on behind them. One thread at a time,
+ *     which no freeze stops. May wait for storage, with no lock held.
+ *     -ENOENT: there is no such page, and `*ret_pages` is untouched; -EBUSY: not allowed, or held, or another userfaultfd
+ *     is there; -EDQUOT: over the budget of mappings; -ENOSPC: the store is full; else as os_write_all. What was taken
+ *     before the failure stays taken; nothing is lost.
+ * ram_wanted: called with the range lock, with the page's entry, activity included.
+ * ram_read_begins, ram_read_ends: around a system call that may pin guest RAM and write it with no page table (a read
+ *     with O_DIRECT); any thread, with no lock held. `read` and the vectors stay as they are between the two.
+ */
+#define RAM_RECLAIM_PAGES 512u
+
+struct ram_read {
+	const struct iovec *iov;
+	int count;
+	struct ram_read *next, *previous;
+};
+
+typedef bool (*ram_wanted)(void *ctx, uint64_t entry);
+int ram_reclaim_open(struct ram *ram, int fd, uint64_t most_bytes, bool in_memory);
+void ram_reclaim_allow(struct ram *ram, bool allowed);
+int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, ram_wanted wanted,
+		void *ctx, uint64_t *ret_pages);
+void ram_read_begins(struct ram *ram, struct ram_read *read);
+void ram_read_ends(struct ram *ram, struct ram_read *read);
+void ram_get_reclaim_counts(struct ram *ram, struct ram_reclaim_counts *ret_counts);
 
 /* Contents stay. Makes every page of the file's overlays a private copy: from then on the file may be
  * rewritten (but not truncated). Safe while the guest runs. It may wait for storage, so it holds the

@@ -38,7 +38,8 @@ PUBLIC int latent_vm_create(const struct latent_options *o, struct latent_vm **r
 	struct latent_vm *vm;
 	int r;
 
-	if (o->size != sizeof *o || !(o->share_threshold >= 0 && o->share_threshold <= 1) || !o->tracks_dir)
+	if (o->size != sizeof *o || !(o->share_threshold >= 0 && o->share_threshold <= 1) || !o->tracks_dir ||
+	    o->max_maps > os_max_maps() / 2)
 		return -EINVAL;
 	vm = calloc(1, sizeof *vm);
 	if (!vm)

@@ -34,6 +34,10 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_SPARE_MEMORY] = "spare_memory",
 	[OS_FAULT_WINDOW] = "window",
 	[OS_FAULT_SAVE_STEP] = "save_step",
+	[OS_FAULT_RESTORE_STEP] = "restore_step",
+	[OS_FAULT_AGENT_STEP] = "agent_step",
+	[OS_FAULT_PAGER_STEP] = "pager_step",
+	[OS_FAULT_PAGER_MEMORY] = "pager_memory",
 };
 
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error)

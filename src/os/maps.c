@@ -254,6 +254,12 @@ uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)
 	return resident;
 }
 
+void os_drop_cached(int fd, uint64_t offset, uint64_t bytes)
+{
+	(void)syscall(SYS_fadvise64, fd, (off_t)offset, (off_t)bytes,
+		      POSIX_FADV_DONTNEED); /* not by the agent's own hook */
+}
+
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
 {
 	int fd = memfd_create(name, MFD_ALLOW_SEALING | (inherit ? 0 : MFD_CLOEXEC));

@@ -108,6 +108,8 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it, os_residency_is_told; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 bool os_residency_is_told(int fd);
+/* Advises the kernel to drop from the page cache what is clean there and mapped by nobody. */
+void os_drop_cached(int fd, uint64_t offset, uint64_t bytes);
 
 /*
  * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.
@@ -294,15 +296,19 @@ enum os_fault_point {
 	OS_FAULT_SPARE_MEMORY, /* the host has none to spare for what nobody has asked for yet */
 	OS_FAULT_WINDOW,       /* a mapping in a reservation, emptied ones included */
 	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */
+	OS_FAULT_RESTORE_STEP, /* of a restore, until the command becomes QEMU, */
+	OS_FAULT_AGENT_STEP,   /* and from then on, until it is told that the guest runs */
+	OS_FAULT_PAGER_STEP,   /* of what a pager is asked for */
+	OS_FAULT_PAGER_MEMORY, /* a pager has no memory to remember what somebody waits for */
 	OS_FAULT_POINTS
 };
 
 /*
  * The call number `nth` (from 1) of a point fails with `error` (positive errno), once; 0 disarms.
- * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), "point:nth:FULL" (from
- * then on every OS_FAULT_WRITE fails with ENOSPC), or "storage_read:delay:MS" (every call is delayed),
- * comma-separated, as in the environment variable LATENT_FAULT of the VMM, of `latent save` and of
- * `latent flatten`.
+ * os_fault_parse takes "point:nth:ERRNO", "point:nth:KILL" (SIGKILL to this process), "point:nth:FULL"
+ * (from then on every OS_FAULT_WRITE fails with ENOSPC), or "storage_read:delay:MS" (every call is
+ * delayed), comma-separated, as in the environment variable LATENT_FAULT of the VMM, of `latent save`,
+ * `flatten`, `restore` and `spare`, and of a pager.
  */
 void os_fault_arm(enum os_fault_point point, uint32_t nth, int error);
 int os_fault_parse(const char *text);

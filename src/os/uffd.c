@@ -96,7 +96,11 @@ int os_uffd_register_missing(int uffd, void *hva, size_t bytes)
 
 int os_uffd_register_missing_wp(int uffd, void *hva, size_t bytes)
 {
-	return register_range(uffd, hva, bytes, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
+	int r = os_fault(OS_FAULT_REGISTER);
+
+	return r ? r
+		 : register_range(uffd, hva, bytes,
+				  UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
 }
 
 int os_uffd_unregister(int uffd, void *hva, size_t bytes)

@@ -8,6 +8,8 @@
  */
 #include "pager/pager.h"
 
+#include "os/os.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -60,12 +62,16 @@ static int listen_at(const char *path)
 
 int main(int argc, char **argv)
 {
-	const char *prefetch = getenv("LATENT_PREFETCH");
+	const char *prefetch = getenv("LATENT_PREFETCH"), *faults = getenv("LATENT_FAULT");
 	char lock_path[VMDIR_PATH_BYTES], path[VMDIR_PATH_BYTES];
 	int lock, listener;
 
 	if (argc != 3 || pager_path(argv[1], argv[2], ".lock", lock_path) || pager_path(argv[1], argv[2], ".sock", path)) {
 		fprintf(stderr, PAGER_PROGRAM ": started by latent restore, not by people\n");
+		return 64;
+	}
+	if (faults && os_fault_parse(faults)) {
+		fprintf(stderr, PAGER_PROGRAM ": LATENT_FAULT is not understood: %s\n", faults);
 		return 64;
 	}
 	if (fork()) /* who has started it goes on, and is not its parent */

@@ -181,10 +181,11 @@ static void wake(struct pager *p, const struct cache *cache, uint64_t chunk)
 static void want(struct pager *p, struct cache *cache, uint64_t chunk, unsigned tries)
 {
 	uint64_t pause_us = tries < 7 ? RETRY_US << (tries ? tries - 1 : 0) : RETRY_MAX_US;
-	struct want *w = malloc(sizeof *w), **at = &p->wants;
+	struct want *w = os_fault(OS_FAULT_PAGER_MEMORY) ? NULL : malloc(sizeof *w), **at = &p->wants;
 
-	if (!w) { /* the background comes by */
+	if (!w) { /* who waits faults again, and so says it again; else nobody might ever fetch it */
 		cache->state[chunk] = CHUNK_ABSENT;
+		wake(p, cache, chunk);
 		return;
 	}
 	*w = (struct want){ .cache = use_cache(cache), .chunk = chunk, .tries = tries };
@@ -233,12 +234,16 @@ static void note_failure(struct pager *p, struct fetch *f, uint64_t chunk, int r
 	p->ahead_not_before_us = os_now_us() + (p->ahead_tries < 6 ? RETRY_US << p->ahead_tries : RETRY_MAX_US);
 }
 
+/* What a pager may be killed after, by tests. */
+static void step(void) { (void)os_fault(OS_FAULT_PAGER_STEP); }
+
 static void on_fetched(struct store_read *read, int r)
 {
 	struct fetch *f = (struct fetch *)(void *)read;
 	const struct packed_chunk *first = &f->cache->packed.chunk[f->chunk];
 	struct pager *p = f->pager;
 
+	step();
 	if (!r)
 		p->bytes_fetched += read->bytes;
 	for (uint64_t i = f->chunk; i < f->chunk + f->chunks; i++) {
@@ -249,6 +254,7 @@ static void on_fetched(struct store_read *read, int r)
 			note_failure(p, f, i, one);
 			continue;
 		}
+		step();
 		p->ahead_tries = 0;
 		wake(p, f->cache, i);
 	}
@@ -279,6 +285,7 @@ static bool fetch(struct pager *p, struct cache *cache, uint64_t chunk, uint64_t
 	}
 	for (uint64_t i = 0; i < chunks; i++)
 		cache->state[chunk + i] = CHUNK_COMES;
+	step();
 	return true;
 }
 
@@ -651,6 +658,7 @@ static void on_client(struct pager *p, struct client *c)
 		drop_client(p, c);
 		return;
 	}
+	step();
 	if (q.op == PAGER_OPEN)
 		do_open(p, c);
 	else if (q.op == PAGER_ADOPT)
@@ -659,6 +667,7 @@ static void on_client(struct pager *p, struct client *c)
 		do_watch(p, c, &q, fds[0]);
 	else
 		c->load = q.op == PAGER_LOAD ? LOAD_ALL : q.op == PAGER_LOAD_REST ? LOAD_REST : LOAD_ACTIVE;
+	step();
 }
 
 static bool may_ask(int fd)

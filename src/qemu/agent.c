@@ -17,6 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define EXIT_OTHER_BUILD 69 /* as `latent run` calls it */
 #define FREEZE_MS 5000
 #define FREEZE_OPEN_MS 1000 /* within an open of QEMU's */
 
@@ -144,6 +145,7 @@ static void keep_from_children(int fd)
 		fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
+/* There is none where only a hello was wanted. */
 static bool read_config(struct agent_config *c)
 {
 	int fd = take_number(AGENT_CONFIG_ENV);
@@ -155,7 +157,13 @@ static bool read_config(struct agent_config *c)
 	     c->version == AGENT_CONFIG_VERSION && !c->name[sizeof c->name - 1] &&
 	     !c->run_dir[sizeof c->run_dir - 1] && !c->volumes_dir[sizeof c->volumes_dir - 1];
 	close(fd);
-	return ok;
+	if (!ok) {
+		static const char sentence[] = "latent: latent-qemu.so and latent are not of one build: install both anew\n";
+
+		(void)!write(STDERR_FILENO, sentence, sizeof sentence - 1);
+		_exit(EXIT_OTHER_BUILD);
+	}
+	return true;
 }
 
 __attribute__((constructor)) static void load(void)
@@ -336,6 +344,8 @@ void agent_note_kernel_io(bool of_drives)
 
 	if (!a)
 		return;
+	if (!a->kernel_io)
+		reclaimer_leave(); /* before anybody goes on who sees the flag */
 	a->kernel_io = true;
 	if (of_drives)
 		a->stats->other_io = 1;
@@ -390,6 +400,7 @@ int agent_exclude(const char *what)
 		return 0;
 	restorer_wait();
 	volumes_allow(a->volumes, false);
+	reclaimer_leave();
 	r = ram_unmask(a->ram);
 	ram_get_counts(a->ram, &c);
 	for (uint32_t i = 0; c.overlay_pages && (v = volumes_nth(a->volumes, i)); i++)

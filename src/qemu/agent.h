@@ -11,6 +11,7 @@
  *   lazy.c     its end of a source that cannot be mapped
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *   scanner.c  its thread that looks at what the guest uses, from the first request for that on
+ *   reclaimer.c its thread that gives cold memory back to the host, from the first request for that on
  *   resume.c   what comes after a restore: the guest runs, or waits to be taken
  *
  * Until guest RAM is mapped no thread runs and every hook passes through.
@@ -150,6 +151,25 @@ int scanner_set(struct agent *agent, uint64_t period_us);
 void scanner_yield(bool yield);
 /* QEMU is about to watch guest RAM by a userfaultfd of its own: there is no scan from now on. Any thread. */
 void scanner_leave(void);
+uint64_t scanner_shortest_us(void); /* as in struct scan_report; 0: nothing is known. Any thread */
+
+/* reclaimer.c: walks once through guest RAM and gives back the memory of pages that were not used for so
+ * long (not 0), until the VM takes no more than so many bytes of memory (0: to the end); replies at
+ * once. From the service thread. -EBUSY and a sentence: not in this VM, or not now; -EALREADY. */
+struct reclaim_order {
+	uint64_t unused_us, until_bytes;
+};
+void reclaimer_begin(struct agent *agent, const struct reclaim_order *order,
+		     struct control_reply *reply);
+/* A walk that is under way ends soon; what it has given back stays so. */
+void reclaimer_end(void);
+/* Brings its statistics up to date; returns memory_bytes_now of them. Any thread, with no lock held. */
+uint64_t reclaimer_publish(struct agent *agent);
+/* A save begins or ends: nothing is masked meanwhile. From the service thread. */
+void reclaimer_yield(bool yield);
+/* Somebody is about to get hold of guest RAM who would not see that a page of it is taken away: nothing
+ * is taken any more when it returns. Any thread, with no lock held. */
+void reclaimer_leave(void);
 
 /* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
 int faults_make_pages(struct agent *agent);

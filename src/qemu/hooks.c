@@ -34,6 +34,7 @@
 #include <linux/udmabuf.h>
 #include <linux/vfio.h>
 #include <linux/vhost.h>
+#include <scsi/sg.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -74,13 +75,19 @@ static int fail(int r)
 /* QEMU maps a page of guest RAM anew after a memory error. */
 static void *map_again(struct agent *a, void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
 {
-	void *at;
+	void *at = MAP_FAILED;
+	int r;
 
 	restorer_wait();
 	ram_lock(a->ram);
-	(void)ram_for_part(a->ram, addr, bytes, ram_return_base);
-	at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+	r = ram_for_part(a->ram, addr, bytes, ram_unmask_part); /* a new mapping is not watched */
+	if (!r) {
+		(void)ram_for_part(a->ram, addr, bytes, ram_return_base);
+		at = (void *)raw(SYS_mmap, (long)addr, (long)bytes, prot, flags, fd, offset);
+	}
 	ram_unlock(a->ram);
+	if (r)
+		errno = -r;
 	return at;
 }
 
@@ -234,7 +241,11 @@ static ssize_t read_vector(int fd, const struct iovec *iov, int count, off_t off
 	ssize_t n;
 
 	if (a && count > 0 && count <= 1024 && into_ram(a, iov, count)) {
+		struct ram_read read = { .iov = iov, .count = count };
+
+		ram_read_begins(a->ram, &read); /* with O_DIRECT it is a device that writes these pages */
 		n = volumes_read(a->volumes, fd, iov, count, offset);
+		ram_read_ends(a->ram, &read);
 		return n < 0 ? fail((int)n) : n;
 	}
 	n = raw(SYS_preadv, fd, (long)iov, count, offset, 0, 0);
@@ -315,6 +326,8 @@ static int check_path(const char *path)
 
 	if (!rule || !(rule->excludes & COMPAT_OVERLAYS))
 		return 0;
+	if (!strcmp(path, "/dev/userfaultfd"))
+		scanner_leave();
 	compat_sentence(rule, path, sentence, sizeof sentence);
 	return agent_exclude(sentence);
 }
@@ -492,6 +505,8 @@ HOOK int ioctl(int fd, unsigned long request, ...)
 	r = agent_get() ? check_ioctl(request) : 0;
 	if (request == VHOST_SET_OWNER)
 		agent_note_kernel_io(false);
+	if (request == SG_IO && agent_get())
+		reclaimer_leave(); /* a disk that is passed through: it may write pages that it has pinned */
 	if (r)
 		return fail((int)r);
 	r = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);

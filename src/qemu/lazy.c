@@ -93,11 +93,10 @@ static int receive(int fd, struct pager_report *report)
 
 /* ---- requests --------------------------------------------------------------------------------- */
 
-static int ask(int fd, enum pager_op op, const int *fds, unsigned count)
+static int ask(int fd, enum pager_op op, const struct pager_request *ram, const int *fds, unsigned count)
 {
-	static struct pager_request q; /* under the lock */
+	struct pager_request q = *ram;
 
-	q = lazy.ram;
 	q.magic = PAGER_MAGIC;
 	q.version = PAGER_VERSION;
 	q.op = (uint32_t)op;
@@ -120,34 +119,51 @@ static int await(int fd, enum pager_op op)
 	return r;
 }
 
-/* All that the last pager knew. */
-static int introduce(int fd)
+/* All that the last pager knew. The answers are waited for, with no lock: `ram` is a copy. */
+static int introduce(int fd, const struct pager_request *ram)
 {
 	const struct agent_restore *restore = &lazy.agent->config.restore;
 	const int fds[PAGER_FDS_ADOPT] = { restore->ram_fd, restore->pages_fd, lazy.pager->index_fd };
-	int r = ask(fd, PAGER_ADOPT, fds, PAGER_FDS_ADOPT);
+	int r = ask(fd, PAGER_ADOPT, ram, fds, PAGER_FDS_ADOPT);
 
 	if (!r)
 		r = await(fd, PAGER_ADOPT);
-	if (!r && lazy.ram.blocks)
-		r = ask(fd, PAGER_WATCH, &lazy.uffd, 1);
-	if (!r && lazy.ram.blocks)
+	if (!r && ram->blocks)
+		r = ask(fd, PAGER_WATCH, ram, &lazy.uffd, 1);
+	if (!r && ram->blocks)
 		r = await(fd, PAGER_WATCH);
-	if (!r)
-		r = ask(fd, lazy.load, NULL, 0);
 	return r;
 }
 
-/* Faults that the last pager had read are raised again. */
+/* [lock] Faults that the last pager had read are raised again. */
 static void wake_all(void)
 {
 	for (uint32_t i = 0; i < lazy.ram.blocks; i++)
 		os_uffd_wake(lazy.uffd, (void *)(uintptr_t)lazy.ram.block[i].hva, os_bytes(lazy.ram.block[i].pages));
 }
 
+/* Others speak to it from now on; before that, what they would have said meanwhile. */
+static int connected(int fd, uint32_t known_blocks)
+{
+	int r = 0;
+
+	pthread_mutex_lock(&lazy.lock);
+	if (lazy.ram.blocks != known_blocks)
+		r = ask(fd, PAGER_WATCH, &lazy.ram, &lazy.uffd, 1);
+	if (!r)
+		r = ask(fd, lazy.load, &lazy.ram, NULL, 0);
+	if (!r) {
+		lazy.connection = fd;
+		wake_all();
+	}
+	pthread_mutex_unlock(&lazy.lock);
+	return r;
+}
+
 static int try_successor(uint64_t *next_start_us)
 {
 	int fd = pager_connect(lazy.pager->dir, lazy.pager->source, PAGER_MS), r = fd < 0 ? fd : 0;
+	struct pager_request ram;
 
 	if (fd < 0 && os_now_us() >= *next_start_us) {
 		*next_start_us = os_now_us() + START_AGAIN_US;
@@ -157,12 +173,11 @@ static int try_successor(uint64_t *next_start_us)
 	if (r)
 		return -EAGAIN;
 	pthread_mutex_lock(&lazy.lock);
-	r = introduce(fd);
-	if (!r) {
-		lazy.connection = fd;
-		wake_all();
-	}
+	ram = lazy.ram;
 	pthread_mutex_unlock(&lazy.lock);
+	r = introduce(fd, &ram);
+	if (!r)
+		r = connected(fd, ram.blocks);
 	if (r)
 		close(fd);
 	return r;
@@ -271,7 +286,7 @@ int lazy_watch(const struct ram_block *b, uint64_t first_page)
 	}
 	lazy.ram.block[lazy.ram.blocks++] = (struct pager_block){ (uintptr_t)b->hva, b->pages, first_page };
 	/* A connection that is just being lost is found so by the thread, which says it all again. */
-	r = lazy.connection < 0 ? 0 : ask(lazy.connection, PAGER_WATCH, &lazy.uffd, 1);
+	r = lazy.connection < 0 ? 0 : ask(lazy.connection, PAGER_WATCH, &lazy.ram, &lazy.uffd, 1);
 	pthread_mutex_unlock(&lazy.lock);
 	return r == -EPIPE || r == -ECONNRESET ? 0 : r;
 }
@@ -281,7 +296,7 @@ static void load(enum pager_op what)
 {
 	lazy.load = what;
 	if (lazy.connection >= 0)
-		(void)ask(lazy.connection, what, NULL, 0);
+		(void)ask(lazy.connection, what, &lazy.ram, NULL, 0);
 }
 
 void lazy_load_rest(void)

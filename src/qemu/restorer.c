@@ -532,6 +532,22 @@ static int check_places(const struct fill *f, const struct snapshot_image *image
 	return 0;
 }
 
+/* Pages that are what a fresh memfd holds, and so never need an update. */
+static uint64_t count_zero(const struct fill *f)
+{
+	uint64_t count = 0;
+
+	for (uint64_t page = 0; page < f->pages; page++)
+		count += is_zero(&f->table[page]);
+	return count;
+}
+
+/* What comes after a step; where tests let a restore fail, or be killed (LATENT_FAULT=agent_step:N:…). */
+static int after(int r)
+{
+	return r ? r : os_fault(OS_FAULT_AGENT_STEP);
+}
+
 static int fill_block(struct fill *f, const struct snapshot_image *image)
 {
 	int r = check_places(f, image);
@@ -544,9 +560,10 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 	if (!f->copied || !f->use || !f->entries)
 		return -ENOMEM;
 	attach(f);
-	r = use_active(f, image);
+	r = after(use_active(f, image));
 	if (!r)
-		r = fill(f);
+		r = after(fill(f));
+	stat_add(&f->agent->stats->pages_never_masked, count_zero(f));
 	if (!r && !f->agent->config.restore.pager.active)
 		touch_active(f);
 	return r;
@@ -557,7 +574,7 @@ static int fill_from_snapshot(struct agent *a, struct ram_block *block)
 	struct fill f = { .agent = a, .block = block };
 	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct snapshot_image image = { 0 };
-	int r = snapshot_image_read(a->config.restore.pages_fd, &image, why);
+	int r = after(snapshot_image_read(a->config.restore.pages_fd, &image, why));
 
 	if (!r && image.volumes > a->config.restore.volumes)
 		r = -EBADMSG;
@@ -685,6 +702,7 @@ void restorer_load_state(struct agent *a, struct pause *pause)
 {
 	char why[256] = "the agent has no monitor";
 	int r = pause ? pause_load_state(pause, a->config.restore.state_fd, why, sizeof why) : -ENOTCONN;
+
 	if (r)
 		agent_say("the device state cannot be loaded: %s", why);
 	if (r && pause)

@@ -96,6 +96,7 @@ static int resume(struct agent *a, struct pause *p)
 {
 	int r = pause_resume(p);
 
+	(void)os_fault(OS_FAULT_AGENT_STEP);
 	if (r)
 		agent_say("the restored guest could not be continued (%s): use `cont`", strerror(-r));
 	resume_note(a, p);
@@ -130,6 +131,10 @@ void resume_restored(struct agent *a, struct pause *p)
 		pause_quit(p);
 		return;
 	}
+	if (os_fault(OS_FAULT_AGENT_STEP)) {
+		pause_quit(p);
+		return;
+	}
 	set_step(a, RESTORE_STATE, os_now_us());
 	if (a->config.restore.then == RESTORE_THEN_WAIT) {
 		prefault(a);
@@ -137,8 +142,10 @@ void resume_restored(struct agent *a, struct pause *p)
 		tell(a, REPORT_READY);
 		return;
 	}
-	if (a->config.restore.then == RESTORE_THEN_RUN && resume(a, p))
+	if (a->config.restore.then == RESTORE_THEN_RUN && resume(a, p)) {
+		report(a, REPORT_FAILED); /* it stands, and its disks are still its own */
 		return;
+	}
 	tell(a, REPORT_READY);
 }
 
@@ -247,6 +254,7 @@ void resume_take(struct agent *a, struct pause *p, const char *name, struct cont
 		snprintf(reply->text, sizeof reply->text, "%s", why);
 		return;
 	}
+	(void)os_fault(OS_FAULT_AGENT_STEP);
 	a->stats->is_spare = 0;
 	reply->error = resume(a, p);
 	if (reply->error)

@@ -103,6 +103,7 @@ static int begin(struct agent *a, struct control_reply *p)
 	int r;
 
 	scanner_yield(true);
+	reclaimer_yield(true);
 	r = ram_unmask(a->ram); /* two cannot watch one mapping */
 	if (r)
 		return r;
@@ -330,6 +331,7 @@ static void end(struct agent *a)
 	ram_hold(a->ram, false);
 	ram_unlock(a->ram);
 	scanner_yield(false);
+	reclaimer_yield(false);
 	os_unview_file(saver.runs, runs_bytes());
 	os_unview_file(saver.copies, os_bytes(saver.total_pages));
 	saver.runs = NULL;

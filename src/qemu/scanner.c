@@ -172,6 +172,16 @@ int scanner_set(struct agent *a, uint64_t period_us)
 	return 0;
 }
 
+uint64_t scanner_shortest_us(void)
+{
+	struct scan_report report;
+
+	if (!scanner.scan || scanner.left)
+		return 0;
+	scan_get_report(scanner.scan, &report);
+	return report.period_us ? report.shortest_us : 0;
+}
+
 void scanner_yield(bool yield)
 {
 	if (scanner.scan && !scanner.left)

@@ -321,12 +321,42 @@ static void do_detach(struct service *s, const struct control_request *q, struct
 		snprintf(p->text, sizeof p->text, "the pages could not be moved to base: %s", strerror(-p->error));
 }
 
-static void do_scan(struct service *s, const struct control_request *q, struct control_reply *p)
+/* The decimal at `text`; returns what follows it, NULL: there is none. */
+static const char *parse_number(const char *text, uint64_t *ret_number)
 {
 	char *end;
-	unsigned long long period_us = strtoull(q->path, &end, 10);
 
-	p->error = !q->path[0] || *end || q->path[0] == '-' ? -EINVAL : scanner_set(s->agent, period_us);
+	if (*text < '0' || *text > '9')
+		return NULL;
+	errno = 0;
+	*ret_number = strtoull(text, &end, 10);
+	return errno ? NULL : end;
+}
+
+static void do_reclaim(struct service *s, const struct control_request *q, struct control_reply *p)
+{
+	struct reclaim_order order = { 0 };
+	const char *next = parse_number(q->path, &order.unused_us);
+
+	if (next && *next == ' ')
+		next = parse_number(next + 1, &order.until_bytes);
+	if (!next || *next) {
+		p->error = -EINVAL;
+		snprintf(p->text, sizeof p->text,
+			 "say for how many microseconds pages have not been used");
+	} else if (order.unused_us) {
+		reclaimer_begin(s->agent, &order, p);
+	} else {
+		reclaimer_end();
+	}
+}
+
+static void do_scan(struct service *s, const struct control_request *q, struct control_reply *p)
+{
+	uint64_t period_us;
+	const char *end = parse_number(q->path, &period_us);
+
+	p->error = end && !*end ? scanner_set(s->agent, period_us) : -EINVAL;
 	if (p->error == -EINVAL)
 		snprintf(p->text, sizeof p->text, "a scan period is from %llu to %llu microseconds, or 0", SCAN_PERIOD_MIN_US,
 			 SCAN_PERIOD_MAX_US);
@@ -342,6 +372,7 @@ static void answer(struct service *s, int client, const struct control_request *
 	switch (q->op) {
 	case CONTROL_REFRESH:
 		p->error = volumes_refresh(s->agent->volumes, true);
+		(void)reclaimer_publish(s->agent);
 		break;
 	case CONTROL_DETACH:
 		do_detach(s, q, p);
@@ -374,6 +405,9 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_SCAN:
 		do_scan(s, q, p);
+		break;
+	case CONTROL_RECLAIM:
+		do_reclaim(s, q, p);
 		break;
 	case CONTROL_ENTRIES:
 		break; /* follow_up */
@@ -469,6 +503,7 @@ static void refresh(struct service *s)
 	bool deep = begin_us >= s->next_deep_us;
 
 	(void)volumes_refresh(s->agent->volumes, deep);
+	(void)reclaimer_publish(s->agent);
 	if (deep) {
 		uint64_t took_us = os_now_us() - begin_us;
 

@@ -2,7 +2,7 @@
 /*
  * What `latent run` tells the agent: one fixed struct in a memfd whose number is in the environment
  * variable LATENT_AGENT_FD. Both sides come from one build; a wrong magic, version or size means
- * that they do not, and the agent stays passive.
+ * that they do not, and the agent ends the VMM with a sentence.
  *
  * LATENT_HELLO_FD (a pipe): the agent's constructor writes HELLO_TEXT there. `latent run` uses it,
  * with `-version` as the only argument, to see whether the VMM loads the agent at all.
@@ -19,7 +19,9 @@
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
-#define AGENT_HELLO_TEXT "latent agent " LATENT_VERSION_TEXT "\n"
+#define AGENT_TEXT_OF(number) #number
+#define AGENT_TEXT(number) AGENT_TEXT_OF(number)
+#define AGENT_HELLO_TEXT "latent agent " LATENT_VERSION_TEXT " " AGENT_TEXT(AGENT_CONFIG_VERSION) "\n"
 
 #define AGENT_RESTORE_VOLUMES 32
 #define AGENT_RESTORE_OVERLAYS 16
@@ -56,8 +58,9 @@ struct agent_restore {
 };
 
 enum agent_report_kind {
-	REPORT_READY, /* the guest runs, or stands as it was asked to */
-	REPORT_TAKEN, /* a spare is no longer its keeper's */
+	REPORT_READY,  /* the guest runs, or stands as it was asked to */
+	REPORT_TAKEN,  /* a spare is no longer its keeper's */
+	REPORT_FAILED, /* it could not be let run, and stands; `cont` may help */
 };
 
 struct agent_report {

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 5u
+#define CONTROL_VERSION 6u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -37,6 +37,10 @@ enum control_op {
 	CONTROL_SCAN, /* look at what the guest uses; `path`: the period in microseconds, in decimal; 0: no more */
 	CONTROL_ENTRIES, /* the reply is followed by a struct control_layout without volumes, with the table of each
 			  * block's page entries (core/entry.h), which nobody but the agent can write */
+	CONTROL_RECLAIM, /* give back the memory of pages that were not used for so long; `path`:
+			  * microseconds, in decimal, and, behind a space, that it is enough when the VM
+			  * takes so many bytes of memory. The reply comes at once; the statistics tell
+			  * how far it is. -EALREADY: it goes on already. 0: it shall end */
 	CONTROL_OPS
 };
 

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 5u
+#define VM_STATS_VERSION 7u
 #define VM_STATS_VOLUMES 32u
 #define VM_STATS_CLASSES 6u
 #define VM_STATS_SCAN_SOURCES 3u
@@ -102,6 +102,17 @@ struct scan_stats {
 	stat_counter in_use_now[VM_STATS_WINDOWS];           /* pages; UINT64_MAX: not known */
 };
 
+/* Memory that was given back, in pages but where the name says it (core/ram.h, struct
+ * ram_reclaim_counts). */
+struct reclaim_stats {
+	stat_counter zeros, words, spilled, clean, returned, spilled_now, spill_bytes_now;
+	stat_counter left_touched, left_reads, left_unpacked, left_failed;
+	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the store */
+	stat_counter looked_now; /* in the walk through guest RAM that is under way, or was the last one */
+	stat_counter walks; /* that have ended, */
+	stat_counter error_now; /* the last one with this errno, or 0 */
+};
+
 struct vm_stats {
 	uint32_t magic, version;
 	char name[64], agent_version[32];
@@ -116,6 +127,8 @@ struct vm_stats {
 	stat_counter pages_base_now, pages_overlay_now, pages_private_now;
 	/* Pages to be made when they are touched (core/mask.c); all but the first only grow. */
 	stat_counter pages_masked_now, pages_masked, masked_made, masked_copied, masked_mapped, masked_dropped;
+	stat_counter pages_never_masked;    /* of a restore: zero, as base is already */
+	stat_counter pages_copied_on_write; /* mapped from a file, until the guest wrote to them */
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */
 	/* What a source that cannot be mapped is loading; source is empty: there is none. */
@@ -132,6 +145,7 @@ struct vm_stats {
 	_Atomic uint32_t volume_count;
 	struct volume_stats volumes[VM_STATS_VOLUMES];
 	struct scan_stats scan;
+	struct reclaim_stats reclaim;
 };
 
 static inline void stat_add(stat_counter *c, uint64_t n)

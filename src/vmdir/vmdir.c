@@ -245,6 +245,9 @@ static int check_private_dir(const char *path, char *why)
 	if (st.st_uid != geteuid())
 		return dead_end(-EPERM, why, "the run directory %s belongs to user %u and not to you",
 				path, (unsigned)st.st_uid);
+	if (st.st_mode & S_ISVTX)
+		return dead_end(-EPERM, why, "the run directory %s is everybody's (mode %04o): make a directory of your own, "
+				"with mode 0700", path, st.st_mode & 07777u);
 	if (st.st_mode & 077)
 		return dead_end(-EPERM, why,
 				"the run directory %s is open to others (mode %04o): "

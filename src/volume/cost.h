@@ -19,7 +19,7 @@ const struct cost_model *cost_model_get(void);
 
 /*
  * The processor time that a page of memory is worth beyond what it costs to get. A policy, not a measurement: less
- * than KSM spends on a page that it merges (`bench/run density`: ksmd's seconds and the pages merged). With it a
+ * than KSM spends on a page that it merges (`bench/run density`: its seconds of processor time, and what it saves). With it a
  * known-shared page is mapped alone, until mappings become scarce.
  */
 #define COST_PAGE_WORTH_US 10.0

@@ -20,7 +20,7 @@
  * how cheap a read is, never what it returns. A file that is cut while it is mapped raises SIGBUS;
  * the host's handler calls os_absorb_fault, which puts private memory in its place.
  *
- * Threading: any thread; words are atomics. track_refresh by one thread at a time.
+ * Threading: any thread; words are atomics.
  */
 #ifndef LATENT_VOLUME_TRACK_H
 #define LATENT_VOLUME_TRACK_H

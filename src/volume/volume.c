@@ -381,8 +381,11 @@ static struct volume *attach(struct volumes *all, int fd, const struct stat *st,
 {
 	struct volume *v = take_place(all, st);
 
-	if (!v)
+	if (!v) {
+		os_log("an image more than Latent keeps account of (%d): its reads are copied, and not counted",
+		       VM_STATS_VOLUMES);
 		return NULL;
+	}
 	v->is_cache = is_cache;
 	if (!v->stats)
 		v->stats = &all->stats->volumes[all->count];
@@ -653,6 +656,7 @@ int volumes_refresh(struct volumes *all, bool deep)
 	stat_set(&s->pages_base_now, c.pages - c.overlay_pages);
 	stat_set(&s->pages_overlay_now, c.overlay_pages);
 	stat_set(&s->pages_private_now, c.private_pages);
+	stat_set(&s->pages_copied_on_write, c.copied_pages);
 	stat_set(&s->map_failures, c.failures);
 	ram_get_mask_counts(all->ram, &m);
 	stat_set(&s->pages_masked_now, m.masked_now);

@@ -3,7 +3,7 @@
  * Bytes as a sequence of transitions on guest RAM with masked pages, while a thread makes what is touched. What a page
  * has to hold is known at any time; each operation is followed by reads of some pages, the last one by reads of all,
  * and by a comparison of the entries with the mappings that the kernel has. A page whose contents are free (an
- * overlay or a mask that failed over it) is written before it is read.
+ * overlay or a mask that failed over it) is written before it is read. In the end nothing may be left in the store.
  *
  * Input: operations of one to five bytes (see `operations`). With FUZZ_TRACE=1 it says what each input does.
  */
@@ -14,6 +14,8 @@
 #define PAGES 64
 #define FILE_PAGES 96
 #define MAX_OPERATIONS 48
+#define WORDS 255 /* known beforehand: reclaim masks one more, and packs what comes then */
+#define STORE_BYTES (2u * 65536)
 
 const struct fuzz_target fuzz_target = { "mask", 256, NULL, false };
 
@@ -23,10 +25,25 @@ static struct {
 	uint64_t tag[PAGES];
 	uint64_t next_tag;
 	struct mask_server server;
+	int store;
 	bool trace;
 } f;
 
 /* ---- guest RAM ------------------------------------------------------------------------------------- */
+
+static void open_store(void)
+{
+	uint64_t number;
+
+	f.store = os_memfd_create("store", 0, false);
+	if (f.store < 0 || ram_reclaim_open(f.rig.ram, f.store, STORE_BYTES, true))
+		abort();
+	ram_lock(f.rig.ram);
+	for (uint64_t i = 1; i <= WORDS; i++)
+		if (ram_add_word(f.rig.ram, i, &number))
+			abort();
+	ram_unlock(f.rig.ram);
+}
 
 static void open_all(void)
 {
@@ -39,6 +56,7 @@ static void open_all(void)
 		printf("skipped: no userfaultfd for the kernel's faults (%s)\n", strerror(-r));
 		exit(77);
 	}
+	open_store();
 	memset(f.tag, 0, sizeof f.tag);
 	f.next_tag = UINT64_C(0x6e57) << 48;
 }
@@ -50,6 +68,7 @@ static void close_all(void)
 	mask_server_stop(&f.server);
 	rig_close(&f.rig);
 	close(f.server.uffd); /* after the mappings that it watches */
+	close(f.store);
 }
 
 /* ---- operations ------------------------------------------------------------------------------------ */
@@ -155,6 +174,7 @@ static void do_mask(void)
 	uint8_t how = next(), at = next();
 	int r;
 
+	os_fault_arm(OS_FAULT_PUNCH, 0, 0); /* or the discard leaves zeros there */
 	ram_lock(f.rig.ram);
 	(void)ram_discard(f.rig.ram, block(), p.page, p.pages);
 	r = ram_has_overlay(block(), p.page, p.pages) ? -EBUSY : 0; /* a discard that could not map */
@@ -205,11 +225,55 @@ static void do_zap(void)
 	ram_unlock(f.rig.ram);
 }
 
+/* What was picked is taken out of memory, or stays; either way it holds what it held. */
+static bool is_picked(void *ctx, uint64_t entry)
+{
+	uint8_t *picks = ctx;
+
+	(void)entry;
+	*picks = (uint8_t)(*picks << 1 | *picks >> 7);
+	return *picks & 1;
+}
+
+static void do_reclaim(void)
+{
+	struct part p = next_part("reclaim");
+	uint8_t picks = next();
+
+	for (uint64_t done = 0, pages = 0; done < p.pages; done += pages) {
+		pages = p.pages;
+		(void)ram_reclaim(f.rig.ram, 0, p.page + done, p.pages - done, is_picked, &picks, &pages);
+	}
+}
+
+/* A page that a device is writing is not taken. */
+static void do_read_in_flight(void)
+{
+	struct part p = next_part("read in flight");
+	struct iovec iov = { rig_hva(&f.rig, 0, p.page), os_bytes(p.pages) };
+	struct ram_read read = { .iov = &iov, .count = 1 };
+	uint8_t picks = 0xff;
+	uint64_t pages;
+
+	ram_read_begins(f.rig.ram, &read);
+	guest_writes(p.page); /* the device, through what it has pinned */
+	(void)ram_reclaim(f.rig.ram, 0, p.page, 1, is_picked, &picks, &pages);
+	if (!rig_has_memory_beneath(&f.rig, 0, p.page) && entry_source(rig_entry(&f.rig, 0, p.page)) != ENTRY_OVERLAY)
+		abort();
+	ram_read_ends(f.rig.ram, &read);
+}
+
+static void do_allow(void)
+{
+	ram_reclaim_allow(f.rig.ram, next() & 1);
+}
+
 static void do_arm(void)
 {
 	static const enum os_fault_point points[] = { OS_FAULT_MAP_FILE, OS_FAULT_MAP_BASE, OS_FAULT_REGISTER,
-						      OS_FAULT_STORAGE_READ, OS_FAULT_MARK };
-	enum os_fault_point point = points[next() % 5];
+						      OS_FAULT_STORAGE_READ, OS_FAULT_MARK, OS_FAULT_WRITE,
+						      OS_FAULT_PUNCH };
+	enum os_fault_point point = points[next() % 7];
 
 	os_fault_arm(point, 1 + next() % 4, ENOMEM);
 	if (f.trace)
@@ -218,6 +282,7 @@ static void do_arm(void)
 
 static void (*const operations[])(void) = {
 	do_mask, do_write, do_discard, do_overlay, do_settle, do_unmask, do_rewrite, do_read_locked, do_zap, do_arm, do_mask,
+	do_reclaim, do_read_in_flight, do_reclaim, do_allow,
 };
 #define OPERATIONS (sizeof operations / sizeof operations[0])
 
@@ -249,6 +314,17 @@ static const char *check_maps(void)
 	return rig_check_block_maps(&f.rig, 0, &maps, &splits);
 }
 
+/* All pages have been read. */
+static const char *check_store(void)
+{
+	struct ram_reclaim_counts c;
+
+	ram_get_reclaim_counts(f.rig.ram, &c);
+	if (f.trace)
+		fprintf(stderr, "%" PRIu64 " spilled, %" PRIu64 " words, %" PRIu64 " returned\n", c.spilled, c.words, c.returned);
+	return c.spilled_now || c.spill_bytes_now ? "a slot of the store is left" : NULL;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
 	const char *why = NULL;
@@ -266,6 +342,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 		why = check_page(i);
 	if (!why)
 		why = check_maps();
+	if (!why)
+		why = check_store();
 	if (why)
 		report(data, why);
 	close_all();

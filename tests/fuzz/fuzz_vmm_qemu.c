@@ -1,18 +1,27 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
- * The cheapest VMM that `latent run` accepts, for fuzz_control: it maps guest RAM, reads an image into
- * all of it, says so with a byte on standard output, answers its QMP connection, and ends with standard
- * input. (The agent keeps out of programs without "qemu" in their names.)
+ * The cheapest VMM that `latent run` accepts, for tests: it maps guest RAM, reads an image into all of it, says so
+ * with a byte on standard output, answers its QMP connection, and ends with standard input. (The agent keeps out
+ * of programs without "qemu" in their names.)
  *
  * fuzz_vmm_qemu -machine q35 -m MIB IMAGE [what `latent run` adds]
+ *
+ * Commands on standard input do what a VMM does for a device that is plugged in; each is answered with a line: 0,
+ * or the number of an error.
+ *   open PATH, ioctl REQUEST (of no descriptor), lock, userfaultfd
+ *   read      the image once more
+ *   sum       answered with a hash of guest RAM
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define RAM "size=%zu,mem-path=%63[^,]"
@@ -59,29 +68,91 @@ static void answer(int qmp)
 	}
 }
 
+/* ---- devices --------------------------------------------------------------------------------- */
+
+static void *ram;
+static size_t ram_bytes;
+static int image;
+
+static int status_of(long result, bool is_fd)
+{
+	int error = result < 0 ? errno : 0;
+
+	if (is_fd && result >= 0)
+		close((int)result);
+	return error;
+}
+
+/* FNV-1a, in words. */
+static unsigned long long hash_ram(void)
+{
+	unsigned long long hash = 0xcbf29ce484222325ull;
+
+	for (size_t i = 0; i < ram_bytes / sizeof hash; i++)
+		hash = (hash ^ ((const unsigned long long *)ram)[i]) * 0x100000001b3ull;
+	return hash;
+}
+
+static void obey(char *command)
+{
+	char *argument = strchr(command, ' ');
+	int status = EINVAL;
+
+	if (argument)
+		*argument++ = '\0';
+	if (!strcmp(command, "sum")) {
+		printf("%016llx\n", hash_ram());
+		return;
+	}
+	if (!strcmp(command, "open") && argument)
+		status = status_of(open(argument, O_RDWR | O_CLOEXEC), true);
+	else if (!strcmp(command, "ioctl") && argument)
+		status = status_of(ioctl(-1, strtoul(argument, NULL, 0), 0), false);
+	else if (!strcmp(command, "userfaultfd"))
+		status = status_of(syscall(SYS_userfaultfd, O_CLOEXEC), true);
+	else if (!strcmp(command, "lock"))
+		status = status_of(mlockall(MCL_CURRENT), false);
+	else if (!strcmp(command, "read"))
+		status = status_of(pread(image, ram, ram_bytes, 0), false);
+	printf("%d\n", status);
+}
+
+/* False: there will be no more. */
+static bool obey_all(void)
+{
+	static char text[4096];
+	ssize_t n = read(STDIN_FILENO, text, sizeof text - 1);
+
+	if (n <= 0)
+		return n < 0 && errno == EINTR;
+	text[n] = '\0';
+	for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"))
+		obey(line);
+	return !fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
 	struct pollfd inputs[] = { { .fd = STDIN_FILENO, .events = POLLIN }, { .events = POLLIN } };
-	int image = argc > 5 ? open(argv[5], O_RDONLY | O_CLOEXEC) : -1;
-	size_t bytes = 0;
-	void *ram;
 
 	if (argc > 1 && !strcmp(argv[1], "-version"))
 		return puts("QEMU emulator version 7.2.0") < 0;
-	ram = map_ram(find_word(argc, argv, "size="), &bytes);
+	image = argc > 5 ? open(argv[5], O_RDONLY | O_CLOEXEC) : -1;
+	ram = map_ram(find_word(argc, argv, "size="), &ram_bytes);
 	if (ram == MAP_FAILED || image < 0)
 		return fail("guest RAM, or the image");
-	if (pread(image, ram, bytes, 0) < 0 || write(STDOUT_FILENO, "r", 1) != 1)
+	if (pread(image, ram, ram_bytes, 0) < 0 || write(STDOUT_FILENO, "r", 1) != 1)
 		return fail("reading");
 	if (sscanf(find_word(argc, argv, "latent-agent,fd="), "latent-agent,fd=%d", &inputs[1].fd) != 1)
 		inputs[1].fd = -1;
-	while (!inputs[0].revents) {
+	for (;;) {
 		int ready = poll(inputs, 2, -1);
 
 		if (ready < 0 && errno != EINTR) /* the agent stops threads by a signal */
 			return fail("poll");
 		if (ready > 0 && inputs[1].revents)
 			answer(inputs[1].fd);
+		if (ready > 0 && inputs[0].revents && !obey_all())
+			return 0;
 	}
-	return 0;
 }

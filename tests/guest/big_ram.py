@@ -75,4 +75,4 @@ def body(test):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("6 GiB of RAM across the PCI hole, and four processors: every hash right.", body, timeout_s=300)
+case.main("6 GiB of RAM across the PCI hole, and four processors: every hash right.", body, timeout_s=600)

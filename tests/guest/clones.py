@@ -392,4 +392,4 @@ def body(test):
 
 
 case.main("Clones and spares are restored as described, each with what has to be its own; failures leave nothing.",
-          body, timeout_s=600)
+          body, timeout_s=840)

@@ -173,4 +173,4 @@ def body(test):
 
 
 case.main("Memory that a guest gives back is given back, and reads as zeros where that is due.", body,
-          timeout_s=300)
+          timeout_s=600)

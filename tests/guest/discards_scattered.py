@@ -73,4 +73,4 @@ def body(test):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("A balloon that takes single pages out of mappings stays within the budget.", body, timeout_s=240)
+case.main("A balloon that takes single pages out of mappings stays within the budget.", body, timeout_s=480)

@@ -37,4 +37,4 @@ def body(test):
     background_snapshot(test)
 
 
-case.main("A feature that needs guest RAM for itself turns mapped pages to plain RAM.", body, timeout_s=300)
+case.main("A feature that needs guest RAM for itself turns mapped pages to plain RAM.", body, timeout_s=600)

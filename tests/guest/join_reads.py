@@ -174,4 +174,4 @@ def body(test):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("Reads of one cold block by two guests are one read of storage.", body, timeout_s=240)
+case.main("Reads of one cold block by two guests are one read of storage.", body, timeout_s=480)

@@ -56,4 +56,4 @@ def body(test):
         test.check_equal((listed(), latent.vm_dirs()), ([], []), "nothing is left in the end")
 
 
-case.main("SIGKILL to a guest harms no other and leaves nothing behind.", body, timeout_s=240)
+case.main("SIGKILL to a guest harms no other and leaves nothing behind.", body, timeout_s=480)

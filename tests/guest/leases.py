@@ -266,4 +266,4 @@ def body(test):
 
 
 case.main("A guest keeps what it has read when its images are rewritten, cut or committed into.", body,
-          timeout_s=300)
+          timeout_s=600)

@@ -482,4 +482,4 @@ def body(test):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-case.main("A snapshot that cannot be mapped is loaded lazily, shared by all clones, and never wrong.", body, timeout_s=400)
+case.main("A snapshot that cannot be mapped is loaded lazily, shared by all clones, and never wrong.", body, timeout_s=800)

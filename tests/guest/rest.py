@@ -147,4 +147,4 @@ def body(test):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-case.main("The rest of a snapshot is loaded behind the running guest, and need not be.", body, timeout_s=180)
+case.main("The rest of a snapshot is loaded behind the running guest, and need not be.", body, timeout_s=360)

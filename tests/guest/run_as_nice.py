@@ -312,4 +312,4 @@ def body(test):
                 subprocess.run(["umount", path], check=False)
 
 
-case.main("`latent run` becomes QEMU in every way, and refuses what it must in one sentence.", body, timeout_s=240)
+case.main("`latent run` becomes QEMU in every way, and refuses what it must in one sentence.", body, timeout_s=480)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import case, latent, vm
+from lib import case, cgroup, latent, vm
 from lib.vm import VM
 
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
@@ -366,46 +366,20 @@ def no_space(test, guest, directory, small):
 
 # ---- limits of memory ----
 
-class Cgroup:
-    """A memory cgroup of the test's own; version 1 or 2, whichever has the controller."""
-
-    def __init__(self):
-        self.path = None
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            root = {"memory": "/sys/fs/cgroup/memory", "": "/sys/fs/cgroup"}.get(controllers)
-            path = Path(f"{root}{group.rstrip('/')}/latent-test-{os.getpid()}")
-            try:
-                path.mkdir()
-            except OSError:
-                continue
-            for name in ("memory.limit_in_bytes", "memory.max"):
-                if root and (path / name).exists():
-                    self.path, self.limit = path, path / name
-                    return
-            path.rmdir()
-
-    def take(self, pid):
-        (self.path / "cgroup.procs").write_text(str(pid))
-
-    def remove(self):
-        self.path.rmdir()
-
-
 def limit(test, directory):
-    cgroup = Cgroup()
-    if cgroup.path is None:
+    group = cgroup.Cgroup()
+    if group.path is None:
         test.not_tried("limits of memory: no memory cgroup can be made here")
         return
-    outside = cgroup.path.parent / "cgroup.procs"
+    outside = group.path.parent / "cgroup.procs"
     with VM("limit", latent=EVERYTHING, mem="512M") as guest:
         fill(test, guest)
-        cgroup.limit.write_text(str(48 << 20))
+        group.limit.write_text(str(48 << 20))
         answer = subprocess.run([vm.BUILD_DIR / "latent", "save", guest.name, directory / "limit"], capture_output=True,
-                                text=True, preexec_fn=lambda: cgroup.take(os.getpid()))
+                                text=True, preexec_fn=lambda: group.take(os.getpid()))
         test.check(answer.returncode == NO_ANSWER and "this command's cgroup" in answer.stderr, answer.stderr.strip())
         guest.qmp("stop")
-        cgroup.take(guest.pid)
+        group.take(guest.pid)
         answer = latent.command("save", guest.name, directory / "limit")
         outside.write_text(str(guest.pid))
         test.check(answer.returncode == NO_ANSWER and "the VM's cgroup" in answer.stderr, answer.stderr.strip())
@@ -414,7 +388,7 @@ def limit(test, directory):
         check_memory(test, guest, "after both")
         save(guest, directory / "limit")
         guest.shutdown()
-    cgroup.remove()
+    group.remove()
 
 
 PARTS = {"chain": chain, "equal": equal, "steps": steps, "space": space, "limit": limit}
@@ -434,4 +408,4 @@ def body(test):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-case.main("A snapshot stores what is new, once; a save that ends anywhere harms nothing.", body, timeout_s=600)
+case.main("A snapshot stores what is new, once; a save that ends anywhere harms nothing.", body, timeout_s=840)

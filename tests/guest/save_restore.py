@@ -333,4 +333,4 @@ def body(test):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-case.main("A VM is saved while it runs and restored as it was; nothing that fails harms it.", body, timeout_s=400)
+case.main("A VM is saved while it runs and restored as it was; nothing that fails harms it.", body, timeout_s=800)

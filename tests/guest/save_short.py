@@ -100,4 +100,4 @@ def body(test):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-case.main("A VM is saved and restored, twice over, on whatever accelerator there is.", body, timeout_s=600)
+case.main("A VM is saved and restored, twice over, on whatever accelerator there is.", body, timeout_s=840)

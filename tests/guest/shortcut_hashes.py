@@ -77,8 +77,9 @@ def past_the_page_cache(test):
             show(test, guest)
         check_share(test, second, image, 90)
         one = latent.volume(latent.stat(first), image)
-        copied = sum(miss["bytes"] for miss in one["misses"].values())
-        test.check(one["bytes_from_storage"] >= 0.9 * copied, "what was copied came from storage, and is counted so")
+        # (Reads into a buffer of QEMU's own, of the image's header and tables, are none of guest RAM.)
+        copied = sum(miss["bytes"] for why, miss in one["misses"].items() if why != "buffer")
+        test.check(one["bytes_from_storage"] >= copied, f"what was copied, {copied} bytes, came from storage, and is counted so")
         for guest in (first, second):
             guest.shutdown()
 
@@ -94,9 +95,9 @@ def many_at_once(test):
         check_share(test, guests[1], image, 95)
         for guest in guests:
             guest.drop_guest_caches()
-        jobs = [latent.start_hash(guest) for guest in guests]
+        jobs = [latent.start_hash(guest, "/usr/lib/") for guest in guests]
         for guest, job in zip(guests, jobs):
-            latent.check_hashes(test, guest, job=job, what=f"while {AT_ONCE} guests read at once")
+            latent.check_hashes(test, guest, "/usr/lib/", job=job, what=f"while {AT_ONCE} guests read at once")
             show(test, guest)
         figures = [latent.stat(guest) for guest in guests]
         test.check(all(latent.volume(one, image)["readers_now"] == AT_ONCE for one in figures),
@@ -118,4 +119,4 @@ def body(test):
     many_at_once(test)
 
 
-case.main("Guests read what is in their images, most of it mapped and not copied.", body, timeout_s=400)
+case.main("Guests read what is in their images, most of it mapped and not copied.", body, timeout_s=800)

@@ -1,11 +1,13 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
-"""Copies on write that were swapped out are copies still: in the counts, and when all is given up."""
+"""Copies on write that were swapped out are copies still: in the counts, in a save, and when all is given up."""
 
 import contextlib
 import ctypes
+import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -95,9 +97,65 @@ def check_memory(test, guest, what):
     test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"the guest's memory is right {what}")
 
 
+def physical_memory(guest):
+    """All of guest RAM below the PCI hole, as QEMU sees it, as a list of pages' digests."""
+    path = guest.dir / "ram.bin"
+    guest.qmp("pmemsave", val=0, size=vm.parse_bytes(guest.mem), filename=str(path))
+    with open(path, "rb") as file:
+        digests = [hash(page) for page in iter(lambda: file.read(host.PAGE_BYTES), b"")]
+    path.unlink()
+    return digests
+
+
+def save_from_swap(test, guest, image, snapshot):
+    """The stopped guest's pages, of which most were in swap when it was saved."""
+    guest.qmp("stop")
+    page_out(test, guest)
+    swapped = swapped_copies(guest, image)
+    figures = json.loads(latent.run("save", "--json", guest.name, snapshot, timeout_s=120))
+    test.check(figures["private_pages"] > 10000 and swapped > figures["private_pages"] // 2,
+               f"saved: {figures['private_pages']} copies, of which {swapped} were in swap")
+    test.check(latent.run("verify", snapshot).endswith("is whole\n"), "the snapshot is whole")
+    pages = physical_memory(guest)
+    guest.qmp("cont")
+    return pages
+
+
+def save_live_from_swap(test, guest, snapshot):
+    page_out(test, guest)
+    used_mib = used_swap_mib()
+    figures = json.loads(latent.run("save", "--json", guest.name, snapshot, timeout_s=120))
+    test.check(used_mib << 8 > figures["pages_stored"] // 2, f"saved while it ran: of {figures['pages_stored'] >> 8} MiB that are stored most were "
+               f"in swap, where {used_mib} MiB were")
+    check_memory(test, guest, "after that save")
+
+
+def check_restored(test, guest, stood, pages, live):
+    guest.kill9()
+    guest.restore(stood)
+    guest.wait_status("paused")
+    found = physical_memory(guest)
+    differing = [number for number, pair in enumerate(zip(found, pages)) if pair[0] != pair[1]]
+    test.check_equal((len(found), differing[:10]), (len(pages), []), f"restored: {len(pages)} pages are those of the stopped VM")
+    guest.qmp("cont")
+    check_memory(test, guest, "restored from what was in swap")
+    guest.kill9()
+    guest.restore(live)
+    check_memory(test, guest, "restored from the save while it ran")
+
+
 def body(test):
     test.need_latent()
     latent.private_run_dir()
+    # On the file system of the VM's disk, which becomes part of the snapshots.
+    directory = Path(tempfile.mkdtemp(prefix="latent-snapshots-"))
+    try:
+        run(test, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def run(test, directory):
     image = vm.images_dir() / "golden.qcow2"
     with swap_space(test), VM("swap", latent=EVERYTHING) as guest:
         latent.check_hashes(test, guest, "/usr/")
@@ -110,6 +168,10 @@ def body(test):
         check_memory(test, guest, "when it comes back from swap")
         latent.check_hashes(test, guest, FILES, what="after swap")
 
+        pages = save_from_swap(test, guest, image, directory / "stood")
+        check_memory(test, guest, "after the save")
+        save_live_from_swap(test, guest, directory / "live")
+
         page_out(test, guest)
         test.check(swapped_copies(guest, image) > copies // 2, "most copies are in swap again")
         with test.time("detach with swapped pages"):
@@ -121,8 +183,9 @@ def body(test):
         page_out(test, guest)  # the VM's own RAM file, too
         check_memory(test, guest, "when all of it comes back from swap")
         latent.check_hashes(test, guest, MORE_FILES, what="in the end")
+        check_restored(test, guest, directory / "stood", pages, directory / "live")
         guest.shutdown()
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
-case.main("Pages that were swapped out keep their contents and their place in the counts.", body, timeout_s=300)
+case.main("Pages that were swapped out keep their contents and their place in the counts.", body, timeout_s=600)

@@ -199,4 +199,4 @@ def body(test):
 
 
 case.main("Counts and groups are those of pagemap; a spoilt structure changes nothing that a guest reads.",
-          body, timeout_s=300)
+          body, timeout_s=600)

@@ -39,4 +39,4 @@ def body(test):
             guest.shutdown()
 
 
-case.main("Two guests share what they read, on whatever accelerator there is.", body, timeout_s=600)
+case.main("Two guests share what they read, on whatever accelerator there is.", body, timeout_s=840)

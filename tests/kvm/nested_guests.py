@@ -16,7 +16,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("LATENT_BUILD") or SOURCE / "build")
 COMMANDS = ("LATENT_BUILD=/share/build build/latent doctor || true; "
-            "build/tests/test_os && build/tests/test_ram && "
+            "{ build/tests/test_os && build/tests/test_ram || exit 3; } && "
             "export LATENT_BUILD=/share/build && "
             "python3 -B tests/guest/two_guests.py && python3 -B tests/guest/save_short.py")
 
@@ -32,7 +32,7 @@ def make_share(share):
 def main():
     with tempfile.TemporaryDirectory(prefix="latent-share-") as share:
         make_share(Path(share))
-        command = [SOURCE / "tests/kvm/nested", "run", "--share", share, "--timeout", "700", "--",
+        command = [SOURCE / "tests/kvm/nested", "run", "--share", share, "--timeout", "1000", "--",
                    "sh", "-c", COMMANDS]
         return subprocess.run(command, check=False).returncode
 

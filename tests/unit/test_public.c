@@ -60,6 +60,7 @@ static struct latent_vm *make_vm(struct rig *rig, uint8_t **ret_ram, int *ret_me
 	latent_options_init(&options);
 	options.tracks_dir = rig->dir;
 	options.share_threshold = threshold;
+	options.min_run_pages = 1; /* whatever mapping costs at this moment, which the model has measured */
 	options.lease_signal = SIGRTMIN + 1;
 	options.lease_tid = (pid_t)syscall(SYS_gettid);
 	assert_int_equal(ftruncate(fd, RAM_PAGES * PAGE), 0);

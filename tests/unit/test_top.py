@@ -244,6 +244,27 @@ def check_map(vm, directory):
     check([path.name for path in directory.glob("heat*")] == ["heat.png"], "nothing else is left")
 
 
+def check_watch(directory):
+    """`latent stat --watch` ends with its VM, also when another one takes the name at once."""
+    old = VM("again", directory)
+    watch = subprocess.Popen([LATENT, "stat", "again", "--json", "--watch", "0.3"], stdout=subprocess.PIPE, text=True)
+    try:
+        check(json.loads(watch.stdout.readline())["pid"] == old.process.pid, "stat --watch shows the VM")
+        old.kill()
+        new = VM("again", directory)
+        try:
+            pids = {json.loads(line)["pid"] for line in watch.stdout}
+            check(watch.wait(TIMEOUT_S) in (OK, NO_ANSWER), f"stat --watch ends: {watch.returncode}")
+            check(new.process.pid not in pids, "and has nothing to do with the new one")
+        finally:
+            new.close()
+    finally:
+        watch.kill()
+        watch.wait()
+        watch.stdout.close()
+        old.close()
+
+
 def check_with_vms(directory):
     one, two = VM("one", directory), VM("two", directory)
     terminal = Terminal("-d", "0.2")
@@ -278,6 +299,7 @@ def main():
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as directory:
         os.environ["LATENT_RUNTIME_DIR"] = root
         check_with_vms(pathlib.Path(directory))
+        check_watch(pathlib.Path(directory))
         check_refusals()
         check_batch()
         check_all_ends()

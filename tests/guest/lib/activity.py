@@ -17,6 +17,7 @@ from .agent import GuestError
 
 # src/core/entry.h
 SOURCE_MASK, OVERLAY, PRIVATE, SHORT_SHIFT = 0x7, 1, 1 << 7, 8
+BASE, MASKED, WATCHED, WORDS, PAGE_SHIFT, FILE_SHIFT = 0, 2, 3, 0xfff, 16, 52
 # src/activity/states.h
 CLASS_OF_STATE = ("new", "hot", "warm", "warm", "warm", "cool", "cool", "cold", "cold", "cold", "frozen")
 IS_COLD = ("cold", "frozen")

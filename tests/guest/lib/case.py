@@ -8,7 +8,8 @@
 
     case.main("What this test proves, in a sentence.", body, timeout_s=120)
 
-Exit status: 0 passed, 1 failed, 77 skipped (test.skip("why")). What the machine keeps a
+Exit status: 0 passed, 1 failed, 3 a check was not so, 4 guests were lost before anything was tried
+(vm.EmulatorError), 77 skipped (test.skip("why")). What the machine keeps a
 test from trying, the rest being tried, is said by test.not_tried(). A failure leaves
 the VMs' files and prints their logs and a command that repeats the test; at the
 timeout the state of every VM and Python stack is dumped first.
@@ -25,7 +26,7 @@ import traceback
 from . import vm
 from .vm import Skip
 
-EXIT_PASSED, EXIT_FAILED, EXIT_SKIPPED = 0, 1, 77
+EXIT_PASSED, EXIT_FAILED, EXIT_NOT_SO, EXIT_LOST, EXIT_SKIPPED = 0, 1, 3, 4, 77
 DUMP_MAX_S = 30
 
 
@@ -108,7 +109,7 @@ def _run(test, body):
         return EXIT_SKIPPED
     except (Exception, Timeout) as error:
         _report_failure(error)
-        return EXIT_FAILED
+        return EXIT_NOT_SO if isinstance(error, Failed) else EXIT_LOST if isinstance(error, vm.EmulatorError) else EXIT_FAILED
     finally:
         signal.alarm(0)
     print(f"passed: {test.n_checks} checks in {time.monotonic() - test.started_s:.1f} s")

@@ -137,7 +137,10 @@ def parse_sums(text):
 def golden_hashes(under="/"):
     """{path: hash64} of the files of the golden image below a directory."""
     sums = parse_sums((vm.images_dir() / "golden.hash64").read_text())
-    return {path: digest for path, digest in sums.items() if path.startswith(under)}
+    chosen = {path: digest for path, digest in sums.items() if path.startswith(under)}
+    if not chosen:
+        raise ValueError(f"the image has no files below {under}")
+    return chosen
 
 
 def start_hash(guest, under="/", root=""):

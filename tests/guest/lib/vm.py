@@ -35,7 +35,8 @@ BUILD_DIR = Path(os.environ.get("LATENT_BUILD") or SOURCE_DIR / "build")
 PORT_NAME = "org.latent.test"
 PR_SET_PDEATHSIG = 1
 LOG_TAIL_LINES = 30
-NESTED_READY_S = 150  # of a first try: a guest that boots there is up after 60 s
+NESTED_TRIES = 5
+NESTED_READY_S = 120  # of one try: a guest that boots there is up after 60 s at the latest
 PUT_CHUNK_BYTES = 60000
 
 live_vms = []  # started and not yet ended; case.py dumps them when a test fails
@@ -58,6 +59,10 @@ def parse_bytes(text):
     """ "512M" or "2G" in bytes."""
     number, unit = re.fullmatch(r"(\d+)([MG])", text).groups()
     return int(number) << {"M": 20, "G": 30}[unit]
+
+
+class EmulatorError(GuestError):
+    """The emulation of a processor loses every guest; nothing of Latent's has been tried."""
 
 
 class Skip(Exception):
@@ -203,16 +208,19 @@ class VM:
 
     def wait_ready(self, timeout=60):
         """Waits until the guest runs commands; returns the seconds since the start."""
-        try:
-            return self._wait_ready(min(timeout, NESTED_READY_S) if host.is_nested() else timeout)
-        except GuestError:
-            fault = self._emulator_fault()
-            if fault is None:
-                raise
-        print(f"NOTE: {self.name}: {fault}; started once more", flush=True)
-        self.serial_log.unlink(missing_ok=True)
-        self._start_again()
-        return self._wait_ready(timeout)
+        tries, fault = (NESTED_TRIES, "") if host.is_nested() else (2, "")
+        for attempt in range(tries):
+            if attempt:
+                print(f"NOTE: {self.name}: {fault}; started once more", flush=True)
+                self.serial_log.unlink(missing_ok=True)
+                self._start_again()
+            try:
+                return self._wait_ready(min(timeout, NESTED_READY_S) if host.is_nested() else timeout)
+            except GuestError:
+                fault = self._emulator_fault()
+                if fault is None:
+                    raise
+        raise EmulatorError(f"{self.name}: {fault}, {tries} times")
 
     def _emulator_fault(self):
         """What went wrong in early boot, if it is something that QEMU's TCG alone brings about; otherwise None."""
@@ -225,7 +233,8 @@ class VM:
         if (self.smp > 1 and accelerator == "tcg" and self.alive() and "soft lockup" in log and
                 "sys_getrandom" in log):
             return "the guest's kernel hung in early boot under TCG"
-        # Seen in some 100 boots there: one of two guests that boot at once never gets past its first seconds.
+        # Seen in some 100 boots there: one of two guests that boot at once never gets past its first seconds. (No disk
+        # has been read so early, so nothing has been mapped.)
         if accelerator == "kvm" and host.is_nested() and self.alive():
             return "the guest's kernel hung in early boot under emulated SVM"
         # Seen in one of 56 boots of plain QEMU, without Latent: SVM as TCG emulates it loses a processor's state, and

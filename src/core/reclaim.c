@@ -3,8 +3,9 @@
  * Memory of base given back to the host, while the guest runs; see "Reclaim" in ARCHITECTURE.md. A unit of pages goes
  * through three steps:
  *   begin   under both locks: the unit's mapping is watched, and the wanted pages are write-protected;
- *   pack    with no lock: what they hold goes to the store. Who writes one of them waits, until the thread that makes
- *           pages takes the page out of the unit (reclaim_touched) and lets him go on;
+ *   pack    with no lock: what they hold goes to the store, and, where that is a file, to the disk. Who writes one of
+ *           them waits, until the thread that makes pages takes the page out of the unit (reclaim_touched) and lets him
+ *           go on;
  *   take    under both locks: pages that nobody has touched are masked and punched. Who waits then is woken, touches a
  *           page that is not there, and gets it from the store.
  * What shows a file stays as it is mapped; the page cache is told to drop what nobody has in a page table.
@@ -384,7 +385,7 @@ static bool is_to_take(struct unit *u, uint64_t i)
 	return take;
 }
 
-static int pack(struct unit *u)
+static int pack_pages(struct unit *u)
 {
 	uint64_t end;
 	int r = 0;
@@ -398,13 +399,42 @@ static int pack(struct unit *u)
 	return r;
 }
 
-/* ---- take; under both locks -------------------------------------------------------------------------- */
+static bool names_slot(uint64_t entry)
+{
+	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_SPILL;
+}
 
 static void free_slot(struct ram *ram, uint64_t entry)
 {
-	if (entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_SPILL)
+	if (names_slot(entry))
 		spill_free(ram->reclaim.spill, entry_file_page(entry));
 }
+
+/* Nobody knows what became of what was written for this unit: its pages stay. */
+static void forget_slots(struct unit *u)
+{
+	pthread_mutex_lock(&u->ram->mask_lock);
+	for (uint64_t i = 0; i < u->pages; i++) {
+		if (!names_slot(u->becomes[i]))
+			continue;
+		free_slot(u->ram, u->becomes[i]);
+		u->becomes[i] = ENTRY_BASE;
+		u->ram->reclaim.counts.left_failed++;
+	}
+	pthread_mutex_unlock(&u->ram->mask_lock);
+}
+
+/* No page is taken before it is known to be where it shall be. */
+static int pack(struct unit *u)
+{
+	int r = pack_pages(u), flushed = spill_flush(u->ram->reclaim.spill);
+
+	if (flushed)
+		forget_slots(u);
+	return r ? r : flushed;
+}
+
+/* ---- take; under both locks -------------------------------------------------------------------------- */
 
 static void count_taken(struct ram_reclaim_counts *c, uint64_t entry)
 {
@@ -532,10 +562,10 @@ int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, r
 	return r ? r : r2;
 }
 
-static int open_spill(struct ram *ram, int fd, uint64_t most_bytes, bool in_memory)
+static int open_spill(struct ram *ram)
 {
 	struct ram_reclaim *c = &ram->reclaim;
-	int r = spill_open(fd, most_bytes, in_memory, &c->spill);
+	int r = spill_open(&c->spill);
 
 	if (r)
 		return r;
@@ -550,16 +580,22 @@ static int open_spill(struct ram *ram, int fd, uint64_t most_bytes, bool in_memo
 int ram_reclaim_open(struct ram *ram, int fd, uint64_t most_bytes, bool in_memory)
 {
 	struct ram_reclaim *c = &ram->reclaim;
+	bool first;
 	int r = 0;
 
 	lock_both(ram);
-	if (c->spill)
-		r = -EALREADY;
-	else if (ram->uffd < 0 || !(os_features_get()->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM))
+	first = !c->spill;
+	if (ram->uffd < 0 || !(os_features_get()->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM))
 		r = -EOPNOTSUPP;
-	else
-		r = open_spill(ram, fd, most_bytes, in_memory);
+	else if (first)
+		r = open_spill(ram);
 	if (!r)
+		r = spill_add(c->spill, in_memory ? SPILL_MEMORY : SPILL_FILE, fd, most_bytes);
+	if (r && first) {
+		spill_close(c->spill);
+		c->spill = NULL;
+	}
+	if (!r && first)
 		c->allowed = true;
 	unlock_both(ram);
 	return r;
@@ -576,14 +612,17 @@ void ram_reclaim_allow(struct ram *ram, bool allowed)
 
 void ram_get_reclaim_counts(struct ram *ram, struct ram_reclaim_counts *ret_counts)
 {
-	struct spill_counts s = { 0 };
+	struct spill_counts memory = { 0 }, file = { 0 };
 
 	pthread_mutex_lock(&ram->mask_lock);
 	*ret_counts = ram->reclaim.counts;
-	if (ram->reclaim.spill)
-		spill_count(ram->reclaim.spill, &s);
+	if (ram->reclaim.spill) {
+		spill_count(ram->reclaim.spill, SPILL_MEMORY, &memory);
+		spill_count(ram->reclaim.spill, SPILL_FILE, &file);
+	}
 	pthread_mutex_unlock(&ram->mask_lock);
-	ret_counts->spilled_now = s.slots_now;
-	ret_counts->spill_bytes_now = s.taken_now;
-	ret_counts->spill_most_bytes = s.most_bytes;
+	ret_counts->spilled_now = memory.slots_now + file.slots_now;
+	ret_counts->spill_bytes_now = memory.taken_now;
+	ret_counts->spill_file_bytes_now = file.taken_now;
+	ret_counts->spill_file_most_bytes = file.most_bytes;
 }

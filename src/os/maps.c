@@ -260,6 +260,28 @@ void os_drop_cached(int fd, uint64_t offset, uint64_t bytes)
 		      POSIX_FADV_DONTNEED); /* not by the agent's own hook */
 }
 
+void os_drop_cached_around(int fd, uint64_t offset, uint64_t bytes)
+{
+	uint64_t from = offset & ~(uint64_t)(OS_PAGE_BYTES - 1);
+
+	os_drop_cached(fd, from, ((offset + bytes + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1)) - from);
+}
+
+int os_flush_cached(int fd)
+{
+	int r = os_fault(OS_FAULT_FLUSH);
+
+	while (!r && sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
+						      SYNC_FILE_RANGE_WAIT_AFTER))
+		if (errno != EINTR)
+			r = -errno;
+	if (!r)
+		os_drop_cached(fd, 0, 0);
+	return r;
+}
+
+void os_expect_random(int fd) { (void)syscall(SYS_fadvise64, fd, (off_t)0, (off_t)0, POSIX_FADV_RANDOM); }
+
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
 {
 	int fd = memfd_create(name, MFD_ALLOW_SEALING | (inherit ? 0 : MFD_CLOEXEC));

@@ -29,7 +29,7 @@ static struct {
 	_Atomic bool ended;         /* the walk shall end */
 } reclaimer = { .lock = PTHREAD_MUTEX_INITIALIZER, .woken = PTHREAD_COND_INITIALIZER };
 
-/* What the VM takes of the host's memory: its own RAM file, its copies of image pages, and the store. */
+/* What the VM takes of the host's memory: its own RAM file, its copies of image pages, and the store in memory. */
 static uint64_t memory_bytes(struct agent *a, uint64_t store_bytes)
 {
 	struct ram_counts c;
@@ -56,6 +56,8 @@ uint64_t reclaimer_publish(struct agent *a)
 	stat_set(&to->returned, c.returned);
 	stat_set(&to->spilled_now, c.spilled_now);
 	stat_set(&to->spill_bytes_now, c.spill_bytes_now);
+	stat_set(&to->spill_file_bytes_now, c.spill_file_bytes_now);
+	stat_set(&to->spill_file_most_bytes_now, c.spill_file_most_bytes);
 	stat_set(&to->left_touched, c.left_touched);
 	stat_set(&to->left_reads, c.left_reads);
 	stat_set(&to->left_unpacked, c.left_unpacked);
@@ -116,7 +118,7 @@ static void *work(void *arg)
 		/* The first was said when it came to be so, the second is wanted. */
 		if (r && r != -EBUSY && r != -ECANCELED)
 			agent_say("not all of the memory that is cold could be given back: %s",
-				  strerror(-r));
+				  r == -ENOSPC ? "the store is full" : strerror(-r));
 		end_walk(a, r);
 	}
 	return NULL;
@@ -228,6 +230,32 @@ void reclaimer_begin(struct agent *a, const struct reclaim_order *order, struct 
 	p->error = why ? -EBUSY : begin(a, order);
 	if (p->error == -EALREADY)
 		snprintf(p->text, sizeof p->text, "memory is being given back already");
+	else if (p->error)
+		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
+}
+
+static int give_file(struct agent *a, int fd, uint64_t most_bytes)
+{
+	struct stat st;
+	int r;
+
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -EINVAL;
+	pthread_mutex_lock(&reclaimer.lock);
+	r = start(a);
+	if (!r)
+		r = ram_reclaim_open(a->ram, fd, most_bytes, false);
+	pthread_mutex_unlock(&reclaimer.lock);
+	return r;
+}
+
+void reclaimer_store(struct agent *a, int fd, uint64_t most_bytes, struct control_reply *p)
+{
+	const char *why = why_not(a);
+
+	p->error = why ? -EBUSY : give_file(a, fd, most_bytes);
+	if (p->error == -EALREADY)
+		snprintf(p->text, sizeof p->text, "there is a store in a file already, which is used until the VM ends");
 	else if (p->error)
 		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
 }

@@ -96,7 +96,8 @@ struct scan_stats {
 	stat_counter period_us_now; /* 0: off */
 	stat_counter shortest_us_now; /* the period that was asked for */
 	stat_counter paused_now, passes, sampled, refaults, thin_now;
-	stat_counter cpu_ns, pass_cpu_ns_now, hold_max_us, hold_max_cpu_us, holds, long_holds, settled, frozen_us;
+	stat_counter cpu_ns, pass_cpu_ns_now, hold_max_us, hold_max_cpu_us, holds, long_holds, long_cpu_holds, settled,
+		frozen_us;
 	stat_counter pages_now[VM_STATS_CLASSES], by_source_now[VM_STATS_SCAN_SOURCES];
 	stat_counter granularity_now[VM_STATS_SCAN_SOURCES]; /* pages */
 	stat_counter in_use_now[VM_STATS_WINDOWS];           /* pages; UINT64_MAX: not known */

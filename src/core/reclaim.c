@@ -562,6 +562,95 @@ int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, r
 	return r ? r : r2;
 }
 
+/* ---- what is cached of a file -------------------------------------------------------------------------- */
+
+/* A bit for each page of the file that is to stay. */
+struct kept {
+	int fd; /* a duplicate */
+	uint64_t pages;
+	uint8_t *bits;
+};
+
+static int begin_kept(struct ram *ram, unsigned file, struct kept *k)
+{
+	int r = 0;
+
+	ram_lock(ram);
+	if (!ram->reclaim.allowed || ram->base_held)
+		r = -EBUSY;
+	else if (file >= ENTRY_FILES || !ram->files[file].used)
+		r = -ENOENT;
+	k->fd = r ? -1 : fcntl(ram->files[file].fd, F_DUPFD_CLOEXEC, 0);
+	k->pages = r ? 0 : ram->files[file].pages;
+	if (!r && k->fd < 0)
+		r = -errno;
+	ram_unlock(ram);
+	k->bits = r ? NULL : calloc(k->pages / 8 + 1, 1);
+	if (!r && !k->bits) {
+		close(k->fd);
+		r = -ENOMEM;
+	}
+	return r;
+}
+
+/* Of so many pages of the block in the slot at most; returns how many there were. */
+static uint64_t keep_some(struct ram *ram, struct kept *k, unsigned file, unsigned slot, uint64_t first, ram_wanted wanted,
+			  void *ctx)
+{
+	const struct ram_block *b;
+	uint64_t page = first;
+
+	ram_lock(ram);
+	b = ram_block_at(ram, slot);
+	for (; b && page < b->pages && page < first + RAM_RECLAIM_PAGES; page++) {
+		uint64_t entry = atomic_load_explicit(&b->entries[page], memory_order_relaxed), at = entry_file_page(entry);
+
+		if (entry_source(entry) == ENTRY_OVERLAY && entry_file(entry) == file && !entry_is_private(entry) &&
+		    at < k->pages && !wanted(ctx, entry))
+			k->bits[at / 8] = (uint8_t)(k->bits[at / 8] | 1u << at % 8);
+	}
+	ram_unlock(ram);
+	return page - first;
+}
+
+static bool is_kept(const struct kept *k, uint64_t page) { return k->bits[page / 8] >> page % 8 & 1; }
+
+static uint64_t drop_all_but_kept(const struct kept *k)
+{
+	uint64_t before = os_cached_pages(k->fd, 0, os_bytes(k->pages)), after;
+
+	for (uint64_t page = 0, end; page < k->pages; page = end + 1) {
+		for (end = page; end < k->pages && !is_kept(k, end); end++)
+			;
+		if (end > page)
+			os_drop_cached(k->fd, os_bytes(page), os_bytes(end - page));
+	}
+	after = os_cached_pages(k->fd, 0, os_bytes(k->pages));
+	return before != UINT64_MAX && before > after ? before - after : 0;
+}
+
+int ram_reclaim_cache(struct ram *ram, unsigned file, ram_wanted wanted, void *ctx)
+{
+	struct kept k;
+	uint64_t dropped;
+	int r = begin_kept(ram, file, &k);
+
+	if (r)
+		return r;
+	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
+		for (uint64_t page = 0, pages; (pages = keep_some(ram, &k, file, slot, page, wanted, ctx)); page += pages)
+			;
+	dropped = drop_all_but_kept(&k);
+	pthread_mutex_lock(&ram->mask_lock);
+	ram->reclaim.counts.clean += dropped;
+	pthread_mutex_unlock(&ram->mask_lock);
+	free(k.bits);
+	close(k.fd);
+	return 0;
+}
+
+/* ---- the store's places --------------------------------------------------------------------------------- */
+
 static int open_spill(struct ram *ram)
 {
 	struct ram_reclaim *c = &ram->reclaim;

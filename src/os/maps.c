@@ -17,6 +17,8 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
+#define SYS_CACHESTAT 451 /* Linux 6.5 */
+
 static const struct {
 	unsigned mark;
 	int advice, undo;
@@ -252,6 +254,18 @@ uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)
 		done += n;
 	}
 	return resident;
+}
+
+uint64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes)
+{
+	struct {
+		uint64_t offset, bytes;
+	} range = { offset, bytes };
+	struct {
+		uint64_t cached, dirty, writeback, evicted, recently_evicted;
+	} found;
+
+	return syscall(SYS_CACHESTAT, fd, &range, &found, 0) ? UINT64_MAX : found.cached;
 }
 
 void os_drop_cached(int fd, uint64_t offset, uint64_t bytes)

@@ -108,6 +108,9 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it, os_residency_is_told; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 bool os_residency_is_told(int fd);
+/* How many pages of [offset, offset+bytes) of the file are in the page cache; UINT64_MAX: the kernel does not say (it
+ * does from Linux 6.5 on, and of late only to who owns the file or may write it). */
+uint64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes);
 /* Advises the kernel to drop from the page cache what is clean there and mapped by nobody. */
 void os_drop_cached(int fd, uint64_t offset, uint64_t bytes);
 /* The same for all pages that any part of [offset, offset+bytes) is in, which need be no multiples of pages. */

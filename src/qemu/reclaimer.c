@@ -23,6 +23,8 @@ static struct {
 	pthread_mutex_t lock; /* protects the next; before the range lock */
 	pthread_cond_t woken;
 	struct reclaim_order order; /* of the walk to come or under way; unused_us is 0: none */
+	unsigned files[VM_STATS_VOLUMES]; /* of that walk: that no other VM reads, as page entries name them */
+	size_t file_count;
 	bool runs;                  /* the thread */
 	bool left;                  /* for good */
 	bool yielded;               /* while guest RAM is saved */
@@ -65,23 +67,32 @@ uint64_t reclaimer_publish(struct agent *a)
 	return bytes;
 }
 
-/* Ends when all was looked at, when it is enough, or when there is no use in going on: a unit that would
+/* Ends when all was looked at, when it is enough (1), or when there is no use in going on: a unit that would
  * take too many mappings is not the last one. */
-static int walk(struct agent *a, const struct reclaim_order *order)
+static int walk_ram(struct agent *a, const struct reclaim_order *order, struct cold_walk *w)
 {
-	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
 	int r = 1;
 
 	while (r == 1 || r == -EDQUOT) {
 		if (reclaimer.ended)
 			return -ECANCELED;
 		if (reclaimer_publish(a) <= order->until_bytes)
-			return 0;
-		r = cold_step(a->ram, &w);
-		stat_set(&a->stats->reclaim.looked_now, w.looked);
+			return 1;
+		r = cold_step(a->ram, w);
+		stat_set(&a->stats->reclaim.looked_now, w->looked);
 	}
-	reclaimer_publish(a);
 	return r;
+}
+
+static int walk(struct agent *a, const struct reclaim_order *order)
+{
+	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
+	int r = walk_ram(a, order, &w);
+
+	for (size_t i = 0; (!r || r == -ENOENT) && i < reclaimer.file_count; i++)
+		r = cold_drop_file(a->ram, reclaimer.files[i], &w);
+	reclaimer_publish(a);
+	return r == 1 || r == -ENOENT ? 0 : r; /* ENOENT: the file was given up meanwhile */
 }
 
 static struct reclaim_order next_walk(void)
@@ -205,6 +216,17 @@ static const char *why_not_started(int r)
 	}
 }
 
+/* What of an image the guest has read and dropped itself only its VM would miss, if that is the only one. */
+static void list_files(struct agent *a)
+{
+	struct volume *v;
+
+	reclaimer.file_count = 0;
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
+		if (volume_is_mapped(v) && !volume_is_cache(v) && volume_is_read_alone(v))
+			reclaimer.files[reclaimer.file_count++] = volume_index(v);
+}
+
 static int begin(struct agent *a, const struct reclaim_order *order)
 {
 	int r;
@@ -215,6 +237,7 @@ static int begin(struct agent *a, const struct reclaim_order *order)
 		r = -EALREADY;
 	if (!r) {
 		reclaimer.order = *order;
+		list_files(a);
 		reclaimer.ended = false;
 		stat_set(&a->stats->reclaim.looked_now, 0);
 		pthread_cond_signal(&reclaimer.woken);

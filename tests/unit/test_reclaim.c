@@ -18,6 +18,7 @@
 #define FILE_PAGES 512
 #define SLAB 65536
 #define STORE_BYTES (64 << 20)
+#define AROUND 16 /* pages that the kernel maps together */
 
 static struct {
 	struct rig rig;
@@ -103,6 +104,8 @@ static bool all(void *ctx, uint64_t entry)
 	(void)entry;
 	return true;
 }
+
+static bool by_activity(void *ctx, uint64_t entry) { return entry_short(entry) == *(unsigned *)ctx; }
 
 /* The first failure; goes on behind it. */
 static int reclaim_if(ram_wanted wanted, void *ctx)
@@ -295,7 +298,48 @@ static void test_overlays(void **state)
 	check_maps();
 }
 
-static bool by_activity(void *ctx, uint64_t entry) { return entry_short(entry) == *(unsigned *)ctx; }
+/* Of a whole file goes what nobody shows, and what is wanted of that which is shown and in no page table. */
+static void test_cache_of_a_file(void **state)
+{
+	struct rig_file *f = &t.rig.files[0];
+	enum { FIRST = 40, COUNT = 128, HOT = 64 };
+	unsigned cold = ACTIVITY_COLD;
+	void *view;
+
+	(void)state;
+	assert_int_equal(ram_reclaim_cache(RAM, f->index, all, NULL), -EBUSY); /* no store yet */
+	open_store(STORE_BYTES, true);
+	assert_int_equal(ram_reclaim_cache(RAM, ENTRY_FILES, all, NULL), -ENOENT);
+	assert_int_equal(fdatasync(f->fd_rw), 0);
+	view = os_view_file(f->fd, os_bytes(FILE_PAGES), false);
+	if (!is_file_system_with_cache(f->fd, view)) {
+		os_unview_file(view, os_bytes(FILE_PAGES));
+		skip();
+	}
+	os_expect_random(f->fd); /* single pages in the cache */
+	os_drop_cached(f->fd, 0, os_bytes(FILE_PAGES));
+	for (uint64_t i = 0; i < FILE_PAGES; i++) {
+		uint64_t word;
+
+		assert_int_equal(pread(f->fd, &word, sizeof word, (off_t)os_bytes(i)), sizeof word);
+	}
+	ram_lock(RAM);
+	assert_int_equal(ram_map_overlay(RAM, BLOCK, FIRST, COUNT, f->index, 0), 0);
+	for (uint64_t i = 0; i < PAGES; i++)
+		ram_set_activity(RAM, BLOCK, i, entry_activity(i < FIRST + HOT ? ACTIVITY_HOT : ACTIVITY_COLD, 1));
+	ram_unlock(RAM);
+	assert_true(rig_holds(hva(FIRST + COUNT - 1), rig_file_tag(0, 0, COUNT - 1))); /* in the page table, and cold */
+	assert_int_equal(os_resident_pages(view, 0, FILE_PAGES), FILE_PAGES);
+	assert_int_equal(ram_reclaim_cache(RAM, f->index, by_activity, &cold), 0);
+	assert_int_equal(os_resident_pages(view, 0, HOT), HOT);
+	assert_in_range(os_resident_pages(view, 0, FILE_PAGES), HOT + 1, HOT + AROUND); /* mapped around it, too */
+	if (os_cached_pages(f->fd, 0, os_bytes(1)) != UINT64_MAX)
+		assert_int_equal(counts().clean, FILE_PAGES - os_resident_pages(view, 0, FILE_PAGES));
+	for (uint64_t i = 0; i < COUNT; i++)
+		assert_true(rig_holds(hva(FIRST + i), rig_file_tag(0, 0, i)));
+	os_unview_file(view, os_bytes(FILE_PAGES));
+	check_maps();
+}
 
 static void test_only_what_is_wanted(void **state)
 {
@@ -973,6 +1017,7 @@ int main(void)
 		TEST(test_writable_after),
 		TEST(test_mapped_anew),
 		TEST(test_overlays),
+		TEST(test_cache_of_a_file),
 		TEST(test_only_what_is_wanted),
 		TEST(test_a_walk),
 		TEST(test_full_store),

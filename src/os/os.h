@@ -108,8 +108,19 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it, os_residency_is_told; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 bool os_residency_is_told(int fd);
+/* How many pages of [offset, offset+bytes) of the file are in the page cache; UINT64_MAX: the kernel does not say (it
+ * does from Linux 6.5 on, and of late only to who owns the file or may write it). */
+uint64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes);
 /* Advises the kernel to drop from the page cache what is clean there and mapped by nobody. */
 void os_drop_cached(int fd, uint64_t offset, uint64_t bytes);
+/* The same for all pages that any part of [offset, offset+bytes) is in, which need be no multiples of pages. */
+void os_drop_cached_around(int fd, uint64_t offset, uint64_t bytes);
+/* What was written to the file is on its storage, as far as the host knows, and then not in the page cache any more.
+ * -EIO, -ENOSPC and others, of anything that was written since the last time; then the page cache stays as it is. It is no
+ * barrier against a loss of power. */
+int os_flush_cached(int fd);
+/* The file is read here and there: the kernel need not read ahead. */
+void os_expect_random(int fd);
 
 /*
  * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.
@@ -146,6 +157,19 @@ uint64_t os_memory_room(const char *cgroups, const char *root);
 /* Memory of the host that nobody misses: what is available, page cache included, above an eighth of all. UINT64_MAX:
  * not known. `meminfo`: /proc/meminfo. */
 uint64_t os_memory_spare(const char *meminfo);
+
+/*
+ * Addresses for later: nobody can touch them, and nobody else is given them. `align`: a power of two of
+ * at least a page. NULL: no memory. os_unreserve takes NULL, and what is mapped there by then goes too.
+ */
+void *os_reserve(size_t bytes, size_t align);
+void os_unreserve(void *hva, size_t bytes);
+/* Within a reservation, in the place of whatever is there. os_window_map: a part of a file, shared; its
+ * pages come into the page table when they are touched, with those around them. os_window_memory: zeroed
+ * memory of this process alone. os_window_clear: nothing again. As os_map_base_over when they fail. */
+int os_window_map(void *hva, size_t bytes, int fd, uint64_t offset, bool writable);
+int os_window_memory(void *hva, size_t bytes);
+int os_window_clear(void *hva, size_t bytes);
 
 /* Mappings of this process now, and the limit (vm.max_map_count). */
 int os_count_maps(uint64_t *ret_maps);
@@ -208,6 +232,9 @@ bool os_lease_intact(int fd);
  * neither a lease nor what follows binds other machines, or the server behind it. linux/magic.h, statfs(2). */
 bool os_file_is_local(int fd);
 
+/* On a file system whose files are nowhere but in memory (tmpfs, ramfs). */
+bool os_file_is_in_memory(int fd);
+
 /* What else keeps a local file from changing, checked in the order of the enum; OS_PROTECT_NONE if
  * nothing does. */
 enum os_protection os_file_protection(int fd);
@@ -259,6 +286,14 @@ void os_thaw(void);
 void os_never_freeze(pid_t tid);
 void os_may_freeze(pid_t tid);
 
+/* ---- cpu.c: where threads run ------------------------------------------------------------------ */
+
+int os_cpu(void); /* of the calling thread, at this moment */
+/* The calling thread runs nowhere else from now on. -EINVAL: there is none, or it is not ours. */
+int os_bind_to_cpu(int cpu);
+/* -EXDEV: a thread of this process, or a worker of io_uring's, is not bound to this CPU alone. */
+int os_all_bound_to_cpu(int cpu);
+
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
 
 enum os_fault_point {
@@ -272,7 +307,9 @@ enum os_fault_point {
 	OS_FAULT_REGISTER,     /* of pages to be made when they are touched */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
 	OS_FAULT_WRITE,        /* os_write_all */
+	OS_FAULT_FLUSH,        /* os_flush_cached */
 	OS_FAULT_SPARE_MEMORY, /* the host has none to spare for what nobody has asked for yet */
+	OS_FAULT_WINDOW,       /* a mapping in a reservation, emptied ones included */
 	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */
 	OS_FAULT_RESTORE_STEP, /* of a restore, until the command becomes QEMU, */
 	OS_FAULT_AGENT_STEP,   /* and from then on, until it is told that the guest runs */

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 7u
+#define CONTROL_VERSION 8u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -51,6 +51,8 @@ enum control_op {
 	CONTROL_INCOMING, /* another mover brings what a migration to this host still owes: the reply is followed by
 			   * an empty struct control_layout with its end of a new channel (vmdir/incoming.h).
 			   * -EALREADY: there is one */
+	CONTROL_RECLAIM_STORE, /* what is given back goes to the file whose descriptor comes with the request, from now
+				* on; `path`: at most so many bytes of it, in decimal. -EALREADY: there is one */
 	CONTROL_OPS
 };
 

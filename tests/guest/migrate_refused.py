@@ -158,7 +158,10 @@ def with_peer(pair, say):
 
 # ---- keys ----
 
-ADDRESS = "tcp:127.0.0.1:14848"
+def free_address():
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp:127.0.0.1:{free.getsockname()[1]}"
 
 
 def openssl(directory, *words):
@@ -188,21 +191,22 @@ def key(directory, digits):
 def with_keys(test):
     with Pair("keys") as pair:
         pair.first.wait_ready()
+        address = free_address()
         ours, others = (key(pair.directory / name, digit * 32) for name, digit in (("psk", "a"), ("other-psk", "b")))
         x509, other_x509 = (certificates(pair.directory / name) for name in ("x509", "other-x509"))
         for what, here, there in (("another key", ours, others), ("another authority", x509, other_x509),
                                   ("a key for a certificate", ours, x509)):
-            receiver = pair.second.receive(ADDRESS, "--tls", there)
-            refused(test, pair.first, migrate(pair.first, ADDRESS, "--tls", here), "not moved", what)
+            receiver = pair.second.receive(address, "--tls", there)
+            refused(test, pair.first, migrate(pair.first, address, "--tls", here), "not moved", what)
             receiver.wait(30)
             pair.second._forget()
-        receiver = pair.second.receive(ADDRESS, "--tls", x509)
-        refused(test, pair.first, migrate(pair.first, ADDRESS, "--tls", x509, "--host", "elsewhere.example"), "not moved",
+        receiver = pair.second.receive(address, "--tls", x509)
+        refused(test, pair.first, migrate(pair.first, address, "--tls", x509, "--host", "elsewhere.example"), "not moved",
                 "a certificate for another host")
         receiver.wait(30)
         pair.second._forget()
-        move(test, pair.first, pair.second, ADDRESS, "--tls", ours, receive=["--tls", ours])
-        move(test, pair.second, pair.first, ADDRESS, "--tls", x509, receive=["--tls", x509])
+        move(test, pair.first, pair.second, address, "--tls", ours, receive=["--tls", ours])
+        move(test, pair.second, pair.first, address, "--tls", x509, receive=["--tls", x509])
         latent.check_hashes(test, pair.first, SOME_FILES, what="moved over TLS, by a key and by certificates")
         end(test, pair.first)
 

@@ -144,9 +144,9 @@ static int compare_layout(struct guest *g, const struct control_layout *layout, 
 		const struct control_block *b = &layout->block[i];
 
 		if (strncmp(b->name, wanted->block[i].name, sizeof wanted->block[i].name) || b->pages != wanted->block[i].pages)
-			return snapshot_fail(why, -EINVAL, "the source has %ju MiB of %.60s, and this VM %ju MiB of %.60s: give it "
-					     "the same machine and -m", (uintmax_t)wanted->block[i].pages >> 8,
-					     wanted->block[i].name, (uintmax_t)b->pages >> 8, b->name);
+			return snapshot_fail(why, -EINVAL, "the source has %ju KiB of %.60s, and this VM %ju KiB of %.60s: give it "
+					     "the same machine and -m", (uintmax_t)wanted->block[i].pages << 2,
+					     wanted->block[i].name, (uintmax_t)b->pages << 2, b->name);
 	}
 	return 0;
 }

@@ -11,6 +11,7 @@
 #include "migrate/digest.h"
 #include "migrate/record.h"
 #include "os/os.h"
+#include "vmdir/moving.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -271,6 +272,48 @@ static void test_a_record_is_read_as_it_was_written(void **state)
 	assert_int_equal(record_read(rig->dir, &read, why), -ENOENT);
 }
 
+/* ---- how far it is ----------------------------------------------------------------------------------- */
+
+static void test_only_a_mover_at_work_is_seen(void **state)
+{
+	const char *dir = ((struct rig *)*state)->dir;
+	struct moving said = { .side = MOVING_HERE, .phase = MOVING_REST, .cut = 1, .left = 7 }, read;
+	int fd = moving_begin(dir);
+
+	assert_true(fd >= 0);
+	assert_int_equal(moving_begin(dir), -EAGAIN);
+	assert_int_equal(moving_read(dir, &read), -ENOENT); /* it has said nothing yet */
+	moving_say(fd, &said);
+	assert_int_equal(moving_read(dir, &read), 0);
+	assert_true(read.side == MOVING_HERE && read.phase == MOVING_REST && read.cut && read.left == 7);
+	said.phase = MOVING_PHASES;
+	moving_say(fd, &said);
+	assert_int_equal(moving_read(dir, &read), -ENOENT);
+	said.phase = MOVING_PASSES;
+	moving_say(fd, &said);
+	close(fd); /* as by a signal that kills it */
+	assert_int_equal(moving_read(dir, &read), -ENOENT);
+	fd = moving_begin(dir);
+	assert_true(fd >= 0);
+	moving_end(dir, fd);
+	assert_int_equal(moving_read(dir, &read), -ENOENT);
+}
+
+static void test_what_is_over_is_not_taken(void **state)
+{
+	struct ballot ballot = make_ballot(*state), none = { "" };
+
+	ballot_note_over(&ballot);
+	assert_false(ballot_is_over(&ballot)); /* nobody has the guest yet */
+	assert_int_equal(ballot_take(&ballot, BALLOT_DESTINATION), 0);
+	ballot_note_over(&ballot);
+	assert_true(ballot_is_over(&ballot));
+	assert_int_equal(ballot_take(&ballot, BALLOT_SOURCE), -EALREADY);
+	ballot_remove(&ballot);
+	assert_false(ballot_is_over(&ballot));
+	assert_false(ballot_is_over(&none));
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -282,6 +325,8 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_a_file_is_read_once, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_a_file_that_is_written_meanwhile_has_none, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_what_is_no_file_has_none, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_only_a_mover_at_work_is_seen, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_what_is_over_is_not_taken, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_a_record_is_read_as_it_was_written, setup, teardown),
 	};
 

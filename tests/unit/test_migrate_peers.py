@@ -1,0 +1,239 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""`latent receive` and a source that lies: whatever it says, it is refused with a sentence, QEMU ends, and nothing is left.
+
+What an honest source says first is taken down from a real one, and then said with one thing changed. The VM is QEMU with a
+processor that is halted by its first instruction. LATENT_BUILD is meson's build directory.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build"))
+LATENT, QEMU = BUILD / "latent", "qemu-system-x86_64"
+TIMEOUT_S, SKIPPED, NO_ANSWER = 60, 77, 75
+HALT, BIOS_BYTES = b"\xf4", 1 << 16
+RAM_MIB, PAGE = 64, 4096
+
+# docs/migration.md
+HEADER, HELLO = struct.Struct("<II"), struct.Struct("<QII16sII")
+BLOCK, FILES, RUN, PAGES, SWITCH = (struct.Struct(text) for text in ("<64sQ", "<II", "<QIHHQ", "<IIII", "<QQQ"))
+MAGIC, SESSION = 0x54415247494d544c, b"0123456789abcdef"
+HELLO_TYPE, REFUSE, MANIFEST, BLOCKS, READY, PAGES_TYPE, PASS, STATE, SWITCH_TYPE = range(9)
+LOADED, TOKEN, FILES_TYPE = 9, 10, 16
+MISSING, WORD, VOLUME, DATA = range(4)
+
+failures = []
+
+
+def check(holds, what):
+    if not holds:
+        failures.append(what)
+    print(f"{'ok' if holds else 'NOT SO'}: {what}", flush=True)
+
+
+# ---- messages ----
+
+def read(peer, n_bytes):
+    data = b""
+    while len(data) < n_bytes:
+        more = peer.recv(n_bytes - len(data))
+        if not more:
+            raise OSError("the peer has ended the connection")
+        data += more
+    return data
+
+
+def receive(peer, wanted):
+    while True:
+        kind, n_bytes = HEADER.unpack(read(peer, HEADER.size))
+        payload = read(peer, n_bytes)
+        if kind == wanted:
+            return payload
+        if kind == REFUSE:
+            raise OSError(payload.decode())
+
+
+def send(peer, kind, payload=b""):
+    peer.sendall(HEADER.pack(kind, len(payload)) + payload)
+
+
+def hello(**changes):
+    fields = {"magic": MAGIC, "version": 1, "page_bytes": PAGE, "session": SESSION, "resume": 0, "reserved": 0, **changes}
+    return HELLO.pack(*fields.values())
+
+
+def pages(*runs, contents=b"", data_pages=None, packed=0):
+    count = len(contents) // PAGE if data_pages is None else data_pages
+    return PAGES.pack(len(runs), count, packed, 0) + b"".join(RUN.pack(*run) for run in runs) + contents
+
+
+# ---- the VM ----
+
+class Machine:
+    def __init__(self, directory):
+        self.directory = directory
+        self.socket = directory / "socket"
+        (directory / "bios").write_bytes(HALT * BIOS_BYTES)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", directory / "disk.qcow2", "16M"], check=True)
+
+    def line(self, mib=RAM_MIB):
+        return [QEMU, "-machine", "q35", "-m", str(mib), "-bios", f"{self.directory}/bios", "-nodefaults", "-display", "none",
+                "-vga", "none", "-drive", f"file={self.directory}/disk.qcow2,if=none,id=disk", "-device",
+                "virtio-blk-pci,drive=disk"]
+
+    def start(self, *words):
+        return subprocess.Popen([LATENT, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+
+    def take_down(self):
+        """What a real source says before it is told that all is ready: {type: payload}."""
+        vmm = self.start("run", "--name", "honest", "--", *self.line())
+        while not (pathlib.Path(os.environ["LATENT_RUNTIME_DIR"]) / "honest" / "mover.sock").exists():
+            time.sleep(0.05)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(self.socket))
+            listener.listen(1)
+            sender = self.start("migrate", "honest", f"unix:{self.socket}")
+            peer, _ = listener.accept()
+            with peer:
+                said = {HELLO_TYPE: receive(peer, HELLO_TYPE)}
+                send(peer, HELLO_TYPE, said[HELLO_TYPE])
+                for kind in (MANIFEST, BLOCKS, FILES_TYPE):
+                    said[kind] = receive(peer, kind)
+            sender.communicate(timeout=TIMEOUT_S)
+        self.socket.unlink()
+        check(vmm.poll() is None, "a destination that goes away is no harm to the VM")
+        vmm.terminate()
+        vmm.wait(TIMEOUT_S)
+        return said
+
+
+def alive():
+    answer = subprocess.run([LATENT, "ps", "--json"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    return [vm["name"] for vm in json.loads(answer.stdout)]
+
+
+def refused(machine, what, words, say):
+    receiver = machine.start("receive", "--json", "--listen", f"unix:{machine.socket}", "--name", "there", "--",
+                             *machine.line())
+    receiver.stdout.readline()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(TIMEOUT_S)
+        peer.connect(str(machine.socket))
+        heard = ""
+        try:
+            say(peer)
+            receive(peer, None)
+        except OSError as error:
+            heard = str(error)
+    _, why = receiver.communicate(timeout=TIMEOUT_S)
+    check(receiver.returncode == NO_ANSWER and words in why, f"{what}: {why.strip().splitlines()[-1:]}")
+    check(words in heard or "ended the connection" in heard or "reset" in heard, f"{what}: the source hears \"{heard}\"")
+    check(not alive(), f"{what}: no VM is left")
+
+
+# ---- lies ----
+
+def told(said, changes=(), upto=FILES_TYPE):
+    """What an honest source says, with some of it replaced."""
+    messages = {**said, HELLO_TYPE: hello(), **dict(changes)}
+
+    def say(peer):
+        send(peer, HELLO_TYPE, messages[HELLO_TYPE])
+        receive(peer, HELLO_TYPE)
+        for kind in (MANIFEST, BLOCKS, FILES_TYPE):
+            send(peer, kind, messages[kind])
+            if kind == upto:
+                return
+    return say
+
+
+def manifest_with(said, **changes):
+    manifest = {**json.loads(said[MANIFEST]), **changes}
+    return {MANIFEST: json.dumps(manifest).encode()}
+
+
+def blocks_with(said, n_pages):
+    name, _ = BLOCK.unpack(said[BLOCKS][:BLOCK.size])
+    return {BLOCKS: BLOCK.pack(name, n_pages)}
+
+
+def without_ballot(said):
+    count, _ = FILES.unpack(said[FILES_TYPE][:FILES.size])
+    return {FILES_TYPE: FILES.pack(count, 0) + said[FILES_TYPE][FILES.size:]}
+
+
+def then(said, *messages):
+    """The VM is ready; then these."""
+    def say(peer):
+        told(said, without_ballot(said))(peer)
+        receive(peer, READY)
+        for kind, payload in messages:
+            send(peer, kind, payload)
+    return say
+
+
+def try_all(machine, said):
+    all_pages = RAM_MIB << 8
+    huge = 1 << 40  # pages
+    lies = [
+        ("no Latent", "no Latent that migrates", told(said, {HELLO_TYPE: hello(magic=1)})),
+        ("another version", "speaks version 9", told(said, {HELLO_TYPE: hello(version=9)})),
+        ("other pages", "pages have 65536 bytes", told(said, {HELLO_TYPE: hello(page_bytes=65536)})),
+        ("a migration that was never cut", "no migration that was cut", told(said, {HELLO_TYPE: hello(resume=1)})),
+        ("a manifest that is none", "manifest.json", told(said, {MANIFEST: b"{]"})),
+        ("a name with a path in it", "no plain name", told(said, manifest_with(said, name="../../etc/passwd"))),
+        ("another QEMU", "the source runs QEMU 99.0.0", told(said, {**without_ballot(said),
+                                                                     **manifest_with(said, qemu_version="99.0.0")})),
+        ("RAM that the host has not", "which is more than this host",
+         told(said, {**manifest_with(said, ram_bytes=huge * PAGE), **blocks_with(said, huge)})),
+        ("blocks that the manifest has not", "do not agree", told(said, blocks_with(said, all_pages + 1))),
+        ("other RAM", "the same machine and -m",
+         told(said, {**without_ballot(said), **manifest_with(said, ram_bytes=(all_pages + 1) * PAGE),
+                     **blocks_with(said, all_pages + 1)})),
+        ("a ballot that is not there", "not on storage that both hosts share", told(said)),
+        ("too many files", "so many files", told(said, {FILES_TYPE: FILES.pack(77, 0) + bytes(77 * 16)})),
+        ("a message of ours", "which is ours to send", then(said, (READY, bytes(8)))),
+        ("pages beyond RAM", "beyond RAM", then(said, (PAGES_TYPE, pages((all_pages, 1, WORD, 0, 0))))),
+        ("so many pages that they come around", "beyond RAM",
+         then(said, (PAGES_TYPE, pages((all_pages - 1, 0xffffffff, WORD, 0, 0))))),
+        ("a volume that nobody has", "volume that is not there", then(said, (PAGES_TYPE, pages((0, 1, VOLUME, 5, 0))))),
+        ("less contents than it says", "contents of such a length",
+         then(said, (PAGES_TYPE, pages((0, 2, DATA, 0, 0), contents=bytes(PAGE), data_pages=2)))),
+        ("contents that are no frame", "cannot be unpacked",
+         then(said, (PAGES_TYPE, pages((0, 1, DATA, 0, 0), contents=b"x" * 100, data_pages=1, packed=100)))),
+        ("a token too early", "something else than it should", then(said, (TOKEN, b""))),
+        ("a state that is not what was sent", "did not arrive as it was sent",
+         then(said, (STATE, b"state"), (SWITCH_TYPE, SWITCH.pack(5, all_pages, 1)))),
+        ("more state than it sends", "did not arrive as it was sent",
+         then(said, (STATE, b"state"), (SWITCH_TYPE, SWITCH.pack(1 << 50, all_pages, 1)))),
+        ("it goes away", "ended the connection", lambda peer: (then(said)(peer), peer.shutdown(socket.SHUT_RDWR))),
+    ]
+    for what, words, say in lies:
+        refused(machine, what, words, say)
+
+
+def main():
+    if shutil.which(QEMU) is None:
+        print(f"{QEMU} is not installed")
+        return SKIPPED
+    with tempfile.TemporaryDirectory(prefix="latent-peers-") as directory:
+        directory = pathlib.Path(directory)
+        (directory / "run").mkdir(mode=0o700)
+        os.environ["LATENT_RUNTIME_DIR"] = str(directory / "run")
+        machine = Machine(directory)
+        try_all(machine, machine.take_down())
+        check(not list(directory.glob("*.latent-*")), "no ballot is left")
+    return 1 if failures else 0
+
+
+sys.exit(main())

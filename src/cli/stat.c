@@ -264,6 +264,18 @@ static void print_source(const struct vm_stats *stats)
 		printf("  pagers that were lost and replaced: %ju\n", (uintmax_t)stat_get(&stats->source_pagers_lost));
 }
 
+/* Of a VM that came from another host. */
+static void print_source_bits(const struct vm_stats *stats)
+{
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT];
+
+	if (stat_get(&stats->source_bits_set))
+		printf("  told by their place on images %s; fetched from there %s, not needed yet %s\n",
+		       cli_size(stat_get(&stats->source_bits_set) * PAGE_BYTES, a),
+		       cli_size(stat_get(&stats->source_bits_fetched) * PAGE_BYTES, b),
+		       cli_size(stat_get(&stats->source_bits_now) * PAGE_BYTES, c));
+}
+
 static void print_vm(const struct vm_view *view)
 {
 	const struct vm_stats *stats = &view->stats;
@@ -292,6 +304,7 @@ static void print_vm(const struct vm_view *view)
 	printf("  %-34s %9s  %5.1f %%\n", "copies of image pages", cli_size(copies, a),
 	       percent(copies, stats->ram_bytes));
 	print_masked(stats);
+	print_source_bits(stats);
 	printf("  copied on write %ju pages, discarded %ju, settled %ju; mapping calls failed %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_copied_on_write),
 	       (uintmax_t)stat_get(&stats->pages_discarded), (uintmax_t)stat_get(&stats->pages_settled),
@@ -423,6 +436,9 @@ static struct json_object *vm_to_json(const struct vm_view *view, bool refreshed
 	add_number(json, "masked_mapped", stat_get(&stats->masked_mapped));
 	add_number(json, "masked_dropped", stat_get(&stats->masked_dropped));
 	add_number(json, "pages_never_masked", stat_get(&stats->pages_never_masked));
+	add_number(json, "source_bits_set", stat_get(&stats->source_bits_set));
+	add_number(json, "source_bits_fetched", stat_get(&stats->source_bits_fetched));
+	add_number(json, "source_bits_now", stat_get(&stats->source_bits_now));
 	add_number(json, "pages_copied_on_write", stat_get(&stats->pages_copied_on_write));
 	add_number(json, "pages_discarded", stat_get(&stats->pages_discarded));
 	add_number(json, "pages_settled", stat_get(&stats->pages_settled));

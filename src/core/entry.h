@@ -12,7 +12,9 @@
  *  source  enum entry_source: how the page is mapped
  *  nu      needs update: the contents are still to be made; with ENTRY_MASKED only
  *  kc, sh  not used
- *  sb      source bit: an access must fetch from the locator           (migration)
+ *  sb      source bit: the VM came here, and the page is still where its locator says; nobody has fetched it. An access
+ *          does, by the kernel's fault on the mapping; the bit goes when that is seen (ram_update_source_bits), or
+ *          when the page gets other contents. With ENTRY_OVERLAY only
  *  pr      private, sticky: the guest has written; a copy of its own   (all)
  *  short, long   how much the page is used, by looks and by minutes: activity/states.h. They say
  *          nothing about the source, and stay with the page when that changes
@@ -40,6 +42,7 @@ enum entry_source {
 
 #define ENTRY_SOURCE_MASK 0x7ull
 #define ENTRY_NEEDS_UPDATE (1ull << 3)
+#define ENTRY_SOURCE_BIT (1ull << 5)
 #define ENTRY_PRIVATE (1ull << 7)
 #define ENTRY_SHORT_SHIFT 8
 #define ENTRY_LONG_SHIFT 12

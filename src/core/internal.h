@@ -51,6 +51,7 @@ struct ram {
 	struct ram_block *blocks[RAM_BLOCKS]; /* slots are read without the lock by ram_find */
 	struct ram_file files[ENTRY_FILES];
 	struct ram_counts counts;
+	struct ram_source_counts sources;
 	bool base_held; /* see ram_hold */
 	struct os_pagemap *pagemap; /* used under the lock */
 	int single_uffd;            /* see ram_single_by */
@@ -78,10 +79,15 @@ static inline void assert_locked(struct ram *ram)
 #endif
 }
 
-/* Without the page's activity, which is another matter. */
+/* Without the page's activity and its source bit, which are other matters. */
 static inline uint64_t entry_get(const struct ram_block *b, uint64_t page)
 {
-	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ~ENTRY_ACTIVITY;
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ~(ENTRY_ACTIVITY | ENTRY_SOURCE_BIT);
+}
+
+static inline bool entry_has_source_bit(const struct ram_block *b, uint64_t page)
+{
+	return atomic_load_explicit(&b->entries[page], memory_order_relaxed) & ENTRY_SOURCE_BIT;
 }
 
 /* Sets the bits of `mask`; others may change the rest of the word at the same time. */
@@ -94,7 +100,7 @@ static inline void entry_change(struct ram_block *b, uint64_t page, uint64_t mas
 		;
 }
 
-/* The page's activity stays. */
+/* The page's activity stays; its source bit goes. */
 static inline void entry_set(struct ram_block *b, uint64_t page, uint64_t entry)
 {
 	entry_change(b, page, ~ENTRY_ACTIVITY, entry);

@@ -940,6 +940,89 @@ int ram_reconcile(struct ram *ram)
 	return 0;
 }
 
+/* ---- source bits ------------------------------------------------------------------------------- */
+
+void ram_set_source_bits(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	assert_locked(ram);
+	for (uint64_t i = page; i < page + pages; i++) {
+		if (!maps_file(entry_get(b, i)) || entry_has_source_bit(b, i))
+			continue;
+		entry_change(b, i, ENTRY_SOURCE_BIT, ENTRY_SOURCE_BIT);
+		ram->sources.set++;
+		ram->sources.now++;
+	}
+}
+
+static void found_fetched(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct reconcile *c = ctx;
+	uint64_t page = (uint64_t)(hva - c->block->hva) >> OS_PAGE_SHIFT;
+
+	for (uint64_t i = page; i < page + pages; i++) {
+		if (!entry_has_source_bit(c->block, i))
+			continue;
+		entry_change(c->block, i, ENTRY_SOURCE_BIT, 0);
+		c->ram->sources.fetched++;
+	}
+}
+
+static uint64_t count_source_bits(const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	uint64_t count = 0;
+
+	for (uint64_t i = page; i < page + pages; i++)
+		count += entry_has_source_bit(b, i);
+	return count;
+}
+
+static int update_sources_of(struct ram *ram, size_t slot, uint64_t page, bool *ret_more, uint64_t *now)
+{
+	struct reconcile c = { .ram = ram };
+	uint64_t pages;
+	int r = 0;
+
+	ram_lock(ram);
+	c.block = ram->blocks[slot];
+	*ret_more = c.block && page < c.block->pages;
+	if (*ret_more) {
+		pages = c.block->pages - page < RECONCILE_SLICE_PAGES ? c.block->pages - page : RECONCILE_SLICE_PAGES;
+		if (count_source_bits(c.block, page, pages))
+			r = os_pagemap_present_runs(ram->pagemap, page_hva(c.block, page), pages, found_fetched, &c);
+		*now += count_source_bits(c.block, page, pages);
+	}
+	ram_unlock(ram);
+	return r;
+}
+
+int ram_update_source_bits(struct ram *ram)
+{
+	struct ram_source_counts before;
+	uint64_t now = 0;
+	int r = 0;
+
+	ram_get_source_counts(ram, &before);
+	for (size_t slot = 0; before.now && slot < RAM_BLOCKS; slot++) {
+		bool more = true;
+
+		for (uint64_t page = 0; !r && more; page += RECONCILE_SLICE_PAGES)
+			r = update_sources_of(ram, slot, page, &more, &now);
+	}
+	if (r || !before.now)
+		return r;
+	ram_lock(ram);
+	ram->sources.now = now + (ram->sources.set - before.set); /* (those that were set meanwhile may be counted twice) */
+	ram_unlock(ram);
+	return 0;
+}
+
+void ram_get_source_counts(struct ram *ram, struct ram_source_counts *counts)
+{
+	ram_lock(ram);
+	*counts = ram->sources;
+	ram_unlock(ram);
+}
+
 struct private_runs {
 	struct ram *ram;
 	struct ram_block *block;

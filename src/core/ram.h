@@ -328,6 +328,21 @@ void ram_remember_policy(struct ram *ram, const void *hva, size_t bytes, const s
 int ram_recount_maps(struct ram *ram);
 void ram_get_counts(struct ram *ram, struct ram_counts *ret_counts);
 
+/*
+ * Source bits (entry.h): of pages of overlays that a migration has told by their place alone.
+ *
+ * ram_set_source_bits: [locked] of these pages, which have just been mapped.
+ * ram_update_source_bits: clears those of pages that are in the page table by now: whoever touched them, or a neighbour
+ *     that the kernel maps along, has fetched them. Takes the lock, for a slice at a time. Errors of pagemap.
+ */
+struct ram_source_counts {
+	uint64_t set, fetched; /* only grow */
+	uint64_t now;          /* as of the last update; the others were written, or got other contents */
+};
+void ram_set_source_bits(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+int ram_update_source_bits(struct ram *ram);
+void ram_get_source_counts(struct ram *ram, struct ram_source_counts *ret_counts);
+
 /* [locked] The range that holds `page`, cut to [page, end). */
 struct ram_range ram_range_at(const struct ram_block *block, uint64_t page, uint64_t end);
 

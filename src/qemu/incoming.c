@@ -42,12 +42,21 @@ static struct ram_block *block_of(const struct incoming_run *run)
 
 static int map_run(const struct incoming_run *run)
 {
+	struct ram *ram = incoming.agent->ram;
 	struct ram_block *b = block_of(run);
 	struct volume *v = run->volume < AGENT_RESTORE_VOLUMES ? incoming.volume[run->volume] : NULL;
+	int r;
 
 	if (!b)
 		return -EINVAL;
-	return v ? volume_map(v, b, run->page, run->pages, run->file_page) : -ENOTSUP;
+	r = v ? volume_map(v, b, run->page, run->pages, run->file_page) : -ENOTSUP;
+	if (r)
+		return r;
+	ram_lock(ram);
+	if (block_of(run) == b)
+		ram_set_source_bits(ram, b, run->page, run->pages);
+	ram_unlock(ram);
+	return 0;
 }
 
 static int change_run(enum incoming_op op, const struct incoming_run *run)

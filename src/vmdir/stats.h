@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 9u
+#define VM_STATS_VERSION 10u
 #define VM_STATS_VOLUMES 32u
 #define VM_STATS_CLASSES 6u
 #define VM_STATS_SCAN_SOURCES 3u
@@ -130,6 +130,9 @@ struct vm_stats {
 	/* Pages to be made when they are touched (core/mask.c); all but the first only grow. */
 	stat_counter pages_masked_now, pages_masked, masked_made, masked_copied, masked_mapped, masked_dropped;
 	stat_counter pages_never_masked;    /* of a restore: zero, as base is already */
+	/* That a migration has told by their place on an image: all of them, those that were fetched from there, and those
+	 * that nobody has needed yet (core/ram.h, struct ram_source_counts). */
+	stat_counter source_bits_set, source_bits_fetched, source_bits_now;
 	stat_counter pages_copied_on_write; /* mapped from a file, until the guest wrote to them */
 	stat_counter pages_discarded, pages_settled, map_failures;
 	stat_counter reconciled_unix_ms; /* when the counts of copies were last brought up to date */

@@ -646,6 +646,18 @@ static void refresh_volume(struct volume *v, bool deep)
 	stat_set(&v->stats->pages_many_now, many);
 }
 
+static void refresh_source_bits(struct volumes *all, bool deep)
+{
+	struct ram_source_counts c;
+
+	if (deep)
+		(void)ram_update_source_bits(all->ram); /* else they are what they were */
+	ram_get_source_counts(all->ram, &c);
+	stat_set(&all->stats->source_bits_set, c.set);
+	stat_set(&all->stats->source_bits_fetched, c.fetched);
+	stat_set(&all->stats->source_bits_now, c.now);
+}
+
 int volumes_refresh(struct volumes *all, bool deep)
 {
 	struct vm_stats *s = all->stats;
@@ -666,6 +678,7 @@ int volumes_refresh(struct volumes *all, bool deep)
 	stat_set(&s->pages_private_now, c.private_pages);
 	stat_set(&s->pages_copied_on_write, c.copied_pages);
 	stat_set(&s->map_failures, c.failures);
+	refresh_source_bits(all, deep);
 	ram_get_mask_counts(all->ram, &m);
 	stat_set(&s->pages_masked_now, m.masked_now);
 	stat_set(&s->pages_masked, m.masked);

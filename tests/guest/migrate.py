@@ -16,6 +16,12 @@ def body(test):
     test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
 
 
+def check_source_bits(test, stat):
+    told, fetched, now = (stat[f"source_bits_{what}"] for what in ("set", "fetched", "now"))
+    test.check(told > 1000 and fetched + now <= told, f"of {told} pages that were told by their place {fetched} have been "
+               f"fetched, and {now} are still on the image alone")
+
+
 def there_and_back(test):
     with Pair("move") as pair:
         nonce = begin(test, pair.first)
@@ -26,7 +32,12 @@ def there_and_back(test):
                    "told as places")
         stat = latent.stat(pair.second)
         test.check(stat["pages_overlay_now"] > before // 2, f"{stat['pages_overlay_now']} pages are mapped there")
+        check_source_bits(test, stat)
         check(test, pair.second, nonce, "moved")
+        later = latent.stat(pair.second)
+        check_source_bits(test, later)
+        test.check(later["source_bits_fetched"] > stat["source_bits_fetched"], f"{later['source_bits_fetched']} pages have been "
+                   "fetched from the image")
         sent, got = move(test, pair.second, pair.first, pair.socket(), "--max-downtime", "0")
         test.check(got["pages_missing"] > 0, "the guest ran before all was there")
         check(test, pair.first, nonce, "back, by post-copy")

@@ -1019,6 +1019,86 @@ static void vmm_advises(struct rig *rig, int advice)
 	ram_unlock(rig->ram);
 }
 
+/* ---- source bits --------------------------------------------------------------------------------- */
+
+static void set_source_bits(struct rig *rig, uint64_t page, uint64_t pages)
+{
+	ram_lock(rig->ram);
+	ram_set_source_bits(rig->ram, rig->blocks[0].ram, page, pages);
+	ram_unlock(rig->ram);
+}
+
+static struct ram_source_counts sources(struct rig *rig)
+{
+	struct ram_source_counts c;
+
+	assert_int_equal(ram_update_source_bits(rig->ram), 0);
+	ram_get_source_counts(rig->ram, &c);
+	return c;
+}
+
+static bool has_source_bit(struct rig *rig, uint64_t page)
+{
+	return rig_entry(rig, 0, page) & ENTRY_SOURCE_BIT;
+}
+
+/* The kernel maps up to 16 pages around one that is touched: what is farther away has not been fetched. */
+static void test_source_bits_go_when_pages_are_fetched(void **state)
+{
+	struct rig *rig = *state;
+	struct ram_source_counts c;
+
+	assert_int_equal(overlay(rig, 0, 60, 0, 0), 0);
+	set_source_bits(rig, 0, BLOCK_PAGES); /* base among them has none */
+	c = sources(rig);
+	assert_true(c.set == 60 && !c.fetched && c.now == 60);
+	assert_false(has_source_bit(rig, 60));
+	set_source_bits(rig, 3, 5);
+	assert_int_equal(sources(rig).set, 60); /* they had it */
+	assert_true(rig_holds(rig_hva(rig, 0, 30), rig_file_tag(0, 0, 30)));
+	c = sources(rig);
+	assert_true(c.fetched >= 1 && c.fetched <= 32 && c.fetched + c.now == 60);
+	assert_false(has_source_bit(rig, 30));
+	assert_true(has_source_bit(rig, 0) && has_source_bit(rig, 59));
+	check_reconciled(rig);
+}
+
+static void test_other_contents_have_no_source_bit(void **state)
+{
+	struct rig *rig = *state;
+
+	assert_int_equal(overlay(rig, 0, 60, 0, 0), 0);
+	set_source_bits(rig, 0, 60);
+	assert_int_equal(return_base(rig, 0, 2), 0);
+	assert_int_equal(overlay(rig, 10, 4, 1, 7), 0);
+	assert_int_equal(discard(rig, 50, 3), 0);
+	for (uint64_t i = 0; i < 60; i++)
+		assert_int_equal(has_source_bit(rig, i), i >= 2 && (i < 10 || i >= 14) && (i < 50 || i >= 53));
+	assert_int_equal(sources(rig).now, 60 - 2 - 4 - 3);
+	rig_write(rig_hva(rig, 0, 5), GUEST_TAG(5));
+	check_reconciled(rig);
+	assert_false(has_source_bit(rig, 5));
+	assert_true(entry_is_private(rig_entry(rig, 0, 5)));
+}
+
+/* They are no part of what an entry says of its mapping. */
+static void test_source_bits_hinder_nobody(void **state)
+{
+	struct rig *rig = *state;
+
+	assert_int_equal(overlay(rig, 0, 16, 0, 20), 0);
+	set_source_bits(rig, 4, 6);
+	assert_int_equal(overlay(rig, 16, 16, 0, 36), 0); /* joins the others */
+	check(rig);
+	assert_int_equal(privatize(rig, 0), 0);
+	assert_int_equal(counts(rig).private_pages, 32);
+	for (uint64_t i = 0; i < 32; i++)
+		assert_true(entry_is_private(rig_entry(rig, 0, i)) && !has_source_bit(rig, i));
+	check_reconciled(rig);
+	rig_write_file(&rig->files[0], 1);
+	assert_file_tags(rig, 0, 32, 0, 0, 20);
+}
+
 static void test_marks_are_reapplied(void **state)
 {
 	struct rig *rig = *state;
@@ -1223,6 +1303,9 @@ int main(void)
 		TEST(test_reconcile_finds_written_pages_only),
 		TEST(test_reconcile_counts_unchanged_writes),
 		cmocka_unit_test_setup_teardown(test_reconcile_swapped, set_up, swap_off),
+		cmocka_unit_test_setup_teardown(test_source_bits_go_when_pages_are_fetched, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_other_contents_have_no_source_bit, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_source_bits_hinder_nobody, set_up, tear_down),
 		TEST(test_marks_are_reapplied),
 		TEST(test_policy_is_reapplied),
 		TEST(test_marks_that_fail_are_counted),

@@ -623,7 +623,6 @@ static int wait_for_source(struct receive *c)
 	(void)poll(p, 3, TURN_MS);
 	if (p[1].revents)
 		(void)guest_wanted(c->guest, ignored, WIRE_WANTED_MAX);
-	guest_forget_wishes(c->guest);
 	if (p[2].revents)
 		vmm_drain(&c->vmm);
 	return p[0].revents ? 1 : check_alive(c);
@@ -652,6 +651,7 @@ static int come_together(struct receive *c)
 			link_send_last(c->link, WIRE_REFUSE, c->why);
 	}
 	c->progress->cut = false;
+	guest_forget_wishes(c->guest);
 	return say_owed(c);
 }
 

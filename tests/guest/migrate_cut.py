@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """A migration whose link is cut, or whose movers are killed, after the guest was given away: it goes on, in the same
-processes or in others, and the guest has its memory; and one that had not begun there runs on here."""
+processes or in others, and the guest has its memory."""
 
 import time
 
@@ -78,33 +78,6 @@ def destination_killed(pair, sender, receiver):
     receiver.wait()
     other = latent.start("receive", "--listen", f"unix:{pair.directory}/far", "--resume", pair.second.name)
     return sender, other
-
-
-def not_begun_there(test):
-    """The token is on its way when the link is cut; the destination is killed, and so nothing runs there."""
-    with Pair("lost") as pair:
-        relay = Relay(pair.directory / "socket", pair.directory / "far")
-        nonce = begin(test, pair.first, FEW_FILES)
-        receiver = pair.second.receive(f"unix:{pair.directory}/far")
-        sender = latent.start("migrate", pair.first.name, pair.socket())
-        record = latent.run_dir() / pair.first.name / "migration"
-        while not record.exists() and sender.poll() is None:
-            time.sleep(0.0002)
-        receiver.kill()
-        relay.cut()
-        _, why = sender.communicate(timeout=60)
-        if sender.returncode == 0 or not runs(pair.first):
-            # It was too fast for us: the guest was there already, and is there now.
-            test.say(f"the guest had gone: {why.strip()}")
-            relay.close()
-            return False
-        test.check_equal(sender.returncode, latent.NO_ANSWER, why.strip())
-        test.check(not still_lives(pair.second), "nothing runs there")
-        pair.second._forget()
-        check(test, pair.first, nonce, "not begun there", FEW_FILES)
-        relay.close()
-        pair.first.shutdown()
-        return True
 
 
 def body(test):

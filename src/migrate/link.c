@@ -530,11 +530,12 @@ static struct outgoing *pop(struct queue *queue)
 
 static int enqueue(struct link *link, enum wire_type type, const void *payload, size_t bytes, bool urgent)
 {
-	struct wire_header header = { (uint32_t)type, (uint32_t)bytes };
+	struct wire_header header = { .type = (uint32_t)type, .bytes = (uint32_t)bytes };
 	struct outgoing *out = malloc(sizeof *out + sizeof header + bytes);
 
 	if (!out)
 		return -ENOMEM;
+	header.checksum = wire_checksum(&header, payload);
 	*out = (struct outgoing){ .bytes = sizeof header + bytes };
 	memcpy(out->data, &header, sizeof header);
 	if (bytes)
@@ -614,6 +615,9 @@ static int fill(struct link *link, char why[SNAPSHOT_WHY_BYTES])
 		link->bytes_received += (uint64_t)n;
 		link->heard_us = os_now_us();
 		r = link->got == header ? wire_check_header(&link->in.header, link->peer_is_source, why) : 0;
+		if (!r && is_complete(link) && link->in.header.checksum != wire_checksum(&link->in.header, link->in.payload))
+			r = snapshot_fail(why, -EPROTO, "a message was spoilt on its way: use --tls, or look for what is wrong with "
+					  "the link");
 		link->over = link->over || r;
 		if (r)
 			return r;

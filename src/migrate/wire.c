@@ -4,10 +4,13 @@
 #include "os/os.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <string.h>
+#include <zlib.h>
 #include <zstd.h>
 
-_Static_assert(sizeof(struct wire_run) == 24 && sizeof(struct wire_hello) == 40, "as it is on the wire");
+_Static_assert(sizeof(struct wire_run) == 24 && sizeof(struct wire_hello) == 40 &&
+	       sizeof(struct wire_header) == 16, "as it is on the wire");
 _Static_assert(sizeof(struct wire_pages_header) + WIRE_RUNS_MAX * sizeof(struct wire_run) +
 	       (WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT) <= WIRE_PAYLOAD_MAX, "a batch fits");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "structures are sent as they are");
@@ -48,6 +51,8 @@ int wire_check_header(const struct wire_header *header, bool from_source, char w
 {
 	if (header->type >= WIRE_TYPES)
 		return wrong(why, "of no known type", header->type);
+	if (header->reserved)
+		return wrong(why, "a header with more than it should have", header->reserved);
 	if (!(types[header->type].sender & (from_source ? SOURCE : DESTINATION)))
 		return snapshot_fail(why, -EPROTO, "the peer sends \"%s\", which is ours to send", types[header->type].name);
 	if (header->bytes < types[header->type].min || header->bytes > types[header->type].max)
@@ -55,6 +60,13 @@ int wire_check_header(const struct wire_header *header, bool from_source, char w
 				     types[header->type].name, header->bytes, types[header->type].min,
 				     types[header->type].max);
 	return 0;
+}
+
+uint32_t wire_checksum(const struct wire_header *header, const void *payload)
+{
+	uLong crc = crc32(0, (const Bytef *)header, offsetof(struct wire_header, checksum));
+
+	return (uint32_t)(header->bytes ? crc32(crc, payload, header->bytes) : crc);
 }
 
 int wire_read_hello(const struct wire_message *message, struct wire_hello *ret_hello, char why[SNAPSHOT_WHY_BYTES])

@@ -48,6 +48,8 @@ enum wire_type {
 
 struct wire_header {
 	uint32_t type, bytes; /* bytes: of the payload */
+	uint32_t checksum;    /* wire_checksum */
+	uint32_t reserved;    /* 0 */
 };
 
 struct wire_message {
@@ -115,6 +117,9 @@ struct wire_pages {
 
 /* A header, before its payload is received. `from_source`: who has sent it. */
 int wire_check_header(const struct wire_header *header, bool from_source, char why[SNAPSHOT_WHY_BYTES]);
+
+/* The CRC-32 of the header's first 8 bytes and the payload: what a link without TLS spoils is seen. */
+uint32_t wire_checksum(const struct wire_header *header, const void *payload);
 
 int wire_read_hello(const struct wire_message *message, struct wire_hello *ret_hello, char why[SNAPSHOT_WHY_BYTES]);
 int wire_read_text(const struct wire_message *message, char ret_text[WIRE_TEXT_MAX], char why[SNAPSHOT_WHY_BYTES]);

@@ -109,7 +109,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 
 	if (bytes < 2)
 		return 0;
-	header = (struct wire_header){ data[1], (uint32_t)(bytes - 2) };
+	header = (struct wire_header){ .type = data[1], .bytes = (uint32_t)(bytes - 2) };
 	if (wire_check_header(&header, data[0] & 1, why)) {
 		fuzz_require(why[0]);
 		return 0;

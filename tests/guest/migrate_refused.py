@@ -8,13 +8,14 @@ import socket
 import struct
 import subprocess
 import time
+import zlib
 
 from lib import case, latent
 from lib.migration import NO_ANSWER, SOME_FILES, USAGE, Pair, begin, check, end, migrate, move, runs, still_lives
 
 SLOW = ["--max-rate", "5"]
 SILENT_S = 10  # src/migrate/link.h, LINK_SILENT_MS
-HEADER = struct.Struct("<II")  # docs/migration.md
+HEADER = struct.Struct("<IIII")  # docs/migration.md
 HELLO = struct.Struct("<QII16sII")
 MAGIC = 0x54415247494d544c
 HELLO_TYPE, READY, WANT, OWED = 0, 4, 13, 17
@@ -93,7 +94,7 @@ def refusals(test):
 
 def receive(peer):
     header = read(peer, HEADER.size)
-    kind, n_bytes = HEADER.unpack(header)
+    kind, n_bytes, _, _ = HEADER.unpack(header)
     return kind, read(peer, n_bytes)
 
 
@@ -108,7 +109,8 @@ def read(peer, n_bytes):
 
 
 def send(peer, kind, payload=b"", n_bytes=None):
-    peer.sendall(HEADER.pack(kind, len(payload) if n_bytes is None else n_bytes) + payload)
+    checksum = zlib.crc32(struct.pack("<II", kind, len(payload)) + payload)
+    peer.sendall(HEADER.pack(kind, len(payload) if n_bytes is None else n_bytes, checksum, 0) + payload)
 
 
 def greet(peer, version=1, page_bytes=4096, session=None):

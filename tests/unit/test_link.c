@@ -148,7 +148,7 @@ static void test_room_is_bounded_and_urgent_goes_first(void **state)
 /* A peer that is no Latent. */
 static void test_wrong_bytes_end_it_before_they_are_received(void **state)
 {
-	const struct wire_header h = { WIRE_PAGES, UINT32_MAX };
+	const struct wire_header h = { .type = WIRE_PAGES, .bytes = UINT32_MAX };
 	struct rig *rig = *state;
 	struct wire_message m;
 
@@ -157,6 +157,41 @@ static void test_wrong_bytes_end_it_before_they_are_received(void **state)
 	assert_int_equal(send(*(int *)(void *)rig->source, &h, sizeof h, 0), sizeof h);
 	assert_int_equal(next_message(rig->source, rig->destination, &m, rig->why), -EPROTO);
 	assert_true(rig->why[0]);
+}
+
+/* One bit of a message, wherever it is; what came before it was right. */
+static void spoil(struct rig *rig, size_t bit)
+{
+	uint64_t wanted[4] = { 1, 2, 3, 4 };
+	struct wire_header h = { .type = WIRE_WANT, .bytes = sizeof wanted };
+	uint8_t message[sizeof h + sizeof wanted];
+	struct wire_message m;
+
+	h.checksum = wire_checksum(&h, wanted);
+	memcpy(message, &h, sizeof h);
+	memcpy(message + sizeof h, wanted, sizeof wanted);
+	connect_plain(rig);
+	assert_int_equal(send(*(int *)(void *)rig->destination, message, sizeof message, 0), sizeof message);
+	assert_int_equal(next_message(rig->destination, rig->source, &m, rig->why), 0);
+	assert_memory_equal(m.payload, wanted, sizeof wanted);
+	message[bit / 8] ^= (uint8_t)(1u << bit % 8);
+	assert_int_equal(send(*(int *)(void *)rig->destination, message, sizeof message, 0), sizeof message);
+	shutdown(*(int *)(void *)rig->destination, SHUT_WR);
+	assert_true(next_message(rig->destination, rig->source, &m, rig->why) != 0);
+	assert_true(link_is_over(rig->source));
+	link_close(rig->source);
+	link_close(rig->destination);
+	rig->source = rig->destination = NULL;
+	close(rig->listener);
+	rig->listener = -1;
+}
+
+static void test_a_message_that_was_spoilt_is_no_message(void **state)
+{
+	const size_t bits = 8 * (sizeof(struct wire_header) + 4 * sizeof(uint64_t));
+
+	for (size_t bit = 0; bit < bits; bit += 5)
+		spoil(*state, bit);
 }
 
 static void test_an_end_is_seen(void **state)
@@ -396,6 +431,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_messages_arrive_whole_and_in_order, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_room_is_bounded_and_urgent_goes_first, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_wrong_bytes_end_it_before_they_are_received, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_a_message_that_was_spoilt_is_no_message, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_an_end_is_seen, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_wrong_addresses_are_refused, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_a_path_in_use_is_not_taken, setup, teardown),

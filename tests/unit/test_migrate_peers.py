@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build"))
 LATENT, QEMU = BUILD / "latent", "qemu-system-x86_64"
@@ -24,7 +25,7 @@ HALT, BIOS_BYTES = b"\xf4", 1 << 16
 RAM_MIB, PAGE = 64, 4096
 
 # docs/migration.md
-HEADER, HELLO = struct.Struct("<II"), struct.Struct("<QII16sII")
+HEADER, HELLO = struct.Struct("<IIII"), struct.Struct("<QII16sII")
 BLOCK, FILES, RUN, PAGES, SWITCH = (struct.Struct(text) for text in ("<64sQ", "<II", "<QIHHQ", "<IIII", "<QQQ"))
 MAGIC, SESSION = 0x54415247494d544c, b"0123456789abcdef"
 HELLO_TYPE, REFUSE, MANIFEST, BLOCKS, READY, PAGES_TYPE, PASS, STATE, SWITCH_TYPE = range(9)
@@ -54,16 +55,26 @@ def read(peer, n_bytes):
 
 def receive(peer, wanted):
     while True:
-        kind, n_bytes = HEADER.unpack(read(peer, HEADER.size))
+        kind, n_bytes, checksum, _ = HEADER.unpack(read(peer, HEADER.size))
         payload = read(peer, n_bytes)
+        check_checksum(kind, payload, checksum)
         if kind == wanted:
             return payload
         if kind == REFUSE:
             raise OSError(payload.decode())
 
 
+def checksum_of(kind, payload):
+    return zlib.crc32(struct.pack("<II", kind, len(payload)) + payload)
+
+
+def check_checksum(kind, payload, checksum):
+    if checksum != checksum_of(kind, payload):
+        raise OSError("the checksum is wrong")
+
+
 def send(peer, kind, payload=b""):
-    peer.sendall(HEADER.pack(kind, len(payload)) + payload)
+    peer.sendall(HEADER.pack(kind, len(payload), checksum_of(kind, payload), 0) + payload)
 
 
 def hello(**changes):

@@ -170,7 +170,7 @@ static void test_contents_must_be_as_long_as_they_say(void **state)
 
 static void refuse_header(uint32_t type, uint32_t bytes, bool from_source)
 {
-	const struct wire_header h = { type, bytes };
+	const struct wire_header h = { .type = type, .bytes = bytes };
 	char why[SNAPSHOT_WHY_BYTES] = "";
 
 	assert_int_equal(wire_check_header(&h, from_source, why), -EPROTO);
@@ -179,12 +179,13 @@ static void refuse_header(uint32_t type, uint32_t bytes, bool from_source)
 
 static void test_headers(void **state)
 {
-	const struct wire_header ping = { WIRE_PING, 0 };
+	const struct wire_header ping = { .type = WIRE_PING }, odd = { .type = WIRE_PING, .reserved = 1 };
 	char why[SNAPSHOT_WHY_BYTES];
 
 	(void)state;
 	assert_int_equal(wire_check_header(&ping, true, why), 0);
 	assert_int_equal(wire_check_header(&ping, false, why), 0);
+	assert_int_equal(wire_check_header(&odd, true, why), -EPROTO);
 	refuse_header(WIRE_TYPES, 0, true);
 	refuse_header(UINT32_MAX, 0, true);
 	refuse_header(WIRE_PING, 1, true);

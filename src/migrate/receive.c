@@ -43,6 +43,7 @@ struct receive {
 	struct guest *guest;
 	int state_fd;
 	uint64_t state_bytes, switched_us;
+	uint64_t bytes_before; /* over links that were cut */
 	uint8_t *room; /* for contents that are unpacked */
 	uint8_t session[WIRE_SESSION_BYTES];
 	struct digest digest[WIRE_FILES_MAX];
@@ -98,7 +99,7 @@ static int next(struct receive *c, unsigned within_ms, struct wire_message *m)
 		if (r)
 			return r;
 	}
-	c->progress->bytes_received = link_bytes_received(c->link);
+	c->progress->bytes_received = c->bytes_before + link_bytes_received(c->link);
 	return !r && m->type == WIRE_REFUSE ? take_refusal(c, m) : r;
 }
 
@@ -373,7 +374,7 @@ static int serve_turn(struct receive *c, struct wire_message *m)
 		r = link_wait(c->link, false, p, 2, TURN_MS, c->why);
 	if (p[1].revents)
 		vmm_drain(&c->vmm);
-	c->progress->bytes_received = link_bytes_received(c->link);
+	c->progress->bytes_received = c->bytes_before + link_bytes_received(c->link);
 	c->progress->pages_missing = guest_missing(c->guest);
 	if (r)
 		return r;
@@ -635,6 +636,7 @@ static int come_together(struct receive *c)
 
 	c->progress->cut = true;
 	for (;;) {
+		c->bytes_before = c->progress->bytes_received;
 		link_close(c->link);
 		c->link = NULL;
 		do

@@ -489,7 +489,8 @@ static int switch_over(struct send *s)
 	r = step(await(s, WIRE_RUNNING, &m));
 	s->runs = !r;
 	note_step(s, &s->result->started_us);
-	s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
+	if (!r)
+		s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
 	return r;
 }
 
@@ -535,6 +536,8 @@ static int take_in_the_end(struct send *s, const struct wire_message *m)
 		return add_owed(s, m);
 	if (m->type != WIRE_RUNNING || !s->cut)
 		return take_any(s, m);
+	if (!s->runs && s->vmm.stopped_us)
+		s->result->downtime_us = os_now_us() - s->vmm.stopped_us;
 	s->runs = true;
 	return 0;
 }

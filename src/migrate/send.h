@@ -35,7 +35,7 @@ struct send_progress {
 
 struct send_result {
 	uint64_t passes, bytes_sent, total_us;
-	uint64_t downtime_us;   /* from the guest's stop here until the destination said that it runs */
+	uint64_t downtime_us;   /* from the guest's stop here until the destination said that it runs; 0: not known */
 	uint64_t pages_missing; /* at the switch */
 	uint64_t pages_wanted;  /* of those, asked for by the destination */
 	uint64_t settled_pages, state_bytes;

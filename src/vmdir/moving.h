@@ -19,7 +19,7 @@ struct moving {
 	uint32_t side, phase; /* enums */
 	uint32_t cut;         /* 1: the link is, and the other side is waited for */
 	uint32_t pass;        /* of the source */
-	uint64_t bytes;       /* sent, or received, over this link */
+	uint64_t bytes;       /* sent, or received */
 	/* Pages: of RAM; told as words, as places on images, as contents, each time that they were; to be told, or missing;
 	 * waited for by the guest. */
 	uint64_t pages_all, words, volumes, contents, left, wanted;

@@ -93,6 +93,12 @@ def alive():
     return [vm["name"] for vm in json.loads(answer.stdout)]
 
 
+def migration(place):
+    """What `latent stat` says of it."""
+    answer = subprocess.run([LATENT, "stat", place.name, "--json"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    return json.loads(answer.stdout)["migration"]
+
+
 def end_of(process, what):
     try:
         _, said = process.communicate(timeout=TIMEOUT_S)

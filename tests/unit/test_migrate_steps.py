@@ -12,11 +12,12 @@ import signal
 import sys
 import time
 
-from light_vm import SKIPPED, alive, check, end_of, failures, left_at, two_places
+from light_vm import SKIPPED, TIMEOUT_S, alive, check, end_of, failures, left_at, migration, two_places
 
 STEPS_MAX = 30
 KILLED = -signal.SIGKILL
 BEFORE_CONNECTING = 1
+FIRST_OF_THERE = 8  # of the destination's, at which the guest is its own
 AROUND_THE_TOKEN = [f"{side}:{step}" for side in ("source", "destination") for step in (6, 7, 8)]
 
 
@@ -40,6 +41,8 @@ def try_step(places, here, stands, side, step):
     if side == "source" and is_given(here):
         victim = here.migrate(there, "--resume")
     elif side == "destination" and there.name in alive() and (run_dir(there) / "migration").exists():
+        if step == FIRST_OF_THERE:
+            check_stat(here, there, what)
         victim = there.receive_again()
     if victim.returncode is None:
         end_of(victim, f"{what}, the next one")
@@ -47,6 +50,15 @@ def try_step(places, here, stands, side, step):
     left = left_at(places, stands, what)
     print(f"{what}: it is {'where it was' if left is here else 'moved'}", flush=True)
     return left, True
+
+
+def check_stat(here, there, what):
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not (migration(here) or {"cut": False})["cut"] and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    said = migration(here)
+    check(said and said["cut"] and said["side"] == "source" and said["phase"] == "rest", f"{what}: latent stat shows it: {said}")
+    check(migration(there) is None, f"{what}: nobody is at work there")
 
 
 def is_given(place):

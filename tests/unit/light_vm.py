@@ -18,7 +18,7 @@ BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resol
 LATENT, QEMU = BUILD / "latent", "qemu-system-x86_64"
 TIMEOUT_S = 60
 SKIPPED = 77
-HALT, BIOS_BYTES = b"\xf4", 1 << 16
+HALT, BIOS_BYTES, IMAGE_BYTES = b"\xf4", 1 << 16, 1 << 20
 
 failures = []
 
@@ -142,7 +142,9 @@ def two_places():
         directory = pathlib.Path(directory)
         (directory / "run").mkdir(mode=0o700)
         os.environ["LATENT_RUNTIME_DIR"] = str(directory / "run")
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", directory / "disk.qcow2", "16M"], check=True)
+        (directory / "image.raw").write_bytes(os.urandom(IMAGE_BYTES))
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", directory / "image.raw", "-F", "raw",
+                        directory / "disk.qcow2"], check=True)
         (directory / "bios").write_bytes(HALT * BIOS_BYTES)
         places = [Place(name, directory) for name in ("one", "two")]
         try:

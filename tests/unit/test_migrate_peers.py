@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """`latent receive` and a source that lies: whatever it says, it is refused with a sentence, QEMU ends, and nothing is left.
+And one that tells of pages on an image: they are mapped, with the source bit, and are what the image has there.
 
 What an honest source says first is taken down from a real one, and then said with one thing changed. The VM is QEMU with a
 processor that is halted by its first instruction. LATENT_BUILD is meson's build directory.
@@ -22,7 +23,7 @@ BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resol
 LATENT, QEMU = BUILD / "latent", "qemu-system-x86_64"
 TIMEOUT_S, SKIPPED, NO_ANSWER = 60, 77, 75
 HALT, BIOS_BYTES = b"\xf4", 1 << 16
-RAM_MIB, PAGE = 64, 4096
+RAM_MIB, PAGE, IMAGE_PAGES = 64, 4096, 512
 
 # docs/migration.md
 HEADER, HELLO = struct.Struct("<IIII"), struct.Struct("<QII16sII")
@@ -94,12 +95,20 @@ class Machine:
         self.directory = directory
         self.socket = directory / "socket"
         (directory / "bios").write_bytes(HALT * BIOS_BYTES)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", directory / "disk.qcow2", "16M"], check=True)
+        self.image = directory / "image.raw"
+        self.image.write_bytes(os.urandom(IMAGE_PAGES * PAGE))
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", self.image, "-F", "raw", directory / "disk.qcow2"],
+                       check=True)
 
     def line(self, mib=RAM_MIB):
         return [QEMU, "-machine", "q35", "-m", str(mib), "-bios", f"{self.directory}/bios", "-nodefaults", "-display", "none",
                 "-vga", "none", "-drive", f"file={self.directory}/disk.qcow2,if=none,id=disk", "-device",
                 "virtio-blk-pci,drive=disk"]
+
+    def receive(self):
+        receiver = self.start("receive", "--json", "--listen", f"unix:{self.socket}", "--name", "there", "--", *self.line())
+        receiver.stdout.readline()
+        return receiver
 
     def start(self, *words):
         return subprocess.Popen([LATENT, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -134,9 +143,7 @@ def alive():
 
 
 def refused(machine, what, words, say):
-    receiver = machine.start("receive", "--json", "--listen", f"unix:{machine.socket}", "--name", "there", "--",
-                             *machine.line())
-    receiver.stdout.readline()
+    receiver = machine.receive()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
         peer.settimeout(TIMEOUT_S)
         peer.connect(str(machine.socket))
@@ -183,6 +190,12 @@ def without_ballot(said):
     return {FILES_TYPE: FILES.pack(count, 0) + said[FILES_TYPE][FILES.size:]}
 
 
+def spoilt_digest(said):
+    files = bytearray(without_ballot(said)[FILES_TYPE])
+    files[-1] ^= 1
+    return {FILES_TYPE: bytes(files)}
+
+
 def then(said, *messages):
     """The VM is ready; then these."""
     def say(peer):
@@ -213,6 +226,7 @@ def try_all(machine, said):
                      **blocks_with(said, all_pages + 1)})),
         ("a ballot that is not there", "not on storage that both hosts share", told(said)),
         ("too many files", "so many files", told(said, {FILES_TYPE: FILES.pack(77, 0) + bytes(77 * 16)})),
+        ("an image with other contents", "here that has other contents", told(said, spoilt_digest(said))),
         ("a message of ours", "which is ours to send", then(said, (READY, bytes(8)))),
         ("pages beyond RAM", "beyond RAM", then(said, (PAGES_TYPE, pages((all_pages, 1, WORD, 0, 0))))),
         ("so many pages that they come around", "beyond RAM",
@@ -233,6 +247,75 @@ def try_all(machine, said):
         refused(machine, what, words, say)
 
 
+# ---- pages on an image ----
+
+def with_volumes(machine, said):
+    """The image as a volume, and once more, with a digest that is not its own."""
+    volume = {"path": str(machine.image), "bytes": IMAGE_PAGES * PAGE, "fingerprint": "0" * 16, "dev": 0, "ino": 0, "mtime_ns": 0,
+              "role": "image"}
+    digest = said[FILES_TYPE][FILES.size:]
+    other = bytes([digest[0] ^ 1]) + digest[1:]
+    return {**manifest_with(said, volumes=[volume, volume]), FILES_TYPE: FILES.pack(3, 0) + digest + other + digest}
+
+
+def stat(name):
+    answer = subprocess.run([LATENT, "stat", name, "--json"], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    return json.loads(answer.stdout)
+
+
+def shows(name, key, wanted):
+    """What a mover says of its work it says several times a second."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while (found := (stat(name)["migration"] or {}).get(key)) != wanted and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return found == wanted
+
+
+def guest_ram(name, first, n_pages, path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(TIMEOUT_S)
+        connection.connect(str(pathlib.Path(os.environ["LATENT_RUNTIME_DIR"]) / name / "qmp.sock"))
+        stream = connection.makefile("rw")
+        stream.readline()
+        for command in ({"execute": "qmp_capabilities"},
+                        {"execute": "pmemsave", "arguments": {"val": first * PAGE, "size": n_pages * PAGE, "filename": str(path)}}):
+            stream.write(json.dumps(command) + "\n")
+            stream.flush()
+            while "event" in json.loads(stream.readline()):
+                pass
+    return path.read_bytes()
+
+
+def on_an_image(machine, said):
+    receiver = machine.receive()
+    first, n_pages, from_page = 1000, 300, 7  # above what a PC has below 1 MiB
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(TIMEOUT_S)
+        peer.connect(str(machine.socket))
+        told(said, with_volumes(machine, said))(peer)
+        check(receive(peer, READY) == struct.pack("<Q", 1), "of two volumes the one that is the same is there")
+        send(peer, PAGES_TYPE, pages((first, n_pages, VOLUME, 0, from_page)))
+        send(peer, PASS)
+        receive(peer, PASS)
+        told_stat = stat("there")
+        check((told_stat["source_bits_set"], told_stat["source_bits_now"]) == (n_pages, n_pages),
+              f"{told_stat['source_bits_set']} pages have the source bit, and none has been fetched")
+        check(shows("there", "pages_on_volumes", n_pages), "latent stat shows what was told")
+        wanted = machine.image.read_bytes()[from_page * PAGE:(from_page + n_pages // 2) * PAGE]
+        check(guest_ram("there", first, n_pages // 2, machine.directory / "ram") == wanted, "half of them are read, and right")
+        read_stat = stat("there")
+        check(n_pages // 2 <= read_stat["source_bits_fetched"] < n_pages and
+              read_stat["source_bits_fetched"] + read_stat["source_bits_now"] == n_pages,
+              f"{read_stat['source_bits_fetched']} have been fetched by that")
+        send(peer, PAGES_TYPE, pages((first, 1, WORD, 0, 7)))
+        send(peer, PASS)
+        receive(peer, PASS)
+        check(guest_ram("there", first, 1, machine.directory / "ram") == struct.pack("<Q", 7) * (PAGE // 8),
+              "what is told later counts")
+    receiver.communicate(timeout=TIMEOUT_S)
+    check(not alive(), "the source goes away: no VM is left")
+
+
 def main():
     if shutil.which(QEMU) is None:
         print(f"{QEMU} is not installed")
@@ -242,7 +325,9 @@ def main():
         (directory / "run").mkdir(mode=0o700)
         os.environ["LATENT_RUNTIME_DIR"] = str(directory / "run")
         machine = Machine(directory)
-        try_all(machine, machine.take_down())
+        said = machine.take_down()
+        on_an_image(machine, said)
+        try_all(machine, said)
         check(not list(directory.glob("*.latent-*")), "no ballot is left")
     return 1 if failures else 0
 

@@ -118,6 +118,8 @@ static int begin(struct agent *a, struct control_reply *p)
 		r = seen_create(a->ram, &saver.seen);
 	if (r < 0)
 		return r;
+	if (scanner_shortest_us())
+		seen_add_states(saver.seen);
 	ram_lock(a->ram);
 	ram_hold(a->ram, true);
 	r = ram_for_base(a->ram, register_run, NULL);

@@ -4,6 +4,7 @@
  * is base, with an overlay in its middle; block 1 is base.
  */
 #include "activity/scan.h"
+#include "activity/seen.h"
 #include "ram_rig.h"
 
 #include "os/probe.h"
@@ -73,6 +74,13 @@ static int set_up_with(bool can_freeze)
 	assert_int_equal(scan_create(rig.ram, can_freeze ? &freezer : NULL, &scan), 0);
 	scan_set_period(scan, PERIOD_US);
 	return 0;
+}
+
+static void set_activity(uint64_t page, enum activity state)
+{
+	ram_lock(rig.ram);
+	ram_set_activity(rig.ram, rig.blocks[0].ram, page, entry_activity(state, 1));
+	ram_unlock(rig.ram);
 }
 
 static int set_up(void **state)
@@ -445,6 +453,52 @@ static void test_report(void **state)
 	assert_int_equal(r.granularity_pages[SCAN_BASE], os_uffd_open_unserved(OS_UFFD_WP_HUGETLBFS_SHMEM) >= 0 ? 1 : 16);
 }
 
+/* ---- what a save asks -------------------------------------------------------------------------------- */
+
+/* Pages in use are in the table from the beginning, hottest first; what is seen takes the place of that. */
+static void test_seen_by_state(void **state)
+{
+	static const enum activity states[] = { ACTIVITY_HOT, ACTIVITY_WARMER, ACTIVITY_WARM, ACTIVITY_SLACK };
+	enum { STATES = sizeof states / sizeof states[0], APART = 64, TOUCHED = 400 }; /* the kernel maps neighbours */
+	const uint16_t *table;
+	struct seen *seen;
+
+	(void)state;
+	for (uint64_t i = 0; i < STATES; i++)
+		set_activity(i * APART, states[i]);
+	set_activity(STATES * APART, ACTIVITY_COLD);
+	set_activity(TOUCHED, ACTIVITY_SLACK);
+	assert_int_equal(seen_create(rig.ram, &seen), 0);
+	table = os_view_file(seen_fd(seen), (PAGES + 8) * sizeof *table, false);
+	assert_non_null(table);
+	seen_add_states(seen);
+	for (uint64_t i = 0; i < STATES; i++)
+		assert_int_equal(table[i * APART], SEEN_BY_STATE + i);
+	assert_int_equal(table[STATES * APART], 0);
+	assert_int_equal(table[TOUCHED], SEEN_BY_STATE + STATES - 1);
+	seen_begin(seen);
+	touch(TOUCHED, 1);
+	touch(TOUCHED + 100, 1);
+	rest(SEEN_SLICE_US);
+	(void)seen_look(seen);
+	assert_int_equal(table[TOUCHED], 1);
+	assert_int_equal(table[TOUCHED + 100], 1);
+	assert_int_equal(table[0], SEEN_BY_STATE);
+	ram_lock(rig.ram);
+	assert_int_equal(ram_update_private(rig.ram, rig.blocks[0].ram, 0, PAGES), 0);
+	seen_restart(seen);
+	ram_unlock(rig.ram);
+	seen_begin(seen);
+	touch(0, 1);
+	rest(SEEN_SLICE_US);
+	(void)seen_look(seen);
+	assert_int_equal(table[0], 1);
+	assert_int_equal(table[TOUCHED], SEEN_EARLIER | 1);
+	assert_int_equal(table[APART], SEEN_BY_STATE + 1); /* behind what was seen earlier */
+	os_unview_file((void *)(uintptr_t)table, (PAGES + 8) * sizeof *table);
+	seen_destroy(seen);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -460,6 +514,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_masked, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_off_and_on, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_report, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_seen_by_state, set_up, tear_down),
 	};
 
 	alarm(120);

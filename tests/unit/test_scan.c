@@ -453,6 +453,53 @@ static void test_report(void **state)
 	assert_int_equal(r.granularity_pages[SCAN_BASE], os_uffd_open_unserved(OS_UFFD_WP_HUGETLBFS_SHMEM) >= 0 ? 1 : 16);
 }
 
+/* ---- what is written ---------------------------------------------------------------------------------- */
+
+static enum activity state_at(uint64_t page) { return activity_of(entry_at(page)); }
+
+static void write_again(uint64_t page) { rig_write(rig_hva(&rig, 0, page), page + 1); }
+
+static bool sees_writes(void)
+{
+	return os_features_get()->uffd_features & OS_UFFD_WP_ASYNC && os_features_get()->pagemap_scan;
+}
+
+/* Counts twice, and only where it is known: of what was never there at a look nothing is. */
+static void test_written(void **state)
+{
+	const uint64_t read = 32, written = 64, late_read = 96, late_written = 128, never = MASKED_PAGE + 64;
+
+	(void)state;
+	begin();
+	assert_int_equal(report().writes_seen, sees_writes() ? PAGES + 8 - OVERLAY_PAGES : 0);
+	touch(read, 1);
+	write_again(written);
+	finish_pass();
+	assert_int_equal(state_at(read), ACTIVITY_WARM);
+	assert_int_equal(state_at(written), sees_writes() ? ACTIVITY_WARMER : ACTIVITY_WARM);
+	assert_int_equal(report().written, sees_writes() ? 1 : 0);
+	for (unsigned i = 0; i < 3; i++)
+		finish_pass();
+	assert_true(class_at(late_read) >= CLASS_COLD);
+	touch(late_read, 1);
+	write_again(late_written);
+	touch(never, 1);
+	finish_pass();
+	assert_int_equal(state_at(late_read), ACTIVITY_WARM);
+	assert_int_equal(state_at(late_written), sees_writes() ? ACTIVITY_WARMER : ACTIVITY_WARM);
+	assert_int_equal(state_at(never), ACTIVITY_WARM);
+	for (unsigned i = 0; i < 3; i++) { /* read before it is written, and by the kernel */
+		touch(late_read, 1);
+		assert_int_equal(pread(rig.files[0].fd, rig_hva(&rig, 0, late_read), 8, 0), 8);
+		touch(read, 1);
+		finish_pass();
+	}
+	assert_int_equal(class_at(late_read), CLASS_HOT);
+	assert_int_equal(report().written, sees_writes() ? 3 : 0); /* once it is hot it is looked at seldom */
+	write_again(late_read);
+	check_contents();
+}
+
 /* ---- what a save asks -------------------------------------------------------------------------------- */
 
 /* Pages in use are in the table from the beginning, hottest first; what is seen takes the place of that. */
@@ -514,6 +561,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_masked, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_off_and_on, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_report, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_written, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_seen_by_state, set_up, tear_down),
 	};
 

@@ -120,6 +120,115 @@ struct latent_stats {
 /* Brings the counts up to date from /proc/self/pagemap: about 10 ms per GiB. One thread at a time. */
 int latent_stats_get(struct latent_vm *vm, struct latent_stats *stats);
 
+/* ---- windows ------------------------------------------------------------------------------------
+ *
+ * For a process beside the VMM that does I/O for its guest (a vhost-user device), and has descriptors of
+ * the files that are guest RAM. It need not map guest RAM: a window has the pages of the requests in
+ * flight, and no other.
+ *
+ * A *lane* is what makes windows cheap: a process of one thread, bound to one CPU. When the kernel takes
+ * a mapping away, it interrupts every CPU that runs a thread of that address space; a lane has no such
+ * other CPU. Best is to bind before fork(2): the child's address space is then never seen elsewhere.
+ *
+ * For each request: latent_window_map; latent_window_use right before its data is read or written, or
+ * given to the kernel to do it; when that is over, latent_window_done. With nothing to do:
+ * latent_window_recycle.
+ *
+ * Give a window's addresses to the kernel for the time of a request only: buffers registered with
+ * io_uring keep the pages of the request that was there when they were registered.
+ *
+ * Threading: a window belongs to the thread that has registered it. After US8924684.
+ */
+struct latent_window;
+
+#define LATENT_SLOT_PAGES 511u /* of guest memory that one request may touch */
+#define LATENT_SLOTS_MAX 1024u
+
+enum latent_flush {
+	/* The window is used on the registered CPU only, and no other CPU is interrupted. */
+	LATENT_LOCAL_FLUSH = 1,
+	/* It is used on any CPU by any thread of the process, and all CPUs that run one are interrupted. */
+	LATENT_GLOBAL_FLUSH = 2,
+};
+
+/* Bytes of a file that is guest RAM. They need not begin or end with a page. */
+struct latent_segment {
+	int fd; /* open for reading; where a request writes guest memory, for writing too */
+	uint64_t offset;
+	size_t bytes;
+};
+
+struct latent_request {
+	size_t size;                           /* set by the caller: sizeof(struct latent_request) */
+	const struct latent_segment *segments; /* the caller's, unchanged until done */
+	uint32_t count;                        /* at most 1024 */
+	int writes_guest;                      /* 0: guest memory is only read, and mapped so */
+	struct iovec *iov;  /* the caller's array of `count`: map puts each segment's place there */
+	uint64_t lane, use; /* the library's: zeros at first, then left alone */
+};
+
+/*
+ * Binds the calling thread to `cpu` and prepares `slots` (1 to LATENT_SLOTS_MAX) slots: 4 MiB of
+ * addresses each and two pages of memory. A slot holds one request. Measures what mapping and copying
+ * cost here (some 3 ms). -EINVAL: no such CPU, or not allowed for this process; -EXDEV: another thread
+ * of the process may run elsewhere, the calling one is bound all the same; -ENOMEM. With `cpu` -1
+ * nothing is bound, and LATENT_GLOBAL_FLUSH remains.
+ */
+int latent_window_register(int cpu, uint32_t slots, struct latent_window **ret_window);
+/* No request may be in flight. The thread stays bound. NULL is allowed. */
+void latent_window_unregister(struct latent_window *window);
+
+/*
+ * Gives a request a slot. Long runs of segments are mapped, shorter ones copied (`writes_guest`: by
+ * done). A request that another lane has had is mapped after this one has emptied all slots that wait.
+ * -EAGAIN: all slots are in use; -E2BIG: more than LATENT_SLOT_PAGES; -EINVAL; -EBUSY: it has a slot;
+ * -EXDEV: the thread is not on its CPU (see use); -EFAULT: a segment that is copied ends behind its file
+ * (one that is mapped raises SIGBUS where it is touched, and makes system calls fail with EFAULT);
+ * -EOPNOTSUPP: `flush` is local and the window has no CPU; -ENOMEM and what mmap(2) and pread(2) say.
+ * The request has no slot then.
+ */
+int latent_window_map(struct latent_window *window, struct latent_request *request, int flush);
+
+/*
+ * 0: the places in `iov` may be used, here and now. -ESTALE: the request has no slot of this window.
+ * -EXDEV: the thread is not on the registered CPU. That is counted, and a mistake (debug builds end the
+ * process) unless it is the registered thread and somebody has changed where it may run: a cpuset,
+ * taskset. Then latent_window_move; mapped requests stay as they are.
+ */
+int latent_window_use(struct latent_window *window, struct latent_request *request);
+
+/* The request is over: copies what was read for it into the guest, if `succeeded`. Its slot waits for
+ * the next one, and stays mapped until then or recycle. -ESTALE; -EFAULT, -EIO: guest memory could not
+ * be written (it is over all the same). */
+int latent_window_done(struct latent_window *window, struct latent_request *request, int succeeded);
+
+/* Another lane shall do the request: nothing is copied, the slot is emptied at once. Whoever takes it
+ * maps it. -ESTALE. */
+int latent_window_hand_over(struct latent_window *window, struct latent_request *request);
+
+/* Unmaps what waits in slots not in use. 0, or the first error; what failed is not used again. */
+int latent_window_recycle(struct latent_window *window);
+
+/* Binds the thread, which is the registered one, to another CPU. Errors of register. */
+int latent_window_move(struct latent_window *window, int cpu);
+
+/* 0: all threads of the process, io_uring's workers included, are bound to the window's CPU. -EXDEV: one
+ * is not. */
+int latent_window_check(const struct latent_window *window);
+
+struct latent_window_stats {
+	size_t size;                       /* set by the caller: sizeof(struct latent_window_stats) */
+	uint32_t min_window_bytes;         /* shorter runs are copied: measured at registration */
+	uint64_t requests, maps;           /* mapping calls: one for a run of segments */
+	uint64_t mapped_pages, peak_pages; /* of guest memory that are mapped now, were at most */
+	uint64_t window_bytes, bounce_bytes;
+	uint64_t reused;  /* slots in which another request took the place of what waited */
+	uint64_t emptied; /* slots: by recycle, by a hand-over, after a map that failed */
+	uint64_t handed_over, off_cpu;
+};
+/* -EINVAL: a size that this version does not know. */
+int latent_window_stats_get(const struct latent_window *window, struct latent_window_stats *stats);
+
 #ifdef __cplusplus
 }
 #endif

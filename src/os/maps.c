@@ -394,6 +394,54 @@ int os_read_all(int fd, void *to, size_t bytes, uint64_t offset)
 	return 0;
 }
 
+static int map_fixed(void *hva, size_t bytes, int prot, int flags, int fd, uint64_t offset)
+{
+	int r = os_fault(OS_FAULT_WINDOW);
+
+	if (r)
+		return r;
+	return syscall(SYS_mmap, hva, bytes, prot, flags | MAP_FIXED, fd, offset) == -1 ? -errno : 0;
+}
+
+void *os_reserve(size_t bytes, size_t align)
+{
+	size_t all = bytes + align - OS_PAGE_BYTES, before, behind;
+	uint8_t *at = mmap(NULL, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (at == MAP_FAILED)
+		return NULL;
+	before = -(uintptr_t)at & (align - 1);
+	behind = all - bytes - before;
+	if (before)
+		munmap(at, before);
+	if (behind)
+		munmap(at + before + bytes, behind);
+	return at + before;
+}
+
+void os_unreserve(void *hva, size_t bytes)
+{
+	if (hva)
+		munmap(hva, bytes);
+}
+
+/* Not MAP_POPULATE, which looks at each page by itself: a fault brings 16, and is faster by a fifth. */
+int os_window_map(void *hva, size_t bytes, int fd, uint64_t offset, bool writable)
+{
+	return map_fixed(hva, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, fd, offset);
+}
+
+int os_window_memory(void *hva, size_t bytes)
+{
+	return map_fixed(hva, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+			 -1, 0);
+}
+
+int os_window_clear(void *hva, size_t bytes)
+{
+	return map_fixed(hva, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
 int os_count_maps(uint64_t *ret_maps)
 {
 	int fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);

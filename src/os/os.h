@@ -158,6 +158,19 @@ uint64_t os_memory_room(const char *cgroups, const char *root);
  * not known. `meminfo`: /proc/meminfo. */
 uint64_t os_memory_spare(const char *meminfo);
 
+/*
+ * Addresses for later: nobody can touch them, and nobody else is given them. `align`: a power of two of
+ * at least a page. NULL: no memory. os_unreserve takes NULL, and what is mapped there by then goes too.
+ */
+void *os_reserve(size_t bytes, size_t align);
+void os_unreserve(void *hva, size_t bytes);
+/* Within a reservation, in the place of whatever is there. os_window_map: a part of a file, shared; its
+ * pages come into the page table when they are touched, with those around them. os_window_memory: zeroed
+ * memory of this process alone. os_window_clear: nothing again. As os_map_base_over when they fail. */
+int os_window_map(void *hva, size_t bytes, int fd, uint64_t offset, bool writable);
+int os_window_memory(void *hva, size_t bytes);
+int os_window_clear(void *hva, size_t bytes);
+
 /* Mappings of this process now, and the limit (vm.max_map_count). */
 int os_count_maps(uint64_t *ret_maps);
 uint64_t os_max_maps(void);
@@ -279,6 +292,14 @@ void os_thaw(void);
 void os_never_freeze(pid_t tid);
 void os_may_freeze(pid_t tid);
 
+/* ---- cpu.c: where threads run ------------------------------------------------------------------ */
+
+int os_cpu(void); /* of the calling thread, at this moment */
+/* The calling thread runs nowhere else from now on. -EINVAL: there is none, or it is not ours. */
+int os_bind_to_cpu(int cpu);
+/* -EXDEV: a thread of this process, or a worker of io_uring's, is not bound to this CPU alone. */
+int os_all_bound_to_cpu(int cpu);
+
 /* ---- fault.c: faults on purpose, for tests -------------------------------------------------- */
 
 enum os_fault_point {
@@ -294,6 +315,7 @@ enum os_fault_point {
 	OS_FAULT_WRITE,        /* os_write_all */
 	OS_FAULT_FLUSH,        /* os_flush_cached */
 	OS_FAULT_SPARE_MEMORY, /* the host has none to spare for what nobody has asked for yet */
+	OS_FAULT_WINDOW,       /* a mapping in a reservation, emptied ones included */
 	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */
 	OS_FAULT_RESTORE_STEP, /* of a restore, until the command becomes QEMU, */
 	OS_FAULT_AGENT_STEP,   /* and from then on, until it is told that the guest runs */

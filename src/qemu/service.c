@@ -465,7 +465,8 @@ static void close_passed(struct service *s)
 	s->passed_fd = -1;
 }
 
-/* A request, and a descriptor that may come with it; for more the kernel has no room. */
+/* A request, and a descriptor that may come with it; the kernel has no room for more (of CMSG_SPACE it would use the
+ * padding). */
 static ssize_t receive(struct service *s, int client, struct control_request *q)
 {
 	union {
@@ -484,6 +485,8 @@ static ssize_t receive(struct service *s, int client, struct control_request *q)
 
 	if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof(int)))
 		memcpy(&s->passed_fd, CMSG_DATA(c), sizeof s->passed_fd);
+	if (n <= 0)
+		close_passed(s); /* of an empty request */
 	return n;
 }
 

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 8u
+#define VM_STATS_VERSION 9u
 #define VM_STATS_VOLUMES 32u
 #define VM_STATS_CLASSES 6u
 #define VM_STATS_SCAN_SOURCES 3u

@@ -242,7 +242,7 @@ def spares(test, directory, nonce, generation):
     test.check_equal(waiting(), ["web-spare-1", "web-spare-2"], "two spares wait")
     told = json.loads(latent.run("spare", "take", "--name", "mine", "--json", "web"))
     test.check_equal(told["name"], "mine", f"one is taken in {told['took_us'] / 1000:.1f} ms")
-    test.check(told["took_us"] < 500000, "which is soon")
+    test.check(told["took_us"] < 2000000, "which is soon")
     mine = Restored("mine")
     test.check_equal(mine.sh("cat /run/nonce"), nonce, "it was restored")
     test.check(mine.sh("latent-guest mem check m").startswith("ok"), "its memory is right")

@@ -10,6 +10,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -391,6 +392,56 @@ static void bad_arguments_are_refused(void **state)
 	assert_non_null(strchr(latent_version(), '.'));
 }
 
+/* All calls of a window, as a lane makes them. */
+static int be_a_lane(int memfd, const uint8_t *ram)
+{
+	struct latent_segment segment = { memfd, 10 * PAGE, 64 * PAGE };
+	struct iovec iov;
+	struct latent_request request = {
+		.size = sizeof request, .segments = &segment, .count = 1, .iov = &iov
+	};
+	struct latent_window_stats stats = { .size = sizeof stats };
+	struct latent_window *window;
+	int cpu = sched_getcpu();
+
+	if (latent_window_register(cpu, 2, &window) || latent_window_check(window))
+		return 1;
+	if (latent_window_map(window, &request, LATENT_LOCAL_FLUSH) ||
+	    latent_window_use(window, &request))
+		return 2;
+	if (memcmp(iov.iov_base, ram + 10 * PAGE, 64 * PAGE))
+		return 3;
+	if (latent_window_hand_over(window, &request) || latent_window_move(window, cpu))
+		return 4;
+	if (latent_window_map(window, &request, LATENT_GLOBAL_FLUSH) ||
+	    latent_window_done(window, &request, 1))
+		return 5;
+	if (latent_window_recycle(window) || latent_window_stats_get(window, &stats))
+		return 6;
+	if (stats.requests != 2 || stats.handed_over != 1 || stats.mapped_pages || stats.peak_pages > 64)
+		return 7;
+	stats.size--;
+	if (latent_window_stats_get(window, &stats) != -EINVAL)
+		return 8;
+	latent_window_unregister(window);
+	return 0;
+}
+
+static void a_lane_has_windows(void **state)
+{
+	struct rig *rig = *state;
+	int status = -1;
+	pid_t lane;
+
+	for (size_t i = 0; i < RAM_PAGES * PAGE; i++)
+		rig->ram[i] = image_byte(i);
+	lane = fork();
+	if (!lane)
+		_exit(be_a_lane(rig->memfd, rig->ram));
+	assert_int_equal(waitpid(lane, &status, 0), lane);
+	assert_int_equal(status, 0);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -408,6 +459,7 @@ int main(void)
 		TEST(an_image_with_a_writer_is_copied),
 		TEST(a_lone_vm_copies_and_a_second_one_maps),
 		TEST(bad_arguments_are_refused),
+		TEST(a_lane_has_windows),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -18,7 +18,8 @@ struct activity_order {
 	uint64_t at;
 };
 
-_Static_assert(ACTIVITY_HEATS == ACTIVITIES * LONG_STATES && ACTIVITY_HEATS <= UINT8_MAX, "heats are bytes");
+_Static_assert(ACTIVITY_HEATS == ACTIVITIES * LONG_STATES && ACTIVITY_HEATS <= UINT8_MAX,
+	       "heats are bytes");
 
 static const uint8_t by_state[ACTIVITIES] = {
 	[ACTIVITY_FROZEN] = 0, [ACTIVITY_COLDEST] = 1, [ACTIVITY_COLDER] = 2, [ACTIVITY_COLD] = 3,
@@ -48,8 +49,8 @@ static void begin_heat(struct activity_order *o, unsigned heat)
 	o->at = 0;
 }
 
-int activity_order_create(const struct activity_table *tables, size_t count, enum activity_direction direction,
-			  struct activity_order **ret_order)
+int activity_order_create(const struct activity_table *tables, size_t count,
+			  enum activity_direction direction, struct activity_order **ret_order)
 {
 	struct activity_order *o = calloc(1, sizeof *o);
 

@@ -230,7 +230,8 @@ static enum scan_source source_of(const struct scan *s, const struct ram_range *
 }
 
 /* `sample`: of the unit, in the pass before; NULL: there was none. `i`: the page's place in the unit. */
-static enum seen_use see(const struct scan *s, enum activity now, unsigned i, const struct unit_sample *sample)
+static enum seen_use see(const struct scan *s, enum activity now, unsigned i,
+			 const struct unit_sample *sample)
 {
 	const struct unit_page *u = &s->unit[i];
 
@@ -245,7 +246,8 @@ static enum seen_use see(const struct scan *s, enum activity now, unsigned i, co
 }
 
 /* A page of which nothing can be found out any more is new again, for what was known of it is old. */
-static uint64_t look_at_page(struct scan *s, unsigned i, uint64_t before, const struct unit_sample *sample)
+static uint64_t look_at_page(struct scan *s, unsigned i, uint64_t before,
+			     const struct unit_sample *sample)
 {
 	enum scan_source source = s->unit[i].source;
 	enum seen_use seen = see(s, activity_of(before), i, sample);
@@ -335,7 +337,8 @@ static void protect_run(struct scan *s, struct ram_block *b, uint64_t first, uin
 	for (uint64_t run = at; at < end; at = run) {
 		while (run < end && s->unit[run].sees_writes == s->unit[at].sees_writes)
 			run++;
-		if (!s->unit[at].sees_writes || os_pagemap_protect(s->pagemap, b->hva + os_bytes(first + at), run - at))
+		if (!s->unit[at].sees_writes ||
+		    os_pagemap_protect(s->pagemap, b->hva + os_bytes(first + at), run - at))
 			continue;
 		for (uint64_t i = at; i < run; i++)
 			s->unit[i].protected = true;

@@ -43,9 +43,9 @@ struct part {
 	enum spill_kind kind;
 	int fd; /* -1: there is none */
 	struct slab *slabs;
-	uint32_t (*sums)[RAW_SLOTS];       /* of whole pages in a file; what is packed has its own */
-	uint32_t slabs_max, slabs_used;    /* used: those behind were never touched */
-	uint32_t lists[RAW_CLASS + 1];     /* slabs with a free slot, by class; 0: slabs without any slot taken */
+	uint32_t (*sums)[RAW_SLOTS];    /* of whole pages in a file; what is packed has its own */
+	uint32_t slabs_max, slabs_used; /* used: those behind were never touched */
+	uint32_t lists[RAW_CLASS + 1];  /* slabs with a free slot, by class; 0: without any slot taken */
 	struct spill_counts counts;
 };
 
@@ -67,7 +67,8 @@ int spill_open(struct spill **ret_spill)
 	pthread_mutex_init(&s->unpack_lock, NULL);
 	s->packer = ZSTD_createCCtx();
 	s->unpacker = ZSTD_createDCtx();
-	if (!s->packer || !s->unpacker || ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_checksumFlag, 1)) ||
+	if (!s->packer || !s->unpacker ||
+	    ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_checksumFlag, 1)) ||
 	    ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_compressionLevel, LEVEL))) {
 		spill_close(s);
 		return -ENOMEM;
@@ -293,7 +294,8 @@ size_t spill_pack(struct spill *s, const void *page, uint8_t *packed)
 {
 	bool in_memory = part_now(s)->kind == SPILL_MEMORY;
 	size_t most = (in_memory ? WORTH_CLASS : RAW_CLASS - 1) * UNIT_BYTES - sizeof(struct header);
-	size_t bytes = ZSTD_compress2(s->packer, packed + sizeof(struct header), most, page, OS_PAGE_BYTES);
+	size_t bytes =
+		ZSTD_compress2(s->packer, packed + sizeof(struct header), most, page, OS_PAGE_BYTES);
 	struct header header = { .bytes = (uint16_t)bytes };
 
 	if (!ZSTD_isError(bytes)) {

@@ -102,10 +102,11 @@ int os_pagemap_flags(struct os_pagemap *p, const uint8_t *hva, uint64_t pages, u
 		if (r)
 			return r;
 		for (uint64_t i = 0; i < n; i++)
-			flags[done + i] = (uint8_t)((p->words[i] & CLASSIC_PRESENT ? OS_PAGE_PRESENT : 0) |
-						    (p->words[i] & CLASSIC_SWAPPED ? OS_PAGE_SWAPPED : 0) |
-						    (p->words[i] & CLASSIC_FILE ? OS_PAGE_FILE : 0) |
-						    (p->words[i] & CLASSIC_PROTECTED ? OS_PAGE_PROTECTED : 0));
+			flags[done + i] =
+				(uint8_t)((p->words[i] & CLASSIC_PRESENT ? OS_PAGE_PRESENT : 0) |
+					  (p->words[i] & CLASSIC_SWAPPED ? OS_PAGE_SWAPPED : 0) |
+					  (p->words[i] & CLASSIC_FILE ? OS_PAGE_FILE : 0) |
+					  (p->words[i] & CLASSIC_PROTECTED ? OS_PAGE_PROTECTED : 0));
 		done += n;
 	}
 	return 0;

@@ -41,7 +41,7 @@ struct slab {
 /* The memory, or the file. */
 struct part {
 	enum spill_kind kind;
-	int fd; /* -1: there is none */
+	_Atomic int fd; /* -1: there is none; set last, and once */
 	struct slab *slabs;
 	uint32_t (*sums)[RAW_SLOTS];    /* of whole pages in a file; what is packed has its own */
 	uint32_t slabs_max, slabs_used; /* used: those behind were never touched */
@@ -62,8 +62,10 @@ int spill_open(struct spill **ret_spill)
 
 	if (!s)
 		return -ENOMEM;
-	for (unsigned i = 0; i < SPILL_KINDS; i++)
-		s->parts[i] = (struct part){ .kind = (enum spill_kind)i, .fd = -1 };
+	for (unsigned i = 0; i < SPILL_KINDS; i++) {
+		s->parts[i].kind = (enum spill_kind)i;
+		s->parts[i].fd = -1;
+	}
 	pthread_mutex_init(&s->unpack_lock, NULL);
 	s->packer = ZSTD_createCCtx();
 	s->unpacker = ZSTD_createDCtx();
@@ -348,6 +350,14 @@ static int unpack(struct spill *s, const uint8_t *packed, size_t room, void *pag
 				    header.bytes);
 	pthread_mutex_unlock(&s->unpack_lock);
 	return bytes == OS_PAGE_BYTES ? 0 : -EBADMSG;
+}
+
+void spill_expect_read(struct spill *s, uint64_t slot)
+{
+	struct part *p = part_of(s, slot);
+
+	if (p->kind == SPILL_FILE)
+		os_expect_read(p->fd, offset_of(p, slot), p->slabs[slab_of(slot)].class * UNIT_BYTES);
 }
 
 int spill_read(struct spill *s, uint64_t slot, void *page)

@@ -119,6 +119,8 @@ void os_drop_cached_around(int fd, uint64_t offset, uint64_t bytes);
  * -EIO, -ENOSPC and others, of anything that was written since the last time; then the page cache stays as it is. It is no
  * barrier against a loss of power. */
 int os_flush_cached(int fd);
+/* It will be read soon. */
+void os_expect_read(int fd, uint64_t offset, uint64_t bytes);
 /* The file is read here and there: the kernel need not read ahead. */
 void os_expect_random(int fd);
 

@@ -576,14 +576,15 @@ static int begin_kept(struct ram *ram, unsigned file, struct kept *k)
 	int r = 0;
 
 	ram_lock(ram);
-	if (!ram->reclaim.allowed || ram->base_held)
+	if (!ram->reclaim.allowed || ram->base_held) {
 		r = -EBUSY;
-	else if (file >= ENTRY_FILES || !ram->files[file].used)
+	} else if (file >= ENTRY_FILES || !ram->files[file].used) {
 		r = -ENOENT;
-	k->fd = r ? -1 : fcntl(ram->files[file].fd, F_DUPFD_CLOEXEC, 0);
-	k->pages = r ? 0 : ram->files[file].pages;
-	if (!r && k->fd < 0)
-		r = -errno;
+	} else {
+		k->pages = ram->files[file].pages;
+		k->fd = fcntl(ram->files[file].fd, F_DUPFD_CLOEXEC, 0);
+		r = k->fd < 0 ? -errno : 0;
+	}
 	ram_unlock(ram);
 	k->bits = r ? NULL : calloc(k->pages / 8 + 1, 1);
 	if (!r && !k->bits) {

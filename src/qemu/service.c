@@ -509,7 +509,10 @@ static ssize_t receive(struct service *s, int client, struct control_request *q)
 	} rights;
 	struct iovec iov = { q, sizeof *q };
 	struct msghdr message = {
-		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = CMSG_LEN(sizeof(int))
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &rights,
+		.msg_controllen = CMSG_LEN(sizeof(int)), /* its padding would have room for another one */
 	};
 	ssize_t n = recvmsg(client, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC); /* a longer one is none */
 	const struct cmsghdr *c = n >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
@@ -528,18 +531,16 @@ static void on_client(struct service *s, int *client)
 	ssize_t n = receive(s, *client, &q);
 	bool done = false;
 
-	if (n > 0) {
-		if (is_valid(&q, n)) {
-			answer(s, *client, &q, &p);
-		} else {
-			p.error = -EPROTO;
-			snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
-		}
-		close_passed(s);
-		done = send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
-		       (p.error || !follow_up(s, *client, q.op));
-		close_channel(s); /* the client's by now, or nobody's */
+	if (n > 0 && is_valid(&q, n)) {
+		answer(s, *client, &q, &p);
+	} else {
+		p.error = -EPROTO;
+		snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
 	}
+	close_passed(s); /* an empty packet may have brought one, too */
+	done = n > 0 && send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
+	       (p.error || !follow_up(s, *client, q.op));
+	close_channel(s); /* the client's by now, or nobody's */
 	if (done)
 		return;
 	if (saver_client_gone(s->agent, *client))

@@ -197,7 +197,8 @@ static int end(const struct send_options *send, const struct send_result *result
 static int move(struct vm_view *view, struct send_options *send, bool json)
 {
 	struct sigaction action = { .sa_handler = on_interrupt };
-	char run_dir[VMDIR_PATH_BYTES], known[VMDIR_PATH_BYTES], why[SNAPSHOT_WHY_BYTES] = "";
+	static char run_dir[VMDIR_PATH_BYTES], known[VMDIR_PATH_BYTES]; /* as long as the options are */
+	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct send_result result;
 	enum send_end where;
 	pthread_t thread;

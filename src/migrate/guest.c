@@ -154,8 +154,9 @@ static int compare_layout(struct guest *g, const struct control_layout *layout, 
 static int take_layout(struct guest *g, const struct control_layout *layout, const int *fds, char why[SNAPSHOT_WHY_BYTES])
 {
 	g->blocks = layout->blocks;
-	for (uint32_t i = 0; i < layout->blocks; i++) {
+	for (uint32_t i = 0; i < layout->blocks; i++)
 		g->block[i].memfd = fds[2 * i];
+	for (uint32_t i = 0; i < layout->blocks; i++) {
 		g->block[i].first = g->pages;
 		g->block[i].pages = layout->block[i].pages;
 		g->block[i].memfd_offset = layout->block[i].memfd_offset;
@@ -190,7 +191,7 @@ static int open_guest(const struct guest_options *options, bool again, struct gu
 {
 	static struct control_layout layout; /* one thread */
 	struct guest *g = calloc(1, sizeof *g);
-	int fds[2 * SNAPSHOT_BLOCKS], r;
+	int fds[2 * SNAPSHOT_BLOCKS] = { 0 }, r;
 	size_t count = 0;
 
 	if (!g) {
@@ -335,7 +336,6 @@ static int flush_put(struct guest *g, char why[SNAPSHOT_WHY_BYTES])
 		return 0;
 	g->put.magic = INCOMING_MAGIC;
 	g->put.op = INCOMING_PUT;
-	g->put.count = g->put.count;
 	if (send(g->options.channel, &g->put, bytes, MSG_NOSIGNAL) != (ssize_t)bytes)
 		return snapshot_fail(why, -EPIPE, "the VM's agent is gone");
 	g->put.count = 0;
@@ -368,6 +368,8 @@ static int bring_page(struct guest *g, uint64_t page, const struct told *now, co
 
 	if (g->told[page].kind != WIRE_MISSING || now->kind == WIRE_MISSING)
 		return 0;
+	if (now->kind == WIRE_DATA && !data)
+		return snapshot_fail(why, -EINVAL, "a page without contents");
 	g->told[page] = *now;
 	if (now->kind == WIRE_WORD)
 		make_word(now->value, contents);

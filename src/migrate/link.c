@@ -199,7 +199,7 @@ static struct sockaddr_un unix_address(const char *path)
 {
 	struct sockaddr_un sa = { .sun_family = AF_UNIX };
 
-	strcpy(sa.sun_path, path); /* its length was checked */
+	snprintf(sa.sun_path, sizeof sa.sun_path, "%s", path); /* its length was checked */
 	return sa;
 }
 
@@ -681,8 +681,11 @@ static int turn(struct link *link, struct pollfd *polled, unsigned count, int ti
 	r = poll(all, 1 + count, has_pending(link) ? 0 : timeout_ms);
 	if (r < 0 && errno != EINTR)
 		return snapshot_fail(why, -errno, "poll: %s", strerror(errno));
-	for (unsigned i = 0; i < count; i++)
-		polled[i].revents = r > 0 ? all[1 + i].revents : 0;
+	for (unsigned i = 0; i < count; i++) {
+		polled[i].revents = 0;
+		if (r > 0)
+			polled[i].revents = all[1 + i].revents;
+	}
 	r = flush(link);
 	if (r)
 		return explain(link, r, why);

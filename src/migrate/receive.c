@@ -188,7 +188,8 @@ static int take_blocks(struct receive *c)
 	if (sysinfo(&info) || c->manifest.ram_bytes / info.mem_unit > info.totalram)
 		return snapshot_fail(c->why, -ENOMEM, "the VM has %ju MiB of RAM, which is more than this host",
 				     (uintmax_t)c->manifest.ram_bytes >> 20);
-	c->limits.pages = c->progress->pages_all = c->layout.pages;
+	c->limits.pages = c->layout.pages;
+	c->progress->pages_all = c->layout.pages;
 	return 0;
 }
 
@@ -358,7 +359,8 @@ static int pass_wishes(struct receive *c)
 	uint64_t wanted[WIRE_WANTED_MAX];
 	size_t count = guest_wanted(c->guest, wanted, WIRE_WANTED_MAX);
 
-	c->progress->wanted = c->result->pages_wanted += count;
+	c->result->pages_wanted += count;
+	c->progress->wanted = c->result->pages_wanted;
 	return count ? say(c, WIRE_WANT, wanted, count * sizeof wanted[0]) : 0;
 }
 
@@ -829,7 +831,8 @@ static int take_over(struct receive *c)
 	r = guest_open_again(&options, &c->guest, c->why);
 	if (r)
 		return r;
-	c->limits.pages = c->progress->pages_all = guest_pages(c->guest);
+	c->limits.pages = guest_pages(c->guest);
+	c->progress->pages_all = c->limits.pages;
 	c->result->pages_missing = guest_missing(c->guest);
 	c->started = c->has_token = true;
 	c->runs = c->result->runs = c->record.phase == RECORD_RUNNING;

@@ -391,7 +391,8 @@ static int put_passes(struct send *s)
 		if (pass > 1 && (left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || left > before / 4 * 3))
 			return 0;
 		before = left;
-		s->progress->pass = s->result->passes = pass;
+		s->result->passes = pass;
+		s->progress->pass = pass;
 		r = put_all(s, teller_fill);
 		if (!r)
 			r = step(end_pass(s));
@@ -609,7 +610,8 @@ static int go_on(struct send *s)
 {
 	int r;
 
-	s->cut = s->progress->cut = true;
+	s->cut = true;
+	s->progress->cut = true;
 	r = come_together(s);
 	s->progress->cut = false;
 	if (r || s->over)

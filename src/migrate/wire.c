@@ -3,6 +3,7 @@
 
 #include "os/os.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <stddef.h>
 #include <string.h>
@@ -91,9 +92,9 @@ int wire_read_text(const struct wire_message *message, char ret_text[WIRE_TEXT_M
 	if (!message->bytes || message->bytes >= WIRE_TEXT_MAX)
 		return wrong(why, "a sentence of such a length", message->bytes);
 	for (size_t i = 0; i < message->bytes; i++) {
-		uint8_t c = message->payload[i];
+		char c = (char)message->payload[i];
 
-		ret_text[i] = c < 0x20 || c == 0x7f ? '?' : (char)c;
+		ret_text[i] = iscntrl((unsigned char)c) ? '?' : c;
 	}
 	ret_text[message->bytes] = '\0';
 	return 0;

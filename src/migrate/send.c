@@ -23,6 +23,7 @@
 #define ANSWER_MS 120000 /* the destination starts a VMM, or loads the state */
 #define TURN_MS 100
 #define PASSES_MAX 30
+#define REST_MS 250             /* so long the guest may wait for pages behind the switch, in place of another pass */
 #define ENOUGH_PAGES 256u      /* not worth another pass */
 #define FAST_BYTES (256u << 10) /* less than that waits to be sent: the link is faster than packing */
 #define PACK_LEVEL 1
@@ -361,17 +362,30 @@ static int end_pass(struct send *s)
 	return r ? r : await(s, WIRE_PASS, &m);
 }
 
-/* Pages that can be sent while the guest stands, by what was sent until now. */
-static uint64_t pages_in_downtime(const struct send *s)
+/* Pages that can be sent in so long, by what was sent until now. */
+static uint64_t pages_in(const struct send *s, unsigned ms)
 {
 	uint64_t us = os_now_us() - s->first_pass_us, bytes_s = link_bytes_sent(s->link) * 1000000 / (us ? us : 1);
 
 	if (s->options->max_bytes_s && s->options->max_bytes_s < bytes_s)
 		bytes_s = s->options->max_bytes_s;
-	return bytes_s * s->options->max_downtime_ms / 1000 / OS_PAGE_BYTES;
+	return bytes_s * ms / 1000 / OS_PAGE_BYTES;
 }
 
-/* While the guest runs: until what has changed meanwhile fits into the downtime, or does not become less. */
+static uint64_t pages_in_downtime(const struct send *s)
+{
+	return pages_in(s, s->options->max_downtime_ms);
+}
+
+/* Another pass costs more than it brings: what is left fits into the downtime, or comes soon enough behind the switch, or
+ * does not become less. */
+static bool is_enough(const struct send *s, uint64_t left, uint64_t before)
+{
+	return left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || left > before / 4 * 3 ||
+	       (!s->options->no_postcopy && left <= pages_in(s, REST_MS));
+}
+
+/* While the guest runs: until another pass would be no good. */
 static int put_passes(struct send *s)
 {
 	uint64_t before = UINT64_MAX, settled;
@@ -388,7 +402,7 @@ static int put_passes(struct send *s)
 		if (r)
 			return r;
 		left = teller_collect(s->teller);
-		if (pass > 1 && (left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || left > before / 4 * 3))
+		if (pass > 1 && is_enough(s, left, before))
 			return 0;
 		before = left;
 		s->result->passes = pass;

@@ -384,6 +384,28 @@ int ram_expect(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pag
 	return r;
 }
 
+int ram_watch_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct ram_range range;
+	int r = 0;
+
+	assert_locked(ram);
+	if (ram->uffd < 0 || ram->base_held)
+		return -EBUSY;
+	for (uint64_t end = page + pages; !r && page < end; page += range.pages) {
+		range = ram_range_at(b, page, end);
+		if (range.source != ENTRY_BASE)
+			continue;
+		if (!within_budget(ram, mask_more_maps(b, page, range.pages)))
+			return -EDQUOT;
+		ram_not_single(ram, b, page, range.pages); /* one userfaultfd a mapping */
+		pthread_mutex_lock(&ram->mask_lock);
+		r = mask_watch(ram, b, page, range.pages);
+		pthread_mutex_unlock(&ram->mask_lock);
+	}
+	return r;
+}
+
 int ram_put(struct ram *ram, void *hva, const void *contents, bool *ret_put)
 {
 	struct ram_block *b;

@@ -230,6 +230,9 @@ int ram_discard(struct ram *ram, struct ram_block *block, uint64_t page, uint64_
  * ram_expect: [locked] what these pages hold comes from elsewhere, by ram_put; what is there now is forgotten. Until then
  *     ram_make says -EINPROGRESS of them, and nobody else can make them either: ram_unmask, too, fails so. Errors as of
  *     ram_mask, and of the kernel; then some of the pages are expected.
+ * ram_watch_base: [locked] what is base among these pages is watched as expected pages are, and stays what it is: many
+ *     expected pages that lie near each other are one mapping then, and not one each. Errors as of ram_mask, and of the
+ *     kernel.
  * ram_put: the contents of a page at `hva` have come; whoever waits for it goes on. Needs no lock, touches no guest RAM
  *     by its address, and may be called while the guest runs. `*ret_put`: false if the page was not expected (any more).
  * ram_expected: how many are expected still.
@@ -243,6 +246,7 @@ int ram_make(struct ram *ram, void *hva);
 int ram_unmask_file(struct ram *ram, unsigned file);
 int ram_unmask(struct ram *ram);
 int ram_expect(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
+int ram_watch_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 int ram_put(struct ram *ram, void *hva, const void *contents, bool *ret_put);
 uint64_t ram_expected(struct ram *ram);
 int ram_unmask_part(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);

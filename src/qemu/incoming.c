@@ -21,6 +21,7 @@
 
 #define END_US 5000000 /* from SIGTERM on; QEMU may be waiting for a page that nobody brings */
 #define CHANNEL_BYTES (1 << 20)
+#define NEAR_PAGES 256u /* between two expected runs: 1 MiB */
 
 static struct {
 	struct agent *agent;
@@ -77,6 +78,35 @@ static int change_run(enum incoming_op op, const struct incoming_run *run)
 		r = ram_expect(ram, b, run->page, run->pages);
 	ram_unlock(ram);
 	return r;
+}
+
+/* Runs from `first` on that lie near each other in one block become one mapping. Returns the first one that does not. */
+static uint32_t watch_near(const struct incoming_request *q, uint32_t first)
+{
+	struct ram *ram = incoming.agent->ram;
+	uint64_t begin = q->run[first].page, end = begin + q->run[first].pages;
+	uint32_t i = first + 1;
+	struct ram_block *b;
+
+	ram_lock(ram);
+	b = block_of(&q->run[first]);
+	for (; b && i < q->count && block_of(&q->run[i]) == b; i++) {
+		const struct incoming_run *next = &q->run[i];
+
+		if (next->page < end || next->page - end > NEAR_PAGES)
+			break;
+		end = next->page + next->pages;
+	}
+	if (i > first + 1)
+		(void)ram_watch_base(ram, b, begin, end - begin); /* it does without */
+	ram_unlock(ram);
+	return i;
+}
+
+static void watch_all_near(const struct incoming_request *q)
+{
+	for (uint32_t i = 0; i < q->count;)
+		i = watch_near(q, i);
 }
 
 static int send_layout(void)
@@ -136,9 +166,11 @@ static int obey(const struct incoming_request *q)
 	case INCOMING_LAYOUT:
 		r = answer(q->op, 0);
 		return r ? r : send_layout();
+	case INCOMING_EXPECT:
+		watch_all_near(q);
+		__attribute__((fallthrough));
 	case INCOMING_MAP:
 	case INCOMING_BASE:
-	case INCOMING_EXPECT:
 		for (uint32_t i = 0; !r && i < q->count; i++)
 			r = change_run((enum incoming_op)q->op, &q->run[i]);
 		return answer(q->op, r);

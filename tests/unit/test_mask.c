@@ -456,6 +456,52 @@ static void test_overlays_and_masks_become_expected(void **state)
 	assert_int_equal(ram_expected(RAM), 0);
 }
 
+static void watch_base(uint64_t page, uint64_t pages)
+{
+	ram_lock(RAM);
+	assert_int_equal(ram_watch_base(RAM, BLOCK, page, pages), 0);
+	ram_unlock(RAM);
+}
+
+/* Between them base holds what it held, or zeros, and may be written; afterwards nothing is watched. */
+static void test_expected_pages_near_each_other_are_one_mapping(void **state)
+{
+	struct ram_counts before, after;
+
+	(void)state;
+	for (uint64_t i = 100; i < 160; i += 3)
+		memset(hva(i), (int)i, OS_PAGE_BYTES);
+	ram_lock(RAM);
+	assert_int_equal(ram_map_overlay(RAM, BLOCK, 130, 2, t.rig.files[0].index, 9), 0);
+	ram_unlock(RAM);
+	watch_base(100, 60);
+	check_maps();
+	ram_get_counts(RAM, &before);
+	for (uint64_t i = 101; i < 160; i += 3) /* never where there are contents; once where a file is mapped */
+		assert_int_equal(expect(i, 1), 0);
+	ram_get_counts(RAM, &after);
+	assert_in_range(after.maps, before.maps, before.maps + 1);
+	check_maps();
+	assert_int_equal(ram_expected(RAM), 20);
+	for (uint64_t i = 100; i < 160; i += 3)
+		if (i != 130)
+			assert_int_equal(*hva(i), i);
+	assert_true(rig_holds(hva(130), tag(9)));
+	for (uint64_t i = 102; i < 160; i += 6)
+		assert_int_equal(*hva(i), 0);
+	for (uint64_t i = 105; i < 160; i += 6) {
+		*hva(i) = 0x77;
+		assert_int_equal(*hva(i), 0x77);
+	}
+	for (uint64_t i = 101; i < 160; i += 3)
+		assert_true(put(i, 0x21));
+	assert_int_equal(ram_unmask(RAM), 0);
+	for (uint64_t i = 100; i < 160; i++)
+		assert_int_equal(*hva(i), i == 130 ? *hva(130) : i % 3 == 1 && i != 130 ? i : i % 3 == 2 ? 0x21 : i % 2 ? 0x77 : 0);
+	assert_int_equal(source(140), ENTRY_BASE);
+	check_maps();
+}
+
 static void test_nothing_ends_the_wait_but_the_page(void **state)
 {
 	(void)state;
@@ -488,6 +534,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_expected_pages_are_waited_for, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_other_contents_are_faster_than_expected_ones, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_overlays_and_masks_become_expected, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_expected_pages_near_each_other_are_one_mapping, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_nothing_ends_the_wait_but_the_page, setup, teardown),
 	};
 	int uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);

@@ -815,6 +815,18 @@ static int ask_channel(struct receive *c)
 	return fd != -1 ? fd : snapshot_fail(c->why, -EPROTO, "the VM's agent gives no channel");
 }
 
+/* The one before us may have let it run, and died before it could note that. */
+static int see_whether_it_runs(struct receive *c)
+{
+	bool runs = false;
+	int r = vmm_query_running(&c->vmm, &runs);
+
+	if (r || !runs)
+		return r;
+	c->runs = c->result->runs = true;
+	return note_phase(c, RECORD_RUNNING);
+}
+
 static int take_over(struct receive *c)
 {
 	struct guest_options options = { .limits = &c->limits, .volume_fd = c->incoming.volume_fd };
@@ -836,7 +848,8 @@ static int take_over(struct receive *c)
 	c->result->pages_missing = guest_missing(c->guest);
 	c->started = c->has_token = true;
 	c->runs = c->result->runs = c->record.phase == RECORD_RUNNING;
-	return commit(c); /* if it was not known yet whose the guest is */
+	r = commit(c); /* if it was not known yet whose the guest is */
+	return r || c->runs || c->record.stood ? r : see_whether_it_runs(c);
 }
 
 int migrate_receive_again(const struct receive_options *options, const struct receive_vm *vm, const char *name,

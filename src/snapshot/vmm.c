@@ -76,6 +76,17 @@ static int query_status(struct vmm *vmm)
 	return r;
 }
 
+int vmm_query_running(struct vmm *vmm, bool *ret_runs)
+{
+	struct json_object *value = NULL, *part;
+	int r = vmm_run(vmm, "query-status", NULL, &value);
+
+	if (!r)
+		*ret_runs = json_object_object_get_ex(value, "running", &part) && json_object_get_boolean(part);
+	json_object_put(value);
+	return r;
+}
+
 static int greet(struct vmm *vmm)
 {
 	int r = qmp_greet(vmm->qmp, COMMAND_MS);

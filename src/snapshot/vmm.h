@@ -31,6 +31,8 @@ int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WH
 /* The same of one that is starting, and waits with -incoming defer; `end_fd` is readable when it has ended (-1: not
  * known). */
 int vmm_open_waiting(const char *run_dir, int end_fd, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
+/* Whether the guest runs now. */
+int vmm_query_running(struct vmm *vmm, bool *ret_runs);
 /* What vmm_start_load would else take the guest's time for; before it, once. `runs`: the guest will be let run; until then
  * images are not locked, nor looked at. (Of one that stands they must be: QEMU 7.2 dies when it shall migrate such a VM.) */
 int vmm_prepare_load(struct vmm *vmm, bool runs);

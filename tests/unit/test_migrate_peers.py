@@ -7,6 +7,7 @@ What an honest source says first is taken down from a real one, and then said wi
 processor that is halted by its first instruction. LATENT_BUILD is meson's build directory.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -148,8 +149,9 @@ def refused(machine, what, words, say):
         peer.settimeout(TIMEOUT_S)
         peer.connect(str(machine.socket))
         heard = ""
-        try:
+        with contextlib.suppress(OSError):  # it may have been refused before all was said
             say(peer)
+        try:
             receive(peer, None)
         except OSError as error:
             heard = str(error)

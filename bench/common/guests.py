@@ -209,13 +209,6 @@ def latent_command():
     return vm.BUILD_DIR / "latent"
 
 
-def run_latent(*words):
-    answer = subprocess.run([latent_command(), *map(str, words)], capture_output=True, text=True)
-    if answer.returncode:
-        raise GuestError(f"latent {words[0]}: {answer.stderr}")
-    return answer.stdout
-
-
 def latent_is_built():
     return os.access(latent_command(), os.X_OK)
 

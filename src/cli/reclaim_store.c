@@ -45,13 +45,7 @@ static int give(const struct vm_view *view, int fd, uint64_t most_bytes)
 
 	snprintf(text, sizeof text, "%" PRIu64, most_bytes);
 	r = vm_view_give(view, CONTROL_RECLAIM_STORE, text, fd, ANSWER_TIMEOUT_MS, &reply);
-	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
-				strerror(-r));
-	if (reply.error)
-		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name,
-				reply.text[0] ? reply.text : strerror(-reply.error));
-	return CLI_OK;
+	return vm_view_status(view, r, &reply);
 }
 
 int reclaim_give_store(const struct vm_view *view, const char *path, uint64_t most_bytes)

@@ -101,6 +101,17 @@ int vm_view_give(const struct vm_view *view, enum control_op op, const char *pat
 	return r;
 }
 
+int vm_view_status(const struct vm_view *view, int asked, const struct control_reply *reply)
+{
+	if (asked)
+		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
+				strerror(-asked));
+	if (reply->error)
+		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name,
+				reply->text[0] ? reply->text : strerror(-reply->error));
+	return CLI_OK;
+}
+
 int vm_view_connect(const struct vm_view *view, unsigned timeout_ms)
 {
 	char path[VMDIR_PATH_BYTES];

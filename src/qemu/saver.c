@@ -126,6 +126,11 @@ static int begin(struct agent *a, struct control_reply *p)
 	uint64_t private = 0;
 	int r;
 
+	if (a->ram_given) {
+		snprintf(p->text, sizeof p->text, "another process maps guest RAM (vhost-user), and what it writes "
+			 "while the VM is saved would be missed: take that device away, and start the VM again");
+		return -EBUSY;
+	}
 	scanner_yield(true);
 	reclaimer_yield(true);
 	r = ram_unmask(a->ram); /* two cannot watch one mapping */

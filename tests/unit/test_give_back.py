@@ -3,9 +3,6 @@
 """`latent reclaim` with a store in a file, and a save that brings all of it back before it begins, in parts."""
 
 import os
-import re
-import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -13,30 +10,8 @@ from pathlib import Path
 import cheap
 from cheap import check, latent
 
-HEADER = (Path(__file__).resolve().parents[2] / "src/vmdir/control.h").read_text()
-MAGIC, VERSION = 0x4C43544C, int(re.search(r"CONTROL_VERSION (\d+)", HEADER)[1])
-OPS = re.findall(r"^\t(CONTROL_[A-Z_]+),", HEADER, re.M)
-REQUEST, REPLY = struct.Struct("=IIII4096s"), struct.Struct("=IIiIQQQQ512s")
 OTHER_HALF_PAGES = (cheap.RAM_MIB - cheap.IMAGE_MIB) * cheap.PAGES_PER_MIB
 DEADLINE_S = 30
-
-
-class Control:
-    """A connection as that of a save."""
-
-    def __init__(self, root, name):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(f"{root}/{name}/control.sock")
-
-    def ask(self, op):
-        """(error, pages, pages_all)"""
-        self.socket.send(REQUEST.pack(MAGIC, VERSION, OPS.index(op), 0, b""))
-        reply = REPLY.unpack(self.socket.recv(REPLY.size))
-        return reply[2], reply[4], reply[5]
-
-    def close(self):
-        self.socket.close()
 
 
 def reclaim_stat(vm):
@@ -72,10 +47,10 @@ def body(directory):
           f"to the file: {given}")
     check(not store.exists(), "which has no name")
 
-    saver = Control(os.environ["LATENT_RUNTIME_DIR"], "vm")
+    saver = cheap.Control(vm)
     parts = 0
     while True:
-        error, pages, pages_all = saver.ask("CONTROL_SAVE_LOAD")
+        error, pages, pages_all, _ = saver.ask("CONTROL_SAVE_LOAD")
         parts += 1
         check(error == 0 and pages_all == cheap.IMAGE_PAGES, f"part {parts}: {error}, {pages} of {pages_all}")
         if error or pages == pages_all or parts > 100:

@@ -53,6 +53,7 @@ struct receive {
 	bool lost;      /* but the source has it again */
 	bool let;       /* QEMU has been told to let it run */
 	bool runs;
+	bool in_doubt;  /* it may run: the mover before was about to let it. QEMU can be asked when no page is missing */
 };
 
 /* Where tests let it be killed. */
@@ -542,6 +543,20 @@ static int let_run(struct receive *c)
 	return 0;
 }
 
+/* The mover before us has let it run, or was about to. */
+static int end_doubt(struct receive *c)
+{
+	bool runs = false;
+	int r = vmm_open_waiting(c->vm.run_dir, c->vm.pid_fd, c->why, &c->vmm);
+
+	if (!r)
+		r = vmm_query_running(&c->vmm, &runs);
+	if (!r && !runs)
+		return let_run(c);
+	c->runs = c->result->runs = !r;
+	return r ? r : note_phase(c, RECORD_RUNNING);
+}
+
 static int take_rest(struct receive *c)
 {
 	struct wire_message m;
@@ -553,6 +568,8 @@ static int take_rest(struct receive *c)
 		if (r > 0)
 			r = unexpected(c, &m);
 	}
+	if (!r && !c->runs)
+		r = end_doubt(c);
 	if (!r)
 		r = step(guest_end(c->guest, c->why));
 	if (r)
@@ -572,9 +589,9 @@ static int finish(struct receive *c)
 {
 	int r = step(commit(c));
 
-	if (!r && !c->runs)
+	if (!r && !c->runs && !c->in_doubt)
 		r = step(let_run(c));
-	if (!r)
+	if (!r && c->runs)
 		r = step(say(c, WIRE_RUNNING, NULL, 0));
 	return r ? r : take_rest(c);
 }
@@ -698,7 +715,7 @@ static int receive(struct receive *c)
 
 static bool is_kept(const struct receive *c, int r)
 {
-	return c->runs || (c->has_token && !c->lost && (r == -EINTR || !c->link || link_is_over(c->link)));
+	return c->runs || c->in_doubt || (c->has_token && !c->lost && (r == -EINTR || !c->link || link_is_over(c->link)));
 }
 
 /* It does not run, and never will: the source hears it, or finds the ballot as it was. */
@@ -815,18 +832,6 @@ static int ask_channel(struct receive *c)
 	return fd != -1 ? fd : snapshot_fail(c->why, -EPROTO, "the VM's agent gives no channel");
 }
 
-/* The one before us may have let it run, and died before it could note that. */
-static int see_whether_it_runs(struct receive *c)
-{
-	bool runs = false;
-	int r = vmm_query_running(&c->vmm, &runs);
-
-	if (r || !runs)
-		return r;
-	c->runs = c->result->runs = true;
-	return note_phase(c, RECORD_RUNNING);
-}
-
 static int take_over(struct receive *c)
 {
 	struct guest_options options = { .limits = &c->limits, .volume_fd = c->incoming.volume_fd };
@@ -834,7 +839,10 @@ static int take_over(struct receive *c)
 
 	if (!r && c->record.phase == RECORD_GIVEN)
 		r = snapshot_fail(c->why, -EINVAL, "the VM is on its way from here: that is for `latent migrate --resume`");
-	if (!r)
+	c->vmm.why = c->why;
+	c->in_doubt = c->record.phase == RECORD_COMMITTED && !c->record.stood;
+	/* (Of one that may run nobody asks QEMU anything: its main loop may be waiting for a page.) */
+	if (!r && c->record.phase == RECORD_TOKEN)
 		r = vmm_open_waiting(c->vm.run_dir, c->vm.pid_fd, c->why, &c->vmm);
 	if (!r)
 		r = options.channel = ask_channel(c);
@@ -848,8 +856,7 @@ static int take_over(struct receive *c)
 	c->result->pages_missing = guest_missing(c->guest);
 	c->started = c->has_token = true;
 	c->runs = c->result->runs = c->record.phase == RECORD_RUNNING;
-	r = commit(c); /* if it was not known yet whose the guest is */
-	return r || c->runs || c->record.stood ? r : see_whether_it_runs(c);
+	return commit(c); /* if it was not known yet whose the guest is */
 }
 
 int migrate_receive_again(const struct receive_options *options, const struct receive_vm *vm, const char *name,

@@ -392,6 +392,8 @@ static const char *why_not_converted(int r)
 {
 	if (r == -EBUSY)
 		return "the kernel does I/O to them (vhost, io_uring or Linux AIO)";
+	if (r == -EINPROGRESS)
+		return "others are still to come from where the VM was before";
 	return r == -ETIMEDOUT ? "a thread of QEMU did not stop in time" : strerror(-r);
 }
 
@@ -403,7 +405,7 @@ int agent_exclude(const char *what)
 	struct volume *v;
 	int r;
 
-	if (!a || !a->overlays_allowed)
+	if (!a || (!a->overlays_allowed && !ram_expected(a->ram)))
 		return 0;
 	restorer_wait();
 	volumes_allow(a->volumes, false);
@@ -415,7 +417,7 @@ int agent_exclude(const char *what)
 	if (!r && c.overlay_pages)
 		r = agent_settle_frozen(a, true, FREEZE_MS, &done);
 	if (r) {
-		volumes_allow(a->volumes, true);
+		volumes_allow(a->volumes, a->overlays_allowed);
 		agent_say("refused: %s; %llu pages of guest RAM are mapped from disk images, and %s. "
 			  "Run `latent detach %s` and try again",
 			  what, (unsigned long long)c.overlay_pages, why_not_converted(r), a->config.name);

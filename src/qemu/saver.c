@@ -128,7 +128,7 @@ static int begin(struct agent *a, struct control_reply *p)
 
 	if (a->ram_given) {
 		snprintf(p->text, sizeof p->text, "another process maps guest RAM (vhost-user), and what it writes "
-			 "while the VM is saved would be missed: take that device away, and start the VM again");
+			 "while the VM is saved or moved would be missed: take that device away, and start the VM again");
 		return -EBUSY;
 	}
 	scanner_yield(true);

@@ -246,7 +246,7 @@ int vmm_start_guest(struct vmm *vmm)
 
 int vmm_poll_fd(const struct vmm *vmm)
 {
-	return qmp_poll_fd(vmm->qmp);
+	return vmm->qmp ? qmp_poll_fd(vmm->qmp) : -1;
 }
 
 void vmm_drain(struct vmm *vmm)

@@ -43,7 +43,7 @@ int vmm_prepare_load(struct vmm *vmm, bool runs);
  */
 int vmm_start_load(struct vmm *vmm, int state_fd);
 int vmm_start_guest(struct vmm *vmm);
-int vmm_poll_fd(const struct vmm *vmm);
+int vmm_poll_fd(const struct vmm *vmm); /* -1: it is not open */
 void vmm_drain(struct vmm *vmm);
 /* Lets the guest be, and the VMM as it was before. */
 void vmm_close(struct vmm *vmm);

@@ -317,9 +317,12 @@ static int fill_page(struct guest *g, uint64_t page, const uint8_t *data, char w
 {
 	uint8_t words[OS_PAGE_BYTES];
 	const struct told *t = &g->told[page];
-	int r = t->flags & MAPPED || (t->kind != WIRE_DATA && t->flags) ? clear_page(g, page, why) : 0;
+	int r;
 
-	if (r || (t->kind == WIRE_WORD && !t->value) || t->kind == WIRE_VOLUME || t->kind == WIRE_MISSING)
+	if (t->kind == WIRE_MISSING)
+		return 0; /* guest_expect takes away what is there */
+	r = t->flags & MAPPED || (t->kind != WIRE_DATA && t->flags) ? clear_page(g, page, why) : 0;
+	if (r || (t->kind == WIRE_WORD && !t->value) || t->kind == WIRE_VOLUME)
 		return r;
 	if (t->kind == WIRE_WORD)
 		make_word(t->value, words);

@@ -377,6 +377,14 @@ static uint64_t pages_in_downtime(const struct send *s)
 	return pages_in(s, s->options->max_downtime_ms);
 }
 
+/* That can still be sent when the guest stands: its devices take as long to load, about, as to save. */
+static uint64_t pages_in_pause(const struct send *s)
+{
+	uint64_t ms = (os_now_us() - s->vmm.stopped_us + s->result->saved_us) / 1000, max_ms = s->options->max_downtime_ms;
+
+	return ms < max_ms ? pages_in(s, (unsigned)(max_ms - ms)) : 0;
+}
+
 /* Another pass costs more than it brings: what is left fits into the downtime, or comes soon enough behind the switch, or
  * does not become less. */
 static bool is_enough(const struct send *s, uint64_t left, uint64_t before)
@@ -479,7 +487,7 @@ static int switch_over(struct send *s)
 	struct wire_message m;
 	int r = step(stop_guest(s));
 
-	if (!r && (all || teller_left(s->teller) <= pages_in_downtime(s)))
+	if (!r && (all || teller_left(s->teller) <= pages_in_pause(s)))
 		r = put_all(s, teller_fill);
 	else if (!r)
 		r = put_all(s, teller_fill_missing);

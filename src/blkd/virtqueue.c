@@ -195,7 +195,7 @@ static void kicked(struct lane *lane, struct event *event, int res)
 	v->polls = false;
 	if (res > 0 && v->kick >= 0 && read(v->kick, &kicks, sizeof kicks) < 0)
 		res = 0; /* somebody has taken it: look all the same */
-	if (v->runs && (res >= 0 || res == -ECANCELED)) /* canceled: there is another descriptor */
+	if (v->runs && !v->connection->closing && (res >= 0 || res == -ECANCELED)) /* canceled: for another one */
 		virtqueue_poll(v);
 	connection_settle(v->connection);
 }

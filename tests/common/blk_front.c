@@ -19,6 +19,10 @@
 #define TABLE_BYTES 1024u        /* of one request */
 #define HEADER_AT 768u           /* in it */
 #define STATUS_AT 800u
+#define CONFIG_BYTES 60u /* as far as QEMU 7.2 knows it */
+#define PROTOCOL_KNOWN (1u << 0 | 1u << 9 | 1u << 12) /* queues, configuration, requests in flight */
+/* Indirect tables, event index, vhost-user's protocol features, VIRTIO 1, and what is the disk's. */
+#define FEATURES_KNOWN (1ull << 28 | 1ull << 29 | 1ull << 30 | 1ull << 32 | 0x7fff)
 
 static uint64_t table_gpa(uint32_t queue, uint16_t head)
 {
@@ -129,15 +133,15 @@ static int set64(struct front *f, uint32_t op, uint64_t number)
 
 static int agree(struct front *f)
 {
-	uint8_t config[12 + sizeof f->config] = { 0 };
-	uint32_t bytes = sizeof f->config;
+	uint8_t config[12 + CONFIG_BYTES] = { 0 };
+	uint32_t bytes = CONFIG_BYTES;
 	uint64_t protocol;
 	int r = get64(f, VHU_GET_FEATURES, &f->features);
 
 	if (!r)
 		r = get64(f, VHU_GET_PROTOCOL_FEATURES, &protocol);
 	if (!r)
-		r = set64(f, VHU_SET_PROTOCOL_FEATURES, protocol);
+		r = set64(f, VHU_SET_PROTOCOL_FEATURES, protocol & PROTOCOL_KNOWN);
 	if (!r)
 		r = front_send(f, VHU_SET_OWNER, NULL, 0, -1);
 	memcpy(config + 4, &bytes, sizeof bytes);
@@ -145,7 +149,8 @@ static int agree(struct front *f)
 		r = front_send(f, VHU_GET_CONFIG, config, sizeof config, -1);
 	if (!r)
 		r = front_receive(f, config, sizeof config, NULL);
-	memcpy(&f->config, config + 12, sizeof f->config);
+	memcpy(&f->config, config + 12, CONFIG_BYTES);
+	f->features &= FEATURES_KNOWN;
 	return r ? r : set64(f, VHU_SET_FEATURES, f->features);
 }
 

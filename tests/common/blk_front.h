@@ -45,7 +45,7 @@ struct front {
 
 /* RAM and rings, connected to nobody. */
 int front_init(struct front *f, uint64_t ram_bytes, uint32_t queues);
-/* Connects, agrees on everything that is offered, and starts the queues where they are. `with_record`: asks for a
+/* Connects, agrees on what it knows of what is offered, and starts the queues where they are. `with_record`: asks for a
  * record of requests in flight at first, and brings it along later. */
 int front_connect(struct front *f, const char *path, bool with_record);
 void front_disconnect(struct front *f);

@@ -74,6 +74,7 @@ def plain_guest(test, directory, disk):
         second_writer(test, socket)
         image_in_use(test, directory, disk)
         kill_under_load(test, guest, domain, disk)
+        vanish(test, guest, domain)
         guest.shutdown()
 
 
@@ -160,7 +161,7 @@ def latent_guest(test, disk):
         done = latent.command("save", "domain", disk.with_suffix(".snapshot"))
         test.check_equal((done.returncode, done.stderr.count("\n")), (latent.NO_ANSWER, 1), f"saving is refused: {done.stderr.strip()}")
         test.check(not disk.with_suffix(".snapshot").exists(), "and leaves nothing behind")
-        done = latent.command("reclaim", "domain")
+        done = latent.command("reclaim", "domain", "--cold-for", "10s")
         test.check(done.returncode, f"reclaim is refused: {done.stderr.strip()}")
         domain = domain_of(disk)
         old = lanes_of(domain)
@@ -183,6 +184,19 @@ def refusals(test, directory, disk):
         done = latent.command("run", "--name", "refused", "--blk-domain", image, "--", "qemu-system-x86_64")
         test.check_equal((done.returncode, word in done.stderr), (status, True), "latent run says so, too")
     test.check("refused" not in latent.vm_dirs(), "no run directory is left")
+
+
+def vanish(test, guest, domain):
+    """The VMM is killed in the middle of requests: its connection ends, and the next one is served."""
+    blkd.start_work(guest, "/dev/vdb", 60, THREADS, 4)
+    time.sleep(3)
+    ended = domain.log.read_text().count("a connection has ended")
+    guest.kill9()
+    wait_until(lambda: domain.log.read_text().count("a connection has ended") > ended, "the end of its connection")
+    guest.start()
+    guest.wait_ready(120)
+    guest.sh("dd if=/dev/vdb of=/dev/null bs=1M iflag=direct", timeout=120)
+    test.check(True, "a VMM that is killed leaves the domain clean, and comes back")
 
 
 def body(test):

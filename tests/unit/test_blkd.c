@@ -50,6 +50,7 @@ struct rig {
 	char dir[64], socket[80], path[80];
 	struct image image;
 	int listener;
+	unsigned lanes;
 	pid_t domain;
 	struct front front;
 };
@@ -67,7 +68,8 @@ static void fill_image(const struct rig *r)
 	free(sectors);
 }
 
-static pid_t lane_of(const struct rig *r)
+/* The process id of a lane, the oldest first; 0: there is none. */
+static pid_t nth_lane(const struct rig *r, unsigned n)
 {
 	char path[64];
 	int pid = 0;
@@ -76,11 +78,14 @@ static pid_t lane_of(const struct rig *r)
 	snprintf(path, sizeof path, "/proc/%d/task/%d/children", r->domain, r->domain);
 	f = fopen(path, "re");
 	assert_non_null(f);
-	if (fscanf(f, "%d", &pid) != 1)
-		pid = 0;
+	for (unsigned i = 0; i <= n; i++)
+		if (fscanf(f, "%d", &pid) != 1)
+			pid = 0;
 	fclose(f);
 	return pid;
 }
+
+static pid_t lane_of(const struct rig *r) { return nth_lane(r, 0); }
 
 static void start_domain(struct rig *r, bool readonly)
 {
@@ -96,11 +101,11 @@ static void start_domain(struct rig *r, bool readonly)
 	r->domain = fork();
 	if (!r->domain) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		_exit(domain_serve(r->listener, -1, &r->image, 1) ? 1 : 0);
+		_exit(domain_serve(r->listener, -1, &r->image, r->lanes) ? 1 : 0);
 	}
 	close(r->listener);
 	close(r->image.fd); /* the lock is the domain's */
-	while (!lane_of(r))
+	while (!nth_lane(r, r->lanes - 1))
 		usleep(1000);
 }
 
@@ -113,10 +118,11 @@ static void end_domain(struct rig *r)
 	assert_true(WIFEXITED(status) && !WEXITSTATUS(status));
 }
 
-static int set_up_image(void **state, bool readonly)
+static int set_up_image(void **state, bool readonly, unsigned lanes)
 {
 	struct rig *r = calloc(1, sizeof *r);
 
+	r->lanes = lanes;
 	snprintf(r->dir, sizeof r->dir, "/tmp/test-blkd-XXXXXX");
 	assert_non_null(mkdtemp(r->dir));
 	snprintf(r->socket, sizeof r->socket, "%s/socket", r->dir);
@@ -128,9 +134,11 @@ static int set_up_image(void **state, bool readonly)
 	return 0;
 }
 
-static int set_up(void **state) { return set_up_image(state, false); }
+static int set_up(void **state) { return set_up_image(state, false, 1); }
 
-static int set_up_readonly(void **state) { return set_up_image(state, true); }
+static int set_up_readonly(void **state) { return set_up_image(state, true, 1); }
+
+static int set_up_two_lanes(void **state) { return set_up_image(state, true, 2); }
 
 static int tear_down(void **state)
 {
@@ -279,6 +287,89 @@ static void a_readonly_image_is_served_to_many(void **state)
 	assert_serves(r); /* beside it */
 	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 3, &segment, 1), VIRTIO_BLK_S_OK);
 	assert_sectors(r, FRONT_DATA, 3, 4096);
+}
+
+/* ---- reads of several machines --------------------------------------------------------------------------- */
+
+static uint64_t bytes_from_storage(const struct rig *r)
+{
+	uint64_t sum = 0;
+
+	for (unsigned n = 0; n < r->lanes; n++) {
+		char path[64], line[64];
+		unsigned long long bytes;
+		FILE *f;
+
+		snprintf(path, sizeof path, "/proc/%d/io", nth_lane(r, n));
+		f = fopen(path, "re");
+		assert_non_null(f);
+		while (fgets(line, sizeof line, f))
+			if (sscanf(line, "read_bytes: %llu", &bytes) == 1)
+				sum += bytes;
+		fclose(f);
+	}
+	return sum;
+}
+
+/* Nothing of the image is in memory; false: this file system does not let go of it. */
+static bool forget_image(const struct rig *r)
+{
+	int fd = open(r->path, O_RDONLY | O_CLOEXEC);
+	void *view = os_view_file(fd, IMAGE_BYTES, false);
+	uint64_t resident;
+
+	assert_non_null(view);
+	fsync(fd);
+	os_drop_cached(fd, 0, IMAGE_BYTES);
+	resident = os_resident_pages(view, 0, IMAGE_BYTES / OS_PAGE_BYTES);
+	os_unview_file(view, IMAGE_BYTES);
+	close(fd);
+	return !resident;
+}
+
+#define READ_BYTES (128u << 10)
+#define READS 64u
+
+static void ask_for(struct front *f, uint64_t from)
+{
+	for (uint16_t i = 0; i < READS; i++) {
+		struct front_segment segment = { FRONT_DATA + i * READ_BYTES, READ_BYTES };
+
+		front_request(f, 0, i, VIRTIO_BLK_T_IN, (from + i * READ_BYTES) / SECTOR, &segment, 1);
+		front_offer(f, 0, i);
+	}
+	front_kick(f, 0);
+}
+
+/* Two machines, each with a lane of its own, ask for the same at the same time: storage is asked once. */
+static void what_is_being_read_for_one_is_not_read_for_another(void **state)
+{
+	struct rig *r = *state;
+	struct front other, *fronts[2] = { &r->front, &other };
+	uint64_t before;
+	uint16_t head;
+
+	if (!forget_image(r)) {
+		print_message("SKIP: the file system of /tmp keeps all of a file in memory\n");
+		skip();
+	}
+	assert_int_equal(front_init(&other, RAM_BYTES, 1), 0);
+	for (int i = 0; i < 2; i++)
+		assert_int_equal(front_connect(fronts[i], r->socket, false), 0);
+	before = bytes_from_storage(r);
+	for (uint64_t from = 0; from < IMAGE_BYTES; from += READS * READ_BYTES) {
+		for (int i = 0; i < 2; i++)
+			ask_for(fronts[i], from);
+		for (uint32_t i = 0; i < 2 * READS; i++) {
+			assert_int_equal(front_wait(fronts[i & 1], 0, WAIT_MS, &head, NULL), 0);
+			assert_int_equal(*front_status(fronts[i & 1], 0, head), VIRTIO_BLK_S_OK);
+		}
+		for (int i = 0; i < 2; i++)
+			assert_int_equal(((uint64_t *)(fronts[i]->ram + FRONT_DATA))[READS * READ_BYTES / 8 - 1],
+					 word_on_disk(from + READS * READ_BYTES) - 1);
+	}
+	assert_in_range(bytes_from_storage(r) - before, IMAGE_BYTES, IMAGE_BYTES + IMAGE_BYTES / 16);
+	front_free(&other);
 }
 
 /* ---- reconnecting ------------------------------------------------------------------------------------------ */
@@ -667,6 +758,8 @@ int main(void)
 		WRITABLE(scattered_data_goes_where_it_belongs),
 		WRITABLE(discards_zeroes_and_flushes_are_done),
 		READONLY(a_readonly_image_is_served_to_many),
+		cmocka_unit_test_setup_teardown(what_is_being_read_for_one_is_not_read_for_another, set_up_two_lanes,
+						tear_down),
 		WRITABLE(what_a_predecessor_left_is_done_again),
 		WRITABLE(a_killed_lane_loses_nothing),
 		READONLY(a_loop_stops_the_queue),

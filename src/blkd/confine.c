@@ -94,6 +94,8 @@ static const int allowed[] = {
 	/* guest memory, kicks, messages */
 	SCMP_SYS(pread64),
 	SCMP_SYS(pwrite64),
+	SCMP_SYS(preadv2),
+	SCMP_SYS(pwritev2),
 	SCMP_SYS(read),
 	SCMP_SYS(write),
 	SCMP_SYS(recvmsg),

@@ -173,33 +173,26 @@ static bool tell(struct virtqueue *v)
 	return false;
 }
 
-/* Before it sleeps, it asks to be kicked, and looks once more. */
-static void take_all(struct lane *lane)
+/* Before it sleeps, it asks to be kicked, and looks once more. True: there is more to take. */
+static bool take_all(struct lane *lane)
 {
-	bool took = for_queues(lane, virtqueue_take);
-
-	if (!took || lane->under_way) {
-		for_queues(lane, want_kicks);
-		for_queues(lane, virtqueue_take);
-	}
+	if (for_queues(lane, virtqueue_take))
+		return true;
+	for_queues(lane, want_kicks);
+	return for_queues(lane, virtqueue_take);
 }
 
-static int wait(struct lane *lane)
+static void wait(struct lane *lane)
 {
 	struct __kernel_timespec idle = { 0, IDLE_NS };
 	struct latent_window_stats stats;
 	struct io_uring_cqe *cqe;
-	int r;
 
-	if (io_uring_cq_ready(&lane->ring))
-		return io_uring_submit(&lane->ring);
 	window_stats(lane->window, &stats);
 	if (lane->under_way || !stats.mapped_pages)
-		return io_uring_submit_and_wait(&lane->ring, 1);
-	r = io_uring_submit_and_wait_timeout(&lane->ring, &cqe, 1, &idle, NULL);
-	if (r == -ETIME)
+		io_uring_submit_and_wait(&lane->ring, 1);
+	else if (io_uring_submit_and_wait_timeout(&lane->ring, &cqe, 1, &idle, NULL) == -ETIME)
 		(void)window_recycle(lane->window);
-	return r;
 }
 
 static void serve(struct lane *lane)
@@ -208,9 +201,13 @@ static void serve(struct lane *lane)
 
 	poll_domain(lane);
 	while (!lane->domain_is_gone) {
-		take_all(lane);
+		bool more = take_all(lane);
+
 		for_queues(lane, tell);
-		wait(lane);
+		if (more || io_uring_cq_ready(&lane->ring))
+			io_uring_submit(&lane->ring);
+		else
+			wait(lane);
 		while (!io_uring_peek_cqe(&lane->ring, &cqe))
 			dispatch(lane, cqe);
 		for_queues(lane, tell);

@@ -53,6 +53,7 @@ struct virtqueue {
 	uint64_t desc_uva, used_uva, avail_uva;
 	uint64_t desc_gpa;
 	uint16_t base; /* of SET_VRING_BASE */
+	uint64_t untold_bytes; /* of requests given back since the driver was told */
 	int kick, call, error;
 	struct ring_view {
 		void *area; /* as reserved */
@@ -118,6 +119,7 @@ struct lane {
 	uint32_t under_way;
 	struct connection *connections;
 	bool domain_is_gone;
+	bool waits_always[2]; /* the image's file system cannot say that a write, a read would wait */
 	struct peek peek;
 };
 
@@ -160,7 +162,7 @@ int virtqueue_start(struct virtqueue *v, const char **ret_why);
 void virtqueue_stop(struct virtqueue *v);
 /* Stops it until the front end starts it anew: the driver has broken the rules. */
 void virtqueue_break(struct virtqueue *v, const char *why);
-/* Takes requests while there are any and the lane can do more; true if it took one. */
+/* Takes requests while there are any and the lane can do more, up to its share; true if it took all of that. */
 bool virtqueue_take(struct virtqueue *v);
 /* True if there is none left, and the driver will kick when it has one. */
 void virtqueue_tell(struct virtqueue *v);

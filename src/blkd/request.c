@@ -8,6 +8,9 @@
 #include <linux/falloc.h>
 #include <linux/virtio_blk.h>
 #include <string.h>
+#include <sys/uio.h>
+
+#define TELL_BYTES (64u << 10) /* so much data is worth waking the driver, though more is coming */
 
 static uint8_t zeros[LANE_PART_BYTES];
 
@@ -73,6 +76,9 @@ static void finish(struct request *r, uint8_t status)
 	} else if (v->runs) {
 		queue_give_back(&v->queue, r->head, written);
 		v->connection->served++;
+		v->untold_bytes += r->blk.bytes;
+		if (v->untold_bytes >= TELL_BYTES)
+			virtqueue_tell(v);
 	}
 	free_request(r);
 }
@@ -161,6 +167,49 @@ static void submit_data(struct request *r)
 	io_uring_sqe_set_data(sqe, &r->done);
 }
 
+/*
+ * What is in the host's page cache is copied at once, while the bounce buffer is in the processor's; -EAGAIN: it is
+ * not there, and takes the io_uring. Never waits.
+ */
+static int try_now(struct request *r)
+{
+	struct lane *lane = lane_of(r);
+	bool reads = r->blk.op == VIRTIO_BLK_READ;
+	off_t offset = (off_t)((r->blk.sector << VIRTIO_SECTOR_SHIFT) + r->at);
+	int count = (int)r->window.count, flags = RWF_NOWAIT;
+	ssize_t n;
+
+	if (lane->waits_always[reads] || (!reads && write_flags(r)))
+		return -EAGAIN;
+	n = reads ? preadv2(lane->image->fd, r->iov, count, offset, flags)
+		  : pwritev2(lane->image->fd, r->iov, count, offset, flags);
+	if (n >= 0)
+		return (int)n;
+	lane->waits_always[reads] = errno == EOPNOTSUPP; /* such a file system */
+	return errno == EOPNOTSUPP || errno == EINTR ? -EAGAIN : -errno;
+}
+
+/*
+ * Fewer bytes than asked for are no error unless there are none. What a short read has left in a bounce
+ * buffer is somebody else's: the part is read anew, and shorter.
+ */
+static int data_done(struct request *r, int res)
+{
+	bool is_short = res >= 0 && (uint32_t)res < r->part;
+	int error = res < 0 ? res : res ? 0 : -EIO;
+
+	if (is_short && r->blk.op == VIRTIO_BLK_READ) {
+		unmap_part(r, false, &error);
+		r->limit = (uint32_t)res;
+		return error;
+	}
+	unmap_part(r, !error, &error);
+	r->limit = LANE_PART_BYTES;
+	if (!error)
+		r->at += (uint32_t)res;
+	return error;
+}
+
 static void give_id(struct request *r)
 {
 	char id[20] = { 0 };
@@ -243,27 +292,39 @@ static bool is_over(const struct request *r)
 	}
 }
 
+/* A part; 0: it is done; 1: it is under way. */
+static int do_part(struct request *r)
+{
+	int error = map_part(r), res;
+
+	if (error)
+		return error;
+	res = try_now(r);
+	if (res != -EAGAIN)
+		return data_done(r, res);
+	submit_data(r);
+	return 1;
+}
+
 static void go_on(struct request *r)
 {
-	int error;
+	int done = 0;
 
-	if (is_over(r)) {
-		finish(r, VIRTIO_BLK_S_OK);
-		return;
+	while (!done && !is_over(r)) {
+		switch (r->blk.op) {
+		case VIRTIO_BLK_SYNC:
+			sync_image(r);
+			return;
+		case VIRTIO_BLK_PUNCH:
+		case VIRTIO_BLK_ZERO:
+			submit_range(r);
+			return;
+		default:
+			done = do_part(r);
+		}
 	}
-	if (r->blk.op == VIRTIO_BLK_PUNCH || r->blk.op == VIRTIO_BLK_ZERO) {
-		submit_range(r);
-		return;
-	}
-	if (r->blk.op == VIRTIO_BLK_SYNC) {
-		sync_image(r);
-		return;
-	}
-	error = map_part(r);
-	if (error)
-		finish(r, VIRTIO_BLK_S_IOERR);
-	else
-		submit_data(r);
+	if (done <= 0)
+		finish(r, done ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
 }
 
 static void skip_empty_ranges(struct request *r)
@@ -295,27 +356,6 @@ static int range_done(struct request *r, int res)
 	r->range++;
 	skip_empty_ranges(r);
 	return 0;
-}
-
-/*
- * Fewer bytes than asked for are no error unless there are none. What a short read has left in a bounce
- * buffer is somebody else's: the part is read anew, and shorter.
- */
-static int data_done(struct request *r, int res)
-{
-	bool is_short = res >= 0 && (uint32_t)res < r->part;
-	int error = res < 0 ? res : res ? 0 : -EIO;
-
-	if (is_short && r->blk.op == VIRTIO_BLK_READ) {
-		unmap_part(r, false, &error);
-		r->limit = (uint32_t)res;
-		return error;
-	}
-	unmap_part(r, !error, &error);
-	r->limit = LANE_PART_BYTES;
-	if (!error)
-		r->at += (uint32_t)res;
-	return error;
 }
 
 static void io_done(struct lane *lane, struct event *event, int res)

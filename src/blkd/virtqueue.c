@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#define TURN_REQUESTS 32u /* of one queue, before it is the next one's turn */
+
 /* ---- rings -------------------------------------------------------------------------------------- */
 
 static void unmap_view(struct ring_view *view)
@@ -171,17 +173,18 @@ static bool take_one(struct virtqueue *v)
 
 bool virtqueue_take(struct virtqueue *v)
 {
-	bool took = false;
+	uint32_t left = TURN_REQUESTS;
 
-	while (v->runs && v->connection->lane->free && take_one(v))
-		took = true;
-	return took;
+	while (left && v->runs && v->connection->lane->free && take_one(v))
+		left--;
+	return !left;
 }
 
 void virtqueue_tell(struct virtqueue *v)
 {
 	uint64_t one = 1;
 
+	v->untold_bytes = 0;
 	if (v->runs && v->call >= 0 && queue_must_tell(&v->queue) && write(v->call, &one, sizeof one) < 0)
 		return; /* it has been told already, or is gone */
 }

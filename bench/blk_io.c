@@ -54,7 +54,10 @@ static uint64_t choose_sector(struct bench *b)
 	return at;
 }
 
-static uint8_t *data_of(struct bench *b, uint16_t head) { return b->front.ram + FRONT_DATA + head * (uint64_t)b->bytes; }
+static uint8_t *data_of(struct bench *b, uint16_t head)
+{
+	return b->front.ram + FRONT_DATA + head * (uint64_t)b->bytes;
+}
 
 static void offer(struct bench *b, uint16_t head)
 {
@@ -67,7 +70,8 @@ static void offer(struct bench *b, uint16_t head)
 
 		memcpy(data_of(b, head) + at, &number, sizeof number);
 	}
-	front_request(&b->front, 0, head, b->writes ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, sector, &segment, 1);
+	front_request(&b->front, 0, head, b->writes ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, sector,
+		      &segment, 1);
 	front_offer(&b->front, 0, head);
 }
 
@@ -130,7 +134,8 @@ int main(int argc, char **argv)
 	int r;
 
 	if (argc != 6) {
-		fprintf(stderr, "usage: blk_io SOCKET {seq128k|rand4k} {read|write} MILLISECONDS DEPTH\n");
+		fprintf(stderr,
+			"usage: blk_io SOCKET {seq128k|rand4k} {read|write} MILLISECONDS DEPTH\n");
 		return 2;
 	}
 	b.random = !strcmp(argv[2], "rand4k");
@@ -146,9 +151,11 @@ int main(int argc, char **argv)
 	start = now_ns();
 	if (!r)
 		r = run(&b, start + strtoull(argv[4], NULL, 10) * 1000000);
-	printf("{\"requests\": %llu, \"bytes\": %llu, \"seconds\": %.6f, \"mismatches\": %llu, \"failures\": %llu}\n",
+	printf("{\"requests\": %llu, \"bytes\": %llu, \"seconds\": %.6f, \"mismatches\": %llu, "
+	       "\"failures\": %llu}\n",
 	       (unsigned long long)b.requests, (unsigned long long)(b.requests * b.bytes),
-	       (double)(now_ns() - start) / 1e9, (unsigned long long)b.mismatches, (unsigned long long)b.failures);
+	       (double)(now_ns() - start) / 1e9, (unsigned long long)b.mismatches,
+	       (unsigned long long)b.failures);
 	if (r)
 		fprintf(stderr, "blk_io: %s\n", strerror(-r));
 	return r || b.mismatches || b.failures;

@@ -107,6 +107,7 @@ static const int allowed[] = {
 	SCMP_SYS(memfd_create),
 	SCMP_SYS(ftruncate),
 	/* the process itself */
+	SCMP_SYS(sysinfo), /* qsort(3) asks how much memory there is */
 	SCMP_SYS(futex),
 	SCMP_SYS(restart_syscall),
 	SCMP_SYS(rt_sigaction),
@@ -117,6 +118,8 @@ static const int allowed[] = {
 	SCMP_SYS(exit_group),
 };
 
+static const unsigned fcntls[] = { F_GETFL, F_SETFL, F_ADD_SEALS };
+
 static int filter_calls(void)
 {
 	scmp_filter_ctx filter = seccomp_init(SCMP_ACT_KILL_PROCESS);
@@ -124,13 +127,9 @@ static int filter_calls(void)
 
 	for (size_t i = 0; !r && i < sizeof allowed / sizeof allowed[0]; i++)
 		r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, allowed[i], 0);
-	if (!r)
-		r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1, SCMP_A1(SCMP_CMP_EQ, F_GETFL));
-	if (!r)
-		r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1, SCMP_A1(SCMP_CMP_EQ, F_SETFL));
-	if (!r)
+	for (size_t i = 0; !r && i < sizeof fcntls / sizeof fcntls[0]; i++)
 		r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
-				     SCMP_A1(SCMP_CMP_EQ, F_ADD_SEALS));
+				     SCMP_A1(SCMP_CMP_EQ, fcntls[i], 0));
 	if (!r)
 		r = seccomp_load(filter);
 	seccomp_release(filter);

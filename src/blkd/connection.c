@@ -28,7 +28,8 @@
 #define FLAG_REPLY (1u << 2)
 #define RECORD_ALIGN 64u
 #define BLOCK_BYTES 512u
-#define PAGES_PER_TOPOLOGY_BLOCK 3 /* 2^3 sectors: 4 KiB */
+#define DATA_SEGMENTS 126u /* with header and status as many as a queue of QEMU's has */
+#define PHYSICAL_BLOCK_SHIFT 3 /* 2^3 sectors: 4 KiB */
 
 /* Protocol features: docs/interop/vhost-user.rst. */
 enum {
@@ -92,9 +93,10 @@ int connection_write(struct connection *c, uint64_t gpa, const void *from, size_
 
 static uint64_t offered_features(const struct image *image)
 {
-	uint64_t f = F_PROTOCOL_FEATURES | 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_RING_F_INDIRECT_DESC |
-		     1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_BLK_F_SEG_MAX |
-		     1ull << VIRTIO_BLK_F_BLK_SIZE | 1ull << VIRTIO_BLK_F_TOPOLOGY | 1ull << VIRTIO_BLK_F_MQ |
+	uint64_t f = F_PROTOCOL_FEATURES | 1ull << VIRTIO_F_VERSION_1 |
+		     1ull << VIRTIO_RING_F_INDIRECT_DESC | 1ull << VIRTIO_RING_F_EVENT_IDX |
+		     1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
+		     1ull << VIRTIO_BLK_F_TOPOLOGY | 1ull << VIRTIO_BLK_F_MQ |
 		     1ull << VIRTIO_BLK_F_FLUSH;
 
 	return f | (image->readonly ? 1ull << VIRTIO_BLK_F_RO
@@ -105,10 +107,9 @@ static void fill_config(const struct image *image, struct virtio_blk_config *con
 {
 	*config = (struct virtio_blk_config){
 		.capacity = image->bytes >> VIRTIO_SECTOR_SHIFT,
-		.seg_max = VIRTIO_SEGMENTS_MAX - 2 < 126 ? VIRTIO_SEGMENTS_MAX - 2 : 126, /* with queues of 128 */
+		.seg_max = DATA_SEGMENTS,
 		.blk_size = BLOCK_BYTES,
-		.physical_block_exp = PAGES_PER_TOPOLOGY_BLOCK,
-		.opt_io_size = 0,
+		.physical_block_exp = PHYSICAL_BLOCK_SHIFT,
 		.num_queues = VHOST_USER_QUEUES_MAX,
 		.max_discard_sectors = LANE_RANGE_SECTORS_MAX,
 		.max_discard_seg = VIRTIO_RANGES_MAX,
@@ -120,7 +121,8 @@ static void fill_config(const struct image *image, struct virtio_blk_config *con
 }
 
 /* What a front end asks for beyond the structure that we know is zeros. */
-static void answer_config(const struct connection *c, const struct vhost_user_message *m, struct reply *reply)
+static void answer_config(const struct connection *c, const struct vhost_user_message *m,
+			  struct reply *reply)
 {
 	uint8_t config[VHOST_USER_CONFIG_MAX] = { 0 };
 	uint32_t head[3] = { m->u.config.offset, m->u.config.bytes, 0 };
@@ -158,8 +160,9 @@ static int check_region(const struct memory_region *r, int fd, const char **ret_
 	*ret_why = "guest memory ends behind its file";
 	if (r->offset + r->bytes > (uint64_t)st.st_size)
 		return -EINVAL;
-	*ret_why = "guest memory is in huge pages of hugetlbfs, which cannot be written with write(2): use "
-		   "memory-backend-memfd without hugetlb";
+	*ret_why =
+		"guest memory is in huge pages of hugetlbfs, which cannot be written with write(2): use "
+		"memory-backend-memfd without hugetlb";
 	return fs.f_type == HUGETLBFS_MAGIC ? -EINVAL : 0;
 }
 
@@ -186,7 +189,8 @@ static int restart_rings(struct connection *c, const char **ret_why)
 	return r;
 }
 
-static int take_region(struct connection *c, const struct memory_region *region, int *fd, const char **ret_why)
+static int take_region(struct connection *c, const struct memory_region *region, int *fd,
+		       const char **ret_why)
 {
 	int r = check_region(region, *fd, ret_why);
 
@@ -330,7 +334,8 @@ static int handle_queue(struct connection *c, const struct vhost_user_message *m
 			const char **ret_why)
 {
 	struct virtqueue *v = &c->queues[m->u.queue.index]; /* u.rings begins with the index, too */
-	bool is_setup = m->op == VHU_SET_VRING_NUM || m->op == VHU_SET_VRING_ADDR || m->op == VHU_SET_VRING_BASE;
+	bool is_setup =
+		m->op == VHU_SET_VRING_NUM || m->op == VHU_SET_VRING_ADDR || m->op == VHU_SET_VRING_BASE;
 
 	if (is_setup && v->runs) { /* a front end that forgot to ask for the base */
 		virtqueue_stop(v);
@@ -454,7 +459,7 @@ static void forget_message(struct connection *c)
 static void handle_message(struct connection *c)
 {
 	struct vhost_user_header header = { 0 };
-	struct vhost_user_message m;
+	struct vhost_user_message m = { 0 };
 	struct reply reply = { .fd = -1 };
 	const char *why = "a message cannot be understood";
 	int r = vhost_user_parse_header(c->header, &header, &why);
@@ -483,7 +488,8 @@ static void keep_fds(struct connection *c, struct msghdr *message)
 	for (struct cmsghdr *m = CMSG_FIRSTHDR(message); m; m = CMSG_NXTHDR(message, m)) {
 		size_t count = (m->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 
-		for (size_t i = 0; m->cmsg_level == SOL_SOCKET && m->cmsg_type == SCM_RIGHTS && i < count; i++) {
+		for (size_t i = 0;
+		     m->cmsg_level == SOL_SOCKET && m->cmsg_type == SCM_RIGHTS && i < count; i++) {
 			int fd;
 
 			memcpy(&fd, CMSG_DATA(m) + i * sizeof fd, sizeof fd);
@@ -517,7 +523,8 @@ static int receive(struct connection *c, const char **ret_why)
 	end += header.size;
 	if (c->have == end)
 		return 1;
-	iov.iov_base = in_header ? c->header + c->have : c->payload + (c->have - VHOST_USER_HEADER_BYTES);
+	iov.iov_base =
+		in_header ? c->header + c->have : c->payload + (c->have - VHOST_USER_HEADER_BYTES);
 	iov.iov_len = end - c->have;
 	n = recvmsg(c->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))

@@ -67,7 +67,8 @@ static _Noreturn void be_lane(struct domain *d, unsigned n, int control, pid_t p
 {
 	sigset_t none;
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL); /* no lane outlives its domain: the image's lock is all of theirs */
+	prctl(PR_SET_PDEATHSIG,
+	      SIGKILL); /* no lane outlives its domain: the image's lock is all of theirs */
 	prctl(PR_SET_NAME, "latent-lane");
 	if (getppid() != parent)
 		_exit(0);
@@ -108,7 +109,8 @@ static void lane_died(struct domain *d, unsigned n)
 	child->control = -1;
 	waitpid(child->pid, &status, 0);
 	if (WIFSIGNALED(status))
-		lane_say("lane %u was ended by signal %d (%s); another one takes its place, and its front ends may come back",
+		lane_say("lane %u was ended by signal %d (%s); another one takes its place, and its "
+			 "front ends may come back",
 			 n, WTERMSIG(status), strsignal(WTERMSIG(status)));
 }
 
@@ -141,10 +143,9 @@ static int send_fd(int control, int fd)
 	} data = { .align = { CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS } };
 	char byte = 0;
 	struct iovec iov = { &byte, 1 };
-	struct msghdr message = { .msg_iov = &iov,
-				  .msg_iovlen = 1,
-				  .msg_control = &data,
-				  .msg_controllen = sizeof data };
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &data, .msg_controllen = sizeof data
+	};
 
 	memcpy(CMSG_DATA(&data.align), &fd, sizeof fd);
 	return sendmsg(control, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
@@ -200,7 +201,8 @@ static void place_waiting(struct domain *d)
 		drop_waiting(d);
 	} else if (os_now_us() - d->waiting_since_us > PATIENCE_US) {
 		lane_say("a front end is sent away: %s",
-			 is_served(d) ? "another one has the image, and only one may write it (--readonly serves many)"
+			 is_served(d) ? "another one has the image, and only one may write it "
+					"(--readonly serves many)"
 				      : "no lane is there to serve it");
 		drop_waiting(d);
 	}
@@ -217,9 +219,9 @@ static void accept_one(struct domain *d)
 /* False: it is time to end. */
 static bool wait_for_something(struct domain *d)
 {
-	struct pollfd polls[DOMAIN_LANES_MAX + 3] = {
-		{ d->signals, POLLIN, 0 }, { d->owner, POLLIN, 0 }, { d->waiting < 0 ? d->listener : -1, POLLIN, 0 }
-	};
+	struct pollfd polls[DOMAIN_LANES_MAX + 3] = { { d->signals, POLLIN, 0 },
+						      { d->owner, POLLIN, 0 },
+						      { d->waiting < 0 ? d->listener : -1, POLLIN, 0 } };
 	bool incomplete = d->waiting >= 0;
 
 	for (unsigned i = 0; i < d->lanes; i++) {
@@ -251,7 +253,9 @@ static void end_lanes(struct domain *d)
 
 int domain_serve(int listener, int owner, const struct image *image, unsigned lanes)
 {
-	struct domain d = { .listener = listener, .owner = owner, .image = image, .lanes = lanes, .waiting = -1 };
+	struct domain d = {
+		.listener = listener, .owner = owner, .image = image, .lanes = lanes, .waiting = -1
+	};
 	sigset_t signals;
 	int r = 0;
 

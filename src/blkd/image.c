@@ -80,14 +80,16 @@ static int look_at(struct image *image, const char *path, const char *format, ch
 	if (fstat(image->fd, &st) || (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)))
 		return refuse(-EINVAL, path, "%.300s is neither a file nor a block device", why);
 	if (format ? !strcmp(format, "qcow2") : is_qcow2(image->fd))
-		return refuse(-EOPNOTSUPP, path,
-			      "%.200s: latent blkd serves raw images, not qcow2: convert it (qemu-img convert "
-			      "-O raw), or leave it to QEMU (-drive)",
-			      why);
+		return refuse(
+			-EOPNOTSUPP, path,
+			"%.200s: latent blkd serves raw images, not qcow2: convert it (qemu-img convert "
+			"-O raw), or leave it to QEMU (-drive)",
+			why);
 	if (end < (off_t)SECTOR_BYTES || end % SECTOR_BYTES)
-		return refuse(-EINVAL, path,
-			      "%.300s is not made of sectors of 512 bytes (truncate -s %%512 makes it so)",
-			      why);
+		return refuse(
+			-EINVAL, path,
+			"%.300s is not made of sectors of 512 bytes (truncate -s %%512 makes it so)",
+			why);
 	image->bytes = (uint64_t)end;
 	r = lock_image(image->fd, image->readonly);
 	if (r == -EAGAIN || r == -EACCES)

@@ -21,15 +21,17 @@
 
 void lane_say(const char *format, ...)
 {
-	char line[512] = "latent blkd: ";
-	size_t at = strlen(line);
+	char line[512];
+	int at = snprintf(line, sizeof line, "latent blkd: ");
+	size_t end = sizeof line - 2;
 	va_list args;
 
 	va_start(args, format);
-	vsnprintf(line + at, sizeof line - at - 1, format, args);
+	at += vsnprintf(line + at, end - (size_t)at, format, args);
 	va_end(args);
-	strcat(line, "\n");
-	if (write(STDERR_FILENO, line, strlen(line)) < 0)
+	end = (size_t)at < end ? (size_t)at : end - 1; /* cut, if it is too long */
+	line[end] = '\n';
+	if (write(STDERR_FILENO, line, end + 1) < 0)
 		return; /* nobody listens */
 }
 
@@ -99,10 +101,9 @@ static int receive_fd(int control)
 	} data;
 	char byte;
 	struct iovec iov = { &byte, 1 };
-	struct msghdr message = { .msg_iov = &iov,
-				  .msg_iovlen = 1,
-				  .msg_control = &data,
-				  .msg_controllen = sizeof data };
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &data, .msg_controllen = sizeof data
+	};
 	struct cmsghdr *m;
 	int fd = -EPIPE;
 

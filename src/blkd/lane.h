@@ -22,8 +22,8 @@
 
 #include <liburing.h>
 
-#define LANE_REQUESTS 64u     /* under way at once: each has a slot of the window */
-#define LANE_SEGMENTS 256u    /* of one part of a request */
+#define LANE_REQUESTS 64u          /* under way at once: each has a slot of the window */
+#define LANE_SEGMENTS 256u         /* of one part of a request */
 #define LANE_PART_BYTES (1u << 20) /* long requests are done in parts: each fits into a slot */
 #define LANE_PEEK_BYTES 512u
 #define LANE_CONNECTIONS 64u
@@ -52,7 +52,7 @@ struct virtqueue {
 	bool runs; /* its rings are mapped, and requests are taken */
 	uint64_t desc_uva, used_uva, avail_uva;
 	uint64_t desc_gpa;
-	uint16_t base; /* of SET_VRING_BASE */
+	uint16_t base;         /* of SET_VRING_BASE */
 	uint64_t untold_bytes; /* of requests given back since the driver was told */
 	int kick, call, error;
 	struct ring_view {
@@ -97,10 +97,10 @@ struct request {
 	struct virtqueue *virtqueue;
 	uint16_t head;
 	uint8_t status;
-	uint32_t range;  /* PUNCH, ZERO: the one that is being done */
-	uint64_t at;     /* READ, WRITE, ID: bytes done; ZERO by writing: of that range */
-	uint32_t limit;  /* of a part, in bytes */
-	uint32_t part;   /* bytes that are being done */
+	uint32_t range; /* PUNCH, ZERO: the one that is being done */
+	uint64_t at;    /* READ, WRITE, ID: bytes done; ZERO by writing: of that range */
+	uint32_t limit; /* of a part, in bytes */
+	uint32_t part;  /* bytes that are being done */
 	bool mapped, by_writing;
 	struct virtio_chain chain;
 	struct virtio_blk_request blk;

@@ -35,7 +35,8 @@ static int fail(int status, const char *format, const char *path, const char *wh
 static bool is_served(const struct sockaddr_un *at)
 {
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	bool served = fd >= 0 && (!connect(fd, (const struct sockaddr *)at, sizeof *at) || errno == EAGAIN);
+	bool served =
+		fd >= 0 && (!connect(fd, (const struct sockaddr *)at, sizeof *at) || errno == EAGAIN);
 
 	if (fd >= 0)
 		close(fd);
@@ -88,7 +89,8 @@ int main(int argc, char **argv)
 		owner = 3;
 	}
 	close_range(owner < 0 ? 3 : 4, ~0u, 0);
-	r = image_open(argv[2], strcmp(argv[3], "auto") ? argv[3] : NULL, !strcmp(argv[4], "ro"), &image, why);
+	r = image_open(argv[2], strcmp(argv[3], "auto") ? argv[3] : NULL, !strcmp(argv[4], "ro"), &image,
+		       why);
 	if (r)
 		return fail(r == -EAGAIN ? IN_USE : NO_IMAGE, "%s%s", why, "");
 	status = listen_at(argv[1], &listener);

@@ -26,17 +26,20 @@ static int read_guest(void *ctx, uint64_t gpa, void *to, size_t bytes)
 	uint64_t table_bytes = v->queue.size * sizeof(struct vring_desc), in_page;
 	int r;
 
-	if (gpa >= v->desc_gpa && gpa - v->desc_gpa < table_bytes && bytes <= table_bytes - (gpa - v->desc_gpa)) {
+	if (gpa >= v->desc_gpa && gpa - v->desc_gpa < table_bytes &&
+	    bytes <= table_bytes - (gpa - v->desc_gpa)) {
 		memcpy(to, v->desc.at + (gpa - v->desc_gpa), bytes);
 		return 0;
 	}
-	if (gpa < peek->gpa || gpa - peek->gpa >= peek->bytes || bytes > peek->bytes - (gpa - peek->gpa)) {
+	if (gpa < peek->gpa || gpa - peek->gpa >= peek->bytes ||
+	    bytes > peek->bytes - (gpa - peek->gpa)) {
 		in_page = OS_PAGE_BYTES - (gpa & (OS_PAGE_BYTES - 1));
 		if (bytes > in_page || bytes > LANE_PEEK_BYTES)
 			return connection_read(v->connection, gpa, to, bytes);
 		peek->bytes = 0;
 		peek->gpa = gpa;
-		r = connection_read(v->connection, gpa, peek->data, in_page < LANE_PEEK_BYTES ? in_page : LANE_PEEK_BYTES);
+		r = connection_read(v->connection, gpa, peek->data,
+				    in_page < LANE_PEEK_BYTES ? in_page : LANE_PEEK_BYTES);
 		if (r)
 			return r;
 		peek->bytes = (uint32_t)(in_page < LANE_PEEK_BYTES ? in_page : LANE_PEEK_BYTES);
@@ -94,7 +97,8 @@ static int find_part(struct request *r)
 
 	r->part = 0;
 	left = left < r->limit ? left : r->limit;
-	for (uint32_t i = r->blk.first; i < r->blk.first + r->blk.count && left && n < LANE_SEGMENTS; i++) {
+	for (uint32_t i = r->blk.first; i < r->blk.first + r->blk.count && left && n < LANE_SEGMENTS;
+	     i++) {
 		uint64_t gpa = r->chain.segments[i].gpa, bytes = r->chain.segments[i].bytes;
 
 		if (skip >= bytes) {
@@ -110,7 +114,8 @@ static int find_part(struct request *r)
 
 			if (!found)
 				return -EFAULT;
-			r->segments[n++] = (struct latent_segment){ c->fds[region], offset, (size_t)found };
+			r->segments[n++] =
+				(struct latent_segment){ c->fds[region], offset, (size_t)found };
 			gpa += found;
 			bytes -= found;
 			left -= found;
@@ -163,7 +168,8 @@ static void submit_data(struct request *r)
 	if (r->blk.op == VIRTIO_BLK_READ)
 		io_uring_prep_readv(sqe, lane->image->fd, r->iov, r->window.count, offset);
 	else
-		io_uring_prep_writev2(sqe, lane->image->fd, r->iov, r->window.count, offset, write_flags(r));
+		io_uring_prep_writev2(sqe, lane->image->fd, r->iov, r->window.count, offset,
+				      write_flags(r));
 	io_uring_sqe_set_data(sqe, &r->done);
 }
 
@@ -236,15 +242,16 @@ static void submit_zeros(struct request *r, const struct virtio_range *range)
 
 	r->part = left < sizeof zeros ? (uint32_t)left : (uint32_t)sizeof zeros;
 	r->iov[0] = (struct iovec){ zeros, r->part };
-	io_uring_prep_writev2(sqe, lane->image->fd, r->iov, 1, (range->sector << VIRTIO_SECTOR_SHIFT) + r->at,
-			      write_flags(r));
+	io_uring_prep_writev2(sqe, lane->image->fd, r->iov, 1,
+			      (range->sector << VIRTIO_SECTOR_SHIFT) + r->at, write_flags(r));
 	io_uring_sqe_set_data(sqe, &r->done);
 }
 
 static void submit_range(struct request *r)
 {
 	const struct virtio_range *range = &r->blk.range[r->range];
-	int mode = r->blk.op == VIRTIO_BLK_PUNCH || range->may_unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+	int mode = r->blk.op == VIRTIO_BLK_PUNCH || range->may_unmap ? FALLOC_FL_PUNCH_HOLE
+								     : FALLOC_FL_ZERO_RANGE;
 	struct lane *lane = lane_of(r);
 	struct io_uring_sqe *sqe;
 
@@ -254,8 +261,8 @@ static void submit_range(struct request *r)
 	}
 	sqe = lane_sqe(lane);
 	io_uring_prep_fallocate(sqe, lane->image->fd, mode | FALLOC_FL_KEEP_SIZE,
-				range->sector << VIRTIO_SECTOR_SHIFT,
-				(uint64_t)range->sectors << VIRTIO_SECTOR_SHIFT);
+				(off_t)(range->sector << VIRTIO_SECTOR_SHIFT),
+				(off_t)range->sectors << VIRTIO_SECTOR_SHIFT);
 	io_uring_sqe_set_data(sqe, &r->done);
 }
 

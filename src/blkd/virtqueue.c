@@ -66,7 +66,8 @@ static int map_rings(struct virtqueue *v)
 		return r;
 	}
 	if (memory_find_uva(&c->table, v->desc_uva, 1, &region, &offset))
-		v->desc_gpa = c->table.regions[region].gpa + (v->desc_uva - c->table.regions[region].uva);
+		v->desc_gpa =
+			c->table.regions[region].gpa + (v->desc_uva - c->table.regions[region].uva);
 	v->queue.avail = (struct vring_avail *)v->avail.at;
 	v->queue.used = (struct vring_used *)v->used.at;
 	return 0;
@@ -185,7 +186,8 @@ void virtqueue_tell(struct virtqueue *v)
 	uint64_t one = 1;
 
 	v->untold_bytes = 0;
-	if (v->runs && v->call >= 0 && queue_must_tell(&v->queue) && write(v->call, &one, sizeof one) < 0)
+	if (v->runs && v->call >= 0 && queue_must_tell(&v->queue) &&
+	    write(v->call, &one, sizeof one) < 0)
 		return; /* it has been told already, or is gone */
 }
 
@@ -198,7 +200,8 @@ static void kicked(struct lane *lane, struct event *event, int res)
 	v->polls = false;
 	if (res > 0 && v->kick >= 0 && read(v->kick, &kicks, sizeof kicks) < 0)
 		res = 0; /* somebody has taken it: look all the same */
-	if (v->runs && !v->connection->closing && (res >= 0 || res == -ECANCELED)) /* canceled: for another one */
+	if (v->runs && !v->connection->closing &&
+	    (res >= 0 || res == -ECANCELED)) /* canceled: for another one */
 		virtqueue_poll(v);
 	connection_settle(v->connection);
 }

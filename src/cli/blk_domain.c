@@ -37,6 +37,7 @@ int blk_domain_start(const char *image, const char *socket, int *ret_owner)
 	}
 	close(owner[1]);
 	if (error || !WIFEXITED(waited))
-		return cli_fail(CLI_SYSTEM, "a block domain cannot be started: %s", strerror(error ? error : ECHILD));
+		return cli_fail(CLI_SYSTEM, "a block domain cannot be started: %s",
+				strerror(error ? error : ECHILD));
 	return WEXITSTATUS(waited); /* it has said why */
 }

@@ -15,9 +15,12 @@ enum { OPT_SOCKET, OPT_IMAGE, OPT_FORMAT, OPT_READONLY, OPT_LANES };
 static const struct cli_option options[] = {
 	[OPT_SOCKET] = { "socket", CLI_VALUE, "PATH", "where front ends connect" },
 	[OPT_IMAGE] = { "image", CLI_VALUE, "FILE", "a raw image or a block device" },
-	[OPT_FORMAT] = { "format", CLI_VALUE, "FORMAT", "raw, also where the image looks like something else" },
-	[OPT_READONLY] = { "readonly", CLI_FLAG, NULL, "nobody may write; any number of machines may read" },
-	[OPT_LANES] = { "lanes", CLI_VALUE, "N", "processes that serve, each on a CPU of its own (default: 1)" },
+	[OPT_FORMAT] = { "format", CLI_VALUE, "FORMAT",
+			 "raw, also where the image looks like something else" },
+	[OPT_READONLY] = { "readonly", CLI_FLAG, NULL,
+			   "nobody may write; any number of machines may read" },
+	[OPT_LANES] = { "lanes", CLI_VALUE, "N",
+			"processes that serve, each on a CPU of its own (default: 1)" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };
 
@@ -54,7 +57,9 @@ static int parse_option(struct serving *s, int option, const char *value)
 		return CLI_OK;
 	case OPT_LANES:
 		if (!cli_parse_unsigned(value, LANES_MAX, &s->lanes) || !s->lanes)
-			return cli_fail(CLI_USAGE, "blkd: --lanes takes a number from 1 to %d, not '%.80s'", LANES_MAX, value);
+			return cli_fail(CLI_USAGE,
+					"blkd: --lanes takes a number from 1 to %d, not '%.80s'",
+					LANES_MAX, value);
 		return CLI_OK;
 	default:
 		s->readonly = true;
@@ -88,6 +93,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (option != CLI_END)
 		return cli_end_status(option);
 	if (!s.socket || !s.image || parser.operands)
-		return cli_fail(CLI_USAGE, "blkd: give --socket and --image, and no other words (see latent blkd --help)");
+		return cli_fail(
+			CLI_USAGE,
+			"blkd: give --socket and --image, and no other words (see latent blkd --help)");
 	return become_server(&s);
 }

@@ -64,7 +64,8 @@ static const struct cli_option options[] = {
 	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL,
 			  "give the VM a generation ID, which is new for each clone of it" },
 	[OPT_BLK_DOMAIN] = { "blk-domain", CLI_VALUE, "IMAGE",
-			     "one more disk, served by a process of its own (see latent blkd); RAM stays plain" },
+			     "one more disk, served by a process of its own (see latent blkd); RAM "
+			     "stays plain" },
 	[OPT_SCAN] = { "scan-period", CLI_VALUE, "TIME",
 		       "look which memory is in use, once in this time: 10s (default: not until latent "
 		       "scan)" },
@@ -267,7 +268,8 @@ static void exclude_overlays(struct launch *launch)
 	const struct compat_rule *rule = compat_find(COMPAT_DEVICE, BLK_DEVICE, NULL, NULL);
 
 	if (!launch->plan.excludes)
-		compat_sentence(rule, BLK_DEVICE, launch->plan.excluded_by, sizeof launch->plan.excluded_by);
+		compat_sentence(rule, BLK_DEVICE, launch->plan.excluded_by,
+				sizeof launch->plan.excluded_by);
 	launch->plan.excludes |= rule->excludes;
 }
 
@@ -374,7 +376,8 @@ static int claim_derived(struct launch *launch, char *why)
 static int start_blk_domain(struct launch *launch)
 {
 	char socket[VMDIR_PATH_BYTES];
-	int r = launch->blk_image ? vmdir_path(launch->root, launch->dir.name, BLK_DOMAIN_SOCKET, socket) : 0;
+	int r = launch->blk_image ? vmdir_path(launch->root, launch->dir.name, BLK_DOMAIN_SOCKET, socket)
+				  : 0;
 
 	if (r)
 		return cli_fail(CLI_RUN_DIR, "%s: %s", launch->dir.path, strerror(-r));
@@ -615,7 +618,8 @@ static int add_blk_device(struct launch *launch)
 	int r = dir ? 0 : -ENOMEM;
 
 	if (!r)
-		r = add_option(launch, "-chardev", "socket,id=latent-blk,path=%s/" BLK_DOMAIN_SOCKET ",reconnect=1", dir);
+		r = add_option(launch, "-chardev",
+			       "socket,id=latent-blk,path=%s/" BLK_DOMAIN_SOCKET ",reconnect=1", dir);
 	if (!r)
 		r = add_option(launch, "-device", BLK_DEVICE ",chardev=latent-blk");
 	free(dir);

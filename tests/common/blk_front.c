@@ -14,12 +14,12 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define QUEUE_BYTES (16u << 10)  /* rings of a queue, from gpa 0 on */
-#define TABLES (1u << 20)        /* gpa of indirect tables, headers and statuses */
-#define TABLE_BYTES 1024u        /* of one request */
-#define HEADER_AT 768u           /* in it */
+#define QUEUE_BYTES (16u << 10) /* rings of a queue, from gpa 0 on */
+#define TABLES (1u << 20)       /* gpa of indirect tables, headers and statuses */
+#define TABLE_BYTES 1024u       /* of one request */
+#define HEADER_AT 768u          /* in it */
 #define STATUS_AT 800u
-#define CONFIG_BYTES 60u /* as far as QEMU 7.2 knows it */
+#define CONFIG_BYTES 60u                              /* as far as QEMU 7.2 knows it */
 #define PROTOCOL_KNOWN (1u << 0 | 1u << 9 | 1u << 12) /* queues, configuration, requests in flight */
 /* Indirect tables, event index, vhost-user's protocol features, VIRTIO 1, and what is the disk's. */
 #define FEATURES_KNOWN (1ull << 28 | 1ull << 29 | 1ull << 30 | 1ull << 32 | 0x7fff)
@@ -183,7 +183,8 @@ static int start_queue(struct front *f, uint32_t i)
 {
 	struct front_queue *q = &f->queue[i];
 	uint32_t pair[2] = { i, FRONT_QUEUE_SIZE };
-	uint64_t at = FRONT_UVA + i * QUEUE_BYTES, rings[5] = { i, at, at + (8u << 10), at + (4u << 10), 0 };
+	uint64_t at = FRONT_UVA + i * QUEUE_BYTES,
+		 rings[5] = { i, at, at + (8u << 10), at + (4u << 10), 0 };
 	int r = front_send(f, VHU_SET_VRING_NUM, pair, sizeof pair, -1);
 
 	pair[1] = q->used->idx; /* as QEMU does for a back end that has died */
@@ -237,9 +238,10 @@ void front_request(struct front *f, uint32_t queue, uint16_t head, uint32_t type
 	*front_status(f, queue, head) = 0xff;
 	table[0] = (struct vring_desc){ gpa + HEADER_AT, sizeof header, VRING_DESC_F_NEXT, 1 };
 	for (uint16_t i = 0; i < count; i++)
-		table[1 + i] = (struct vring_desc){ segments[i].gpa, segments[i].bytes,
-						    VRING_DESC_F_NEXT | (writes_guest ? VRING_DESC_F_WRITE : 0),
-						    (uint16_t)(i + 2) };
+		table[1 + i] =
+			(struct vring_desc){ segments[i].gpa, segments[i].bytes,
+					     VRING_DESC_F_NEXT | (writes_guest ? VRING_DESC_F_WRITE : 0),
+					     (uint16_t)(i + 2) };
 	table[1 + count] = (struct vring_desc){ gpa + STATUS_AT, 1, VRING_DESC_F_WRITE, 0 };
 	f->queue[queue].desc[head] = (struct vring_desc){ gpa, (count + 2) * (uint32_t)sizeof *table,
 							  VRING_DESC_F_INDIRECT, 0 };
@@ -276,11 +278,13 @@ static void sleep_for(struct front_queue *q, int timeout_ms)
 
 	q->avail->ring[FRONT_QUEUE_SIZE] = q->seen;
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (!is_given_back(q) && poll(&polled, 1, timeout_ms) > 0 && read(q->call, &calls, sizeof calls) < 0)
+	if (!is_given_back(q) && poll(&polled, 1, timeout_ms) > 0 &&
+	    read(q->call, &calls, sizeof calls) < 0)
 		return;
 }
 
-int front_wait(struct front *f, uint32_t queue, int timeout_ms, uint16_t *ret_head, uint32_t *ret_written)
+int front_wait(struct front *f, uint32_t queue, int timeout_ms, uint16_t *ret_head,
+	       uint32_t *ret_written)
 {
 	struct front_queue *q = &f->queue[queue];
 	struct vring_used_elem *e;
@@ -297,8 +301,8 @@ int front_wait(struct front *f, uint32_t queue, int timeout_ms, uint16_t *ret_he
 	return 0;
 }
 
-int front_do(struct front *f, uint32_t queue, uint32_t type, uint64_t sector, const struct front_segment *segments,
-	     uint32_t count)
+int front_do(struct front *f, uint32_t queue, uint32_t type, uint64_t sector,
+	     const struct front_segment *segments, uint32_t count)
 {
 	uint16_t head;
 	int r;

@@ -16,9 +16,9 @@
 
 #define FRONT_QUEUES_MAX 4u
 #define FRONT_QUEUE_SIZE 128u
-#define FRONT_DATA (4ull << 20)       /* gpa */
-#define FRONT_UVA 0x7f0000000000ull   /* as which rings are named to the back end: gpa 0 */
-#define FRONT_SEGMENTS 32u            /* of data of one request */
+#define FRONT_DATA (4ull << 20)     /* gpa */
+#define FRONT_UVA 0x7f0000000000ull /* as which rings are named to the back end: gpa 0 */
+#define FRONT_SEGMENTS 32u          /* of data of one request */
 
 struct front_segment {
 	uint64_t gpa;
@@ -62,12 +62,13 @@ void front_request(struct front *f, uint32_t queue, uint16_t head, uint32_t type
 void front_offer(struct front *f, uint32_t queue, uint16_t head);
 void front_kick(struct front *f, uint32_t queue);
 /* The next one that was given back. -ETIMEDOUT; timeout 0: looks only. */
-int front_wait(struct front *f, uint32_t queue, int timeout_ms, uint16_t *ret_head, uint32_t *ret_written);
+int front_wait(struct front *f, uint32_t queue, int timeout_ms, uint16_t *ret_head,
+	       uint32_t *ret_written);
 /* The status byte of a request. */
 uint8_t *front_status(struct front *f, uint32_t queue, uint16_t head);
 
 /* All of it in one: the status, or a negative errno. */
-int front_do(struct front *f, uint32_t queue, uint32_t type, uint64_t sector, const struct front_segment *segments,
-	     uint32_t count);
+int front_do(struct front *f, uint32_t queue, uint32_t type, uint64_t sector,
+	     const struct front_segment *segments, uint32_t count);
 
 #endif

@@ -1,14 +1,12 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
  * A block domain and its lanes as front ends see them: data in all shapes, drivers and front ends that break the
- * rules, lanes that are killed. (Without the filter of system calls, which sanitizers do not live with; real guests
- * have it: tests/guest/blkd.py.)
+ * rules, lanes that are killed.
  */
 #include "blk_front.h"
 
 #include "blk/queue.h"
 #include "blk/vhost_user.h"
-#include "blkd/confine.h"
 #include "blkd/domain.h"
 #include "os/os.h"
 
@@ -19,7 +17,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <liburing.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -29,7 +26,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -38,11 +34,6 @@
 #define IMAGE_BYTES (16u << 20)
 #define SECTOR 512u
 #define WAIT_MS 20000
-
-int confine(struct io_uring *ring)
-{
-	return syscall(SYS_io_uring_register, ring->ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) < 0 ? -errno : 0;
-}
 
 /* ---- a domain, in a process of its own ----------------------------------------------------------------- */
 
@@ -180,7 +171,8 @@ static void assert_serves(struct rig *r)
 	assert_int_equal(front_connect(&other, r->socket, false), 0);
 	assert_int_equal(front_do(&other, 0, VIRTIO_BLK_T_IN, 77, &segment, 1), VIRTIO_BLK_S_OK);
 	for (uint32_t i = 0; i < segment.bytes / 8; i++)
-		assert_int_equal(((uint64_t *)(other.ram + FRONT_DATA))[i], word_on_disk(77 * SECTOR) + i);
+		assert_int_equal(((uint64_t *)(other.ram + FRONT_DATA))[i],
+				 word_on_disk(77 * SECTOR) + i);
 	front_free(&other);
 }
 
@@ -212,7 +204,8 @@ static void reads_of_all_shapes_are_right(void **state)
 			memset(r->front.ram + FRONT_DATA, 0xee, lengths[i] + 8192);
 			assert_int_equal(front_do(&r->front, i & 1, VIRTIO_BLK_T_IN, 5 + i, &one, 1), 0);
 			assert_sectors(r, one.gpa, 5 + i, one.bytes);
-			assert_int_equal(r->front.ram[one.gpa + one.bytes], 0xee); /* and not a byte more */
+			assert_int_equal(r->front.ram[one.gpa + one.bytes],
+					 0xee); /* and not a byte more */
 		}
 	}
 }
@@ -248,7 +241,8 @@ static void discards_zeroes_and_flushes_are_done(void **state)
 {
 	struct rig *r = *state;
 	struct virtio_blk_discard_write_zeroes *ranges = (void *)(r->front.ram + FRONT_DATA);
-	struct front_segment two = { FRONT_DATA, 2 * sizeof *ranges }, data = { FRONT_DATA + 8192, 32 * SECTOR };
+	struct front_segment two = { FRONT_DATA, 2 * sizeof *ranges },
+			     data = { FRONT_DATA + 8192, 32 * SECTOR };
 	const uint8_t *bytes = r->front.ram + data.gpa;
 
 	connect_front(r, false);
@@ -256,7 +250,8 @@ static void discards_zeroes_and_flushes_are_done(void **state)
 		ranges[0] = (struct virtio_blk_discard_write_zeroes){ 201 + 100 * unmap, 3, unmap };
 		ranges[1] = (struct virtio_blk_discard_write_zeroes){ 210 + 100 * unmap, 9, unmap };
 		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_WRITE_ZEROES, 0, &two, 1), 0);
-		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 200 + 100 * unmap, &data, 1), 0);
+		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 200 + 100 * unmap, &data, 1),
+				 0);
 		assert_sectors(r, data.gpa, 200 + 100 * unmap, SECTOR);
 		for (uint32_t i = 0; i < 3 * SECTOR; i++)
 			assert_int_equal(bytes[SECTOR + i], 0);
@@ -283,7 +278,8 @@ static void a_readonly_image_is_served_to_many(void **state)
 	connect_front(r, false);
 	assert_true(r->front.features & 1ull << VIRTIO_BLK_F_RO);
 	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_OUT, 0, &segment, 1), VIRTIO_BLK_S_IOERR);
-	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_DISCARD, 0, &segment, 1), VIRTIO_BLK_S_UNSUPP);
+	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_DISCARD, 0, &segment, 1),
+			 VIRTIO_BLK_S_UNSUPP);
 	assert_serves(r); /* beside it */
 	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 3, &segment, 1), VIRTIO_BLK_S_OK);
 	assert_sectors(r, FRONT_DATA, 3, 4096);
@@ -365,8 +361,9 @@ static void what_is_being_read_for_one_is_not_read_for_another(void **state)
 			assert_int_equal(*front_status(fronts[i & 1], 0, head), VIRTIO_BLK_S_OK);
 		}
 		for (int i = 0; i < 2; i++)
-			assert_int_equal(((uint64_t *)(fronts[i]->ram + FRONT_DATA))[READS * READ_BYTES / 8 - 1],
-					 word_on_disk(from + READS * READ_BYTES) - 1);
+			assert_int_equal(
+				((uint64_t *)(fronts[i]->ram + FRONT_DATA))[READS * READ_BYTES / 8 - 1],
+				word_on_disk(from + READS * READ_BYTES) - 1);
 	}
 	assert_in_range(bytes_from_storage(r) - before, IMAGE_BYTES, IMAGE_BYTES + IMAGE_BYTES / 16);
 	front_free(&other);
@@ -374,38 +371,43 @@ static void what_is_being_read_for_one_is_not_read_for_another(void **state)
 
 /* ---- reconnecting ------------------------------------------------------------------------------------------ */
 
+#define LEFT 100u /* more than a lane does at once */
+
 /* Requests that a device had taken when it died, and one that it had not seen: each is done, once. */
 static void what_a_predecessor_left_is_done_again(void **state)
 {
 	struct rig *r = *state;
 	struct queue_record *record;
-	uint16_t heads[4] = { 9, 3, 40, 7 }, head;
 	bool seen[FRONT_QUEUE_SIZE] = { false };
+	uint16_t head;
 
 	connect_front(r, true);
-	record = mmap(NULL, r->front.record_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, r->front.record_fd, 0);
+	record = mmap(NULL, r->front.record_bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+		      r->front.record_fd, 0);
 	assert_ptr_not_equal(record, MAP_FAILED);
 	front_disconnect(&r->front);
 	queue_record_init(record, FRONT_QUEUE_SIZE);
-	for (uint16_t i = 0; i < 4; i++) {
+	for (uint16_t i = 0; i <= LEFT; i++) {
 		struct front_segment segment = { FRONT_DATA + i * 65536u, 4096 };
 
-		front_request(&r->front, 0, heads[i], VIRTIO_BLK_T_IN, 50u * i, &segment, 1);
-		front_offer(&r->front, 0, heads[i]);
-		record->entries[heads[i]].in_flight = i < 3; /* the last one was not taken yet */
-		record->entries[heads[i]].counter = i;
+		head = (uint16_t)(LEFT - i); /* not in the order of their descriptors */
+		front_request(&r->front, 0, head, VIRTIO_BLK_T_IN, 50u * i, &segment, 1);
+		front_offer(&r->front, 0, head);
+		record->entries[head].in_flight = i < LEFT; /* the last one was not taken yet */
+		record->entries[head].counter = i;
 	}
 	connect_front(r, true);
-	for (uint16_t i = 0; i < 4; i++) {
+	for (uint16_t i = 0; i <= LEFT; i++) {
 		assert_int_equal(front_wait(&r->front, 0, WAIT_MS, &head, NULL), 0);
+		assert_in_range(head, 0, LEFT);
 		assert_false(seen[head]);
 		seen[head] = true;
 	}
-	for (uint16_t i = 0; i < 4; i++) {
-		assert_true(seen[heads[i]]);
-		assert_int_equal(*front_status(&r->front, 0, heads[i]), VIRTIO_BLK_S_OK);
+	for (uint16_t i = 0; i <= LEFT; i++) {
+		head = (uint16_t)(LEFT - i);
+		assert_int_equal(*front_status(&r->front, 0, head), VIRTIO_BLK_S_OK);
 		assert_sectors(r, FRONT_DATA + i * 65536u, 50u * i, 4096);
-		assert_int_equal(record->entries[heads[i]].in_flight, 0);
+		assert_int_equal(record->entries[head].in_flight, 0);
 	}
 	assert_int_equal(front_wait(&r->front, 0, 200, &head, NULL), -ETIMEDOUT);
 	munmap(record, r->front.record_bytes);
@@ -438,7 +440,8 @@ static void a_killed_lane_loses_nothing(void **state)
 			assert_int_equal(*front_status(&r->front, 0, head), VIRTIO_BLK_S_OK);
 			++*number[head];
 			done++;
-			front_request(&r->front, 0, head, VIRTIO_BLK_T_OUT, head * 256u, &segment[head], 1);
+			front_request(&r->front, 0, head, VIRTIO_BLK_T_OUT, head * 256u, &segment[head],
+				      1);
 			front_offer(&r->front, 0, head);
 			front_kick(&r->front, 0);
 		}
@@ -491,7 +494,8 @@ static void a_loop_stops_the_queue(void **state)
 
 	connect_front(r, false);
 	for (uint16_t i = 0; i < 3; i++)
-		*desc_of(r, i) = (struct vring_desc){ FRONT_DATA, 16, VRING_DESC_F_NEXT, (uint16_t)((i + 1) % 3) };
+		*desc_of(r, i) = (struct vring_desc){ FRONT_DATA, 16, VRING_DESC_F_NEXT,
+						      (uint16_t)((i + 1) % 3) };
 	offer_and_stop(r, 0);
 }
 
@@ -563,9 +567,12 @@ static void data_outside_memory_or_disk_is_an_error(void **state)
 	for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
 		struct front_segment segment = { wrong[i].gpa, wrong[i].bytes };
 
-		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, wrong[i].sector, &segment, 1), VIRTIO_BLK_S_IOERR);
-		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_OUT, wrong[i].sector, &segment, 1), VIRTIO_BLK_S_IOERR);
-		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 11, &right, 1), VIRTIO_BLK_S_OK);
+		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, wrong[i].sector, &segment, 1),
+				 VIRTIO_BLK_S_IOERR);
+		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_OUT, wrong[i].sector, &segment, 1),
+				 VIRTIO_BLK_S_IOERR);
+		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 11, &right, 1),
+				 VIRTIO_BLK_S_OK);
 		assert_sectors(r, FRONT_DATA, 11, 4096);
 	}
 }
@@ -595,13 +602,17 @@ static void *scribble(void *ctx)
 
 		switch (n % 4) {
 		case 0:
-			((volatile uint8_t *)q->desc)[n / 4 % (FRONT_QUEUE_SIZE * sizeof *q->desc)] = (uint8_t)(n >> 32);
+			((volatile uint8_t *)q->desc)[n / 4 % (FRONT_QUEUE_SIZE * sizeof *q->desc)] =
+				(uint8_t)(n >> 32);
 			break;
 		case 1:
-			((volatile uint16_t *)q->avail->ring)[n / 4 % FRONT_QUEUE_SIZE] = (uint16_t)(n >> 32) % (FRONT_QUEUE_SIZE + 1);
+			((volatile uint16_t *)q->avail->ring)[n / 4 % FRONT_QUEUE_SIZE] =
+				(uint16_t)(n >> 32) % (FRONT_QUEUE_SIZE + 1);
 			break;
 		case 2:
-			((volatile uint8_t *)s->rig->front.ram)[(1u << 20) + n / 4 % (FRONT_QUEUE_SIZE * 1024)] = (uint8_t)(n >> 32);
+			((volatile uint8_t *)
+				 s->rig->front.ram)[(1u << 20) + n / 4 % (FRONT_QUEUE_SIZE * 1024)] =
+				(uint8_t)(n >> 32);
 			break;
 		default:
 			__atomic_store_n(&q->used->idx, (uint16_t)(n >> 32), __ATOMIC_RELEASE);
@@ -676,7 +687,8 @@ static void memory_that_is_cut_harms_nobody(void **state)
 
 static void messages_of_no_sense_end_their_connection_only(void **state)
 {
-	static const uint8_t noise[64] = { 0xff, 0x17, 0x99, 3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
+	static const uint8_t noise[64] = { 0xff, 0x17, 0x99, 3,    0xff, 0xff,
+					   0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
 	struct rig *r = *state;
 	char byte;
 
@@ -688,9 +700,11 @@ static void messages_of_no_sense_end_their_connection_only(void **state)
 
 		snprintf(at.sun_path, sizeof at.sun_path, "%s", r->socket);
 		assert_int_equal(connect(fd, (struct sockaddr *)&at, sizeof at), 0);
-		assert_true(write(fd, noise, i ? sizeof noise : 7) > 0); /* all of it; the beginning of one */
+		assert_true(write(fd, noise, i ? sizeof noise : 7) >
+			    0); /* all of it; the beginning of one */
 		if (i)
-			assert_true(recv(fd, &byte, 1, 0) <= 0); /* the end, or a reset: not all was read */
+			assert_true(recv(fd, &byte, 1, 0) <=
+				    0); /* the end, or a reset: not all was read */
 		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 0, &segment, 1), 0);
 		close(fd);
 	}
@@ -700,7 +714,8 @@ static void messages_of_no_sense_end_their_connection_only(void **state)
 static void rings_outside_memory_are_refused(void **state)
 {
 	struct rig *r = *state;
-	uint64_t rings[5] = { 0, FRONT_UVA + RAM_BYTES, FRONT_UVA + RAM_BYTES, FRONT_UVA + RAM_BYTES, 0 };
+	uint64_t rings[5] = { 0, FRONT_UVA + RAM_BYTES, FRONT_UVA + RAM_BYTES, FRONT_UVA + RAM_BYTES,
+			      0 };
 	char byte;
 
 	connect_front(r, false);
@@ -758,8 +773,8 @@ int main(void)
 		WRITABLE(scattered_data_goes_where_it_belongs),
 		WRITABLE(discards_zeroes_and_flushes_are_done),
 		READONLY(a_readonly_image_is_served_to_many),
-		cmocka_unit_test_setup_teardown(what_is_being_read_for_one_is_not_read_for_another, set_up_two_lanes,
-						tear_down),
+		cmocka_unit_test_setup_teardown(what_is_being_read_for_one_is_not_read_for_another,
+						set_up_two_lanes, tear_down),
 		WRITABLE(what_a_predecessor_left_is_done_again),
 		WRITABLE(a_killed_lane_loses_nothing),
 		READONLY(a_loop_stops_the_queue),

@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -283,6 +284,38 @@ static void a_readonly_image_is_served_to_many(void **state)
 	assert_serves(r); /* beside it */
 	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 3, &segment, 1), VIRTIO_BLK_S_OK);
 	assert_sectors(r, FRONT_DATA, 3, 4096);
+}
+
+/* Somebody else says where the lane runs: it goes there with its windows. */
+static void a_lane_that_is_moved_goes_on(void **state)
+{
+	struct rig *r = *state;
+	pid_t lane = lane_of(r);
+	cpu_set_t all, one;
+
+	sched_getaffinity(0, sizeof all, &all);
+	if (CPU_COUNT(&all) < 2) {
+		print_message("SKIP: this takes two CPUs\n");
+		skip();
+	}
+	connect_front(r, false);
+	for (int cpu = 0, moves = 0; moves < 40; cpu = (cpu + 1) % CPU_SETSIZE) {
+		struct front_segment segment = { FRONT_DATA, 1 << 20 };
+
+		if (!CPU_ISSET(cpu, &all))
+			continue;
+		CPU_ZERO(&one);
+		CPU_SET(cpu, &one);
+		assert_int_equal(sched_setaffinity(lane, sizeof one, &one), 0);
+		memset(r->front.ram + FRONT_DATA, 0xee, segment.bytes);
+		assert_int_equal(
+			front_do(&r->front, 0, VIRTIO_BLK_T_IN, 100u * (unsigned)moves, &segment, 1), 0);
+		assert_sectors(r, FRONT_DATA, 100u * (unsigned)moves, segment.bytes);
+		sched_getaffinity(lane, sizeof all, &one);
+		assert_true(CPU_COUNT(&one) == 1 && CPU_ISSET(cpu, &one));
+		moves++;
+	}
+	assert_int_equal(lane_of(r), lane);
 }
 
 /* ---- reads of several machines --------------------------------------------------------------------------- */
@@ -773,6 +806,7 @@ int main(void)
 		WRITABLE(scattered_data_goes_where_it_belongs),
 		WRITABLE(discards_zeroes_and_flushes_are_done),
 		READONLY(a_readonly_image_is_served_to_many),
+		READONLY(a_lane_that_is_moved_goes_on),
 		cmocka_unit_test_setup_teardown(what_is_being_read_for_one_is_not_read_for_another,
 						set_up_two_lanes, tear_down),
 		WRITABLE(what_a_predecessor_left_is_done_again),

@@ -100,6 +100,8 @@ int main(int argc, char **argv)
 		fprintf(stderr, "latent blkd: serving %s at %s\n", argv[2], argv[1]);
 	else if (fork())
 		_exit(OK);
+	else
+		setsid(); /* what a terminal sends is for the VMM, with which this ends */
 	if (stat(argv[1], &st))
 		st.st_ino = 0;
 	r = domain_serve(listener, owner, &image, (unsigned)strtoul(argv[5], NULL, 10));

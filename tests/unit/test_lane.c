@@ -115,7 +115,7 @@ static int set_up_image(void **state, bool readonly, unsigned lanes)
 	struct rig *r = calloc(1, sizeof *r);
 
 	r->lanes = lanes;
-	snprintf(r->dir, sizeof r->dir, "/tmp/test-blkd-XXXXXX");
+	snprintf(r->dir, sizeof r->dir, "/tmp/test-lane-XXXXXX");
 	assert_non_null(mkdtemp(r->dir));
 	snprintf(r->socket, sizeof r->socket, "%s/socket", r->dir);
 	snprintf(r->path, sizeof r->path, "%s/image", r->dir);
@@ -284,6 +284,45 @@ static void a_readonly_image_is_served_to_many(void **state)
 	assert_serves(r); /* beside it */
 	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 3, &segment, 1), VIRTIO_BLK_S_OK);
 	assert_sectors(r, FRONT_DATA, 3, 4096);
+}
+
+/* Of guest RAM, in the lane's address space. */
+static uint64_t mapped_bytes(const struct rig *r)
+{
+	unsigned long long from, to;
+	char path[64], line[512];
+	uint64_t sum = 0;
+	FILE *f;
+
+	snprintf(path, sizeof path, "/proc/%d/maps", lane_of(r));
+	f = fopen(path, "re");
+	assert_non_null(f);
+	while (fgets(line, sizeof line, f))
+		if (strstr(line, "/memfd:front-ram") && sscanf(line, "%llx-%llx", &from, &to) == 2)
+			sum += to - from;
+	fclose(f);
+	return sum;
+}
+
+static void nothing_stays_mapped_but_the_rings(void **state)
+{
+	struct rig *r = *state;
+	struct front_segment segment = { FRONT_DATA + 512, 1 << 20 };
+	uint64_t rings;
+
+	connect_front(r, false);
+	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_GET_ID, 0,
+				  &(struct front_segment){ FRONT_DATA, 20 }, 1),
+			 0);
+	rings = mapped_bytes(r);
+	assert_in_range(rings, 2 * 3 * 4096, 2 * 3 * 8192); /* of two queues */
+	for (int i = 0; i < 10; i++)
+		assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, 0, &segment, 1), 0);
+	for (int ms = 0; mapped_bytes(r) > rings; ms += 10) {
+		assert_in_range(ms, 0, WAIT_MS);
+		usleep(10000);
+	}
+	assert_int_equal(mapped_bytes(r), rings);
 }
 
 /* Somebody else says where the lane runs: it goes there with its windows. */
@@ -806,6 +845,7 @@ int main(void)
 		WRITABLE(scattered_data_goes_where_it_belongs),
 		WRITABLE(discards_zeroes_and_flushes_are_done),
 		READONLY(a_readonly_image_is_served_to_many),
+		READONLY(nothing_stays_mapped_but_the_rings),
 		READONLY(a_lane_that_is_moved_goes_on),
 		cmocka_unit_test_setup_teardown(what_is_being_read_for_one_is_not_read_for_another,
 						set_up_two_lanes, tear_down),

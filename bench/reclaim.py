@@ -48,7 +48,8 @@ not pack, an eighth are files in memory, the rest shows files of its disk image.
 host's page cache, of which this guest is the only user, also those that it has dropped itself meanwhile. Slowdown: what the program reads and writes by its virtual
 processor's time, before and after. Limit: guests of the same size, each in a memory cgroup of {LIMIT_MIB} MiB with swap on
 the disk, that read {LIMIT_MIB + MEM_MIB // 8} MiB of files again and again, one at a time; the throughput of the one under
-Latent by that of plain QEMU.""")
+Latent by that of plain QEMU. Latent looks every {PERIOD_S} s, and has given back what was not used for {COLD_FOR_S} s, to a
+file on the disk, before that; the other's memory is the kernel's to swap.""")
 
 
 # ---- given back ----
@@ -164,6 +165,7 @@ def against_swap(result, directory, image, size):
             result.missing.add("memory cgroup" if swap else "swap")
             return
         pair = {name: start_limited(stack, directory, image, name, limit) for name, limit in sides.items()}
+        reclaim_limited(pair["latent"], directory / "store")
         rates = {name: [] for name in pair}
         for _ in range(LIMIT_PAIRS[size]):
             for name, guest in pair.items():
@@ -195,6 +197,15 @@ def start_limited(stack, directory, image, name, limit):
     guest.sh("cat $(cat /run/files) > /dev/null", timeout=300)
     guest.qmp("stop")
     return guest
+
+
+def reclaim_limited(guest, store):
+    """What is not used goes to the disk beforehand, as on the other side's swap; looking goes on."""
+    guest.qmp("cont")
+    run_latent("scan", guest.name, "--period", f"{PERIOD_S}s")
+    activity.wait_passes(guest, 5)
+    run_latent("reclaim", "--cold-for", f"{COLD_FOR_S}s", "--store", store, guest.name)
+    guest.qmp("stop")
 
 
 def read_rate(guest):

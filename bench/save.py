@@ -18,7 +18,6 @@ READ_SOME = "find /usr/lib -type f | sort | head -3000 | xargs cat > /dev/null"
 CHURN = "latent-guest mem churn m 0 {} 30 {}"
 CHURN_PAGES_PER_S = 5000
 PAIRS = {"full": 7, "quick": 3}
-MIB = 1 << 20
 
 
 def run(result):

@@ -34,3 +34,8 @@ int cold_step(struct ram *ram, struct cold_walk *walk)
 	walk->slot = 0;
 	return 0;
 }
+
+int cold_drop_file(struct ram *ram, unsigned file, struct cold_walk *walk)
+{
+	return ram_reclaim_cache(ram, file, is_cold, walk);
+}

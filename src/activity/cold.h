@@ -21,4 +21,7 @@ struct cold_walk {
  * again; else as ram_reclaim, and the next step goes on behind what has failed. */
 int cold_step(struct ram *ram, struct cold_walk *walk);
 
+/* What of a file is cached that nobody else needs, but pages of it that are not cold; as ram_reclaim_cache. */
+int cold_drop_file(struct ram *ram, unsigned file, struct cold_walk *walk);
+
 #endif

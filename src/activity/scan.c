@@ -33,7 +33,7 @@ struct tally {
 	uint64_t present[ACTIVITIES]; /* that can be sampled */
 	uint64_t by_source[SCAN_SOURCES];
 	uint64_t looked, changed, sampled, refaults, cpu_ns, holds, long_holds, hold_max_us;
-	uint64_t hold_max_cpu_us, settled, frozen_us;
+	uint64_t hold_max_cpu_us, long_cpu_holds, settled, frozen_us;
 	bool around; /* neighbours could not be kept away somewhere */
 };
 
@@ -521,6 +521,7 @@ static void note_hold(struct tally *t, uint64_t took_us, uint64_t took_cpu_us)
 {
 	t->holds++;
 	t->long_holds += took_us > SCAN_HOLD_MAX_US;
+	t->long_cpu_holds += took_cpu_us > SCAN_HOLD_MAX_US;
 	t->hold_max_us = took_us > t->hold_max_us ? took_us : t->hold_max_us;
 	t->hold_max_cpu_us = took_cpu_us > t->hold_max_cpu_us ? took_cpu_us : t->hold_max_cpu_us;
 }
@@ -642,6 +643,7 @@ static void report_pass(struct scan *s)
 	to->pass_cpu_ns = t->cpu_ns;
 	to->holds += t->holds;
 	to->long_holds += t->long_holds;
+	to->long_cpu_holds += t->long_cpu_holds;
 	if (t->hold_max_us > to->hold_max_us)
 		to->hold_max_us = t->hold_max_us;
 	if (t->hold_max_cpu_us > to->hold_max_cpu_us)

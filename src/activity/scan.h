@@ -51,7 +51,7 @@ struct scan_report {
 	uint64_t frozen_us;   /* for which all that writes guest RAM was stopped */
 	uint64_t cpu_ns, pass_cpu_ns; /* pass: of the last one */
 	uint64_t hold_max_us, holds, long_holds; /* of the range lock; long: over SCAN_HOLD_MAX_US */
-	uint64_t hold_max_cpu_us; /* without the time in which another thread had the processor */
+	uint64_t hold_max_cpu_us, long_cpu_holds; /* without the time in which another thread had the processor */
 	unsigned thin;        /* see scan_thin */
 	bool paused;          /* guest RAM is being saved */
 };

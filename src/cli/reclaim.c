@@ -18,7 +18,9 @@
 #define TARGET_PERCENT 1.0
 #define FLOOR_MIN_US 1000000ull
 
-enum { OPT_COLD_FOR, OPT_TO, OPT_AUTO, OPT_PRESSURE, OPT_JSON };
+#define STORE_LEAST_BYTES (1u << 20)
+
+enum { OPT_COLD_FOR, OPT_TO, OPT_AUTO, OPT_PRESSURE, OPT_STORE, OPT_STORE_MAX, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_COLD_FOR] = { "cold-for", CLI_VALUE, "TIME", "what was not used for so long: 30s, 2m" },
@@ -28,6 +30,10 @@ static const struct cli_option options[] = {
 		       "again and again, while the host's memory is under pressure" },
 	[OPT_PRESSURE] = { "pressure", CLI_VALUE, "PERCENT",
 			   "with --auto: the pressure that is all right (default: 1)" },
+	[OPT_STORE] = { "store", CLI_VALUE, "FILE",
+			"what is packed goes to this new file from now on, and not to memory" },
+	[OPT_STORE_MAX] = { "store-max", CLI_VALUE, "SIZE",
+			    "with --store: at most so much of it (default: as much as the machine has RAM)" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL,
 		       "print the result as a JSON object (with --auto one a line)" },
 	{ NULL, CLI_FLAG, NULL, NULL },
@@ -37,7 +43,8 @@ static int run(const struct cli_command *command, int argc, char **argv);
 
 const struct cli_command cli_reclaim = {
 	.name = "reclaim",
-	.arguments = "NAME --cold-for TIME | NAME --to SIZE | NAME --auto [--pressure PERCENT]",
+	.arguments = "NAME --cold-for TIME | NAME --to SIZE | NAME --auto [--pressure PERCENT]\n"
+		     "                      [--store FILE [--store-max SIZE]]",
 	.summary = "Give memory that a virtual machine does not use back to the host",
 	.details = "It is packed, and comes back when it is used. `latent scan` has to look which "
 		   "memory that is.\n"
@@ -49,6 +56,8 @@ const struct cli_command cli_reclaim = {
 struct request {
 	const char *name;
 	uint64_t cold_for_us, to_bytes;
+	const char *store;
+	uint64_t store_max_bytes; /* 0: not said */
 	bool is_auto, json;
 	double pressure_percent; /* 0: not said */
 };
@@ -78,11 +87,13 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (status)
 		return status;
 	reclaim_catch_interrupts();
-	if (request.is_auto)
+	if (request.store)
+		status = reclaim_give_store(&view, request.store, request.store_max_bytes);
+	if (!status && request.is_auto)
 		status = reclaim_auto(
 			&view, request.pressure_percent > 0 ? request.pressure_percent : TARGET_PERCENT,
 			request.json);
-	else
+	else if (!status)
 		status = reclaim(&view, &request);
 	vm_view_close(&view);
 	return status;
@@ -112,6 +123,13 @@ static int take_option(struct request *request, int option, const char *value)
 	case OPT_AUTO:
 		request->is_auto = true;
 		break;
+	case OPT_STORE:
+		request->store = value;
+		break;
+	case OPT_STORE_MAX:
+		if (!cli_parse_size(value, &request->store_max_bytes) || request->store_max_bytes < STORE_LEAST_BYTES)
+			return cli_fail(CLI_USAGE, "reclaim: --store-max takes a size from 1M on, not '%.80s'", value);
+		break;
 	default:
 		request->json = true;
 	}
@@ -139,6 +157,8 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 			"reclaim --help)");
 	if (request->pressure_percent > 0 && !request->is_auto)
 		return cli_fail(CLI_USAGE, "reclaim: --pressure goes with --auto");
+	if (request->store_max_bytes && !request->store)
+		return cli_fail(CLI_USAGE, "reclaim: --store-max goes with --store");
 	request->name = argv[1];
 	return CLI_OK;
 }
@@ -243,6 +263,8 @@ static int result_of_walk(const struct vm_view *view, char why[RECLAIM_WHY_BYTES
 		snprintf(why, RECLAIM_WHY_BYTES,
 			 "it ended early: guest RAM is being saved, or something needs all of it as "
 			 "it is (see `latent stat`)");
+	else if (error == ENOSPC)
+		snprintf(why, RECLAIM_WHY_BYTES, "the store is full: what is left stays in memory");
 	else if (error)
 		snprintf(why, RECLAIM_WHY_BYTES, "not all could be given back: %s",
 			 error < 4096 ? strerror((int)error) : "?");
@@ -327,15 +349,16 @@ static void print_text(const struct vm_view *view, const struct result *result)
 {
 	const struct reclaim_stats *now = &view->stats.reclaim;
 	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT];
+	uint64_t file_bytes = stat_get(&now->spill_file_bytes_now);
 
 	printf("%s: given back %s: zeros %s, of one word %s, packed %s, of images %s\n", view->name,
 	       cli_size((reclaim_pages(&view->stats) - reclaim_pages(&result->before)) * PAGE_BYTES, a),
 	       cli_size(DELTA(zeros) * PAGE_BYTES, b), cli_size(DELTA(words) * PAGE_BYTES, c),
 	       cli_size(DELTA(spilled) * PAGE_BYTES, d), cli_size(DELTA(clean) * PAGE_BYTES, e));
-	printf("  it takes %s of memory of its own now; of that %s are %s, packed\n",
-	       cli_size(stat_get(&now->memory_bytes_now), a),
-	       cli_size(stat_get(&now->spill_bytes_now), b),
-	       cli_size(stat_get(&now->spilled_now) * PAGE_BYTES, c));
+	printf("  it takes %s of memory of its own now; %s are packed, in %s of that%s%s\n",
+	       cli_size(stat_get(&now->memory_bytes_now), a), cli_size(stat_get(&now->spilled_now) * PAGE_BYTES, b),
+	       cli_size(stat_get(&now->spill_bytes_now), c), file_bytes ? ", and of the store's file in " : "",
+	       file_bytes ? cli_size(file_bytes, d) : "");
 }
 
 static void add(struct json_object *json, const char *key, uint64_t number)
@@ -363,6 +386,7 @@ static void print_json(const struct vm_view *view, const struct result *result)
 	add(json, "memory_bytes_now", stat_get(&now->memory_bytes_now));
 	add(json, "pages_packed_now", stat_get(&now->spilled_now));
 	add(json, "store_bytes_now", stat_get(&now->spill_bytes_now));
+	add(json, "store_file_bytes_now", stat_get(&now->spill_file_bytes_now));
 	puts(json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
 	json_object_put(json);
 }

@@ -24,6 +24,10 @@ void reclaim_catch_interrupts(void);
 int reclaim_walk(struct vm_view *view, uint64_t unused_us, uint64_t until_bytes,
 		 char why[RECLAIM_WHY_BYTES]);
 
+/* reclaim_store.c: what is packed goes to a new file at `path` from now on, which is removed at once and is the agent's
+ * alone; at most so many bytes. An exit status; the sentence was printed. */
+int reclaim_give_store(const struct vm_view *view, const char *path, uint64_t most_bytes);
+
 /* Pages that were given back so far. */
 uint64_t reclaim_pages(const struct vm_stats *stats);
 

@@ -103,6 +103,8 @@ static void tell(const struct loop *l, enum pressure_act act, double percent, do
 				       json_object_new_uint64(stat_get(&now->spilled_now)));
 		json_object_object_add(json, "store_bytes_now",
 				       json_object_new_uint64(stat_get(&now->spill_bytes_now)));
+		json_object_object_add(json, "store_file_bytes_now",
+				       json_object_new_uint64(stat_get(&now->spill_file_bytes_now)));
 		puts(json_object_to_json_string_ext(json, JSON_C_TO_STRING_PLAIN));
 		json_object_put(json);
 		return;

@@ -17,8 +17,12 @@ void stat_print_reclaim(const struct vm_stats *stats)
 		return;
 	printf("\nGiven back to the host; the machine takes %s of memory now\n",
 	       cli_size(stat_get(&c->memory_bytes_now), a));
-	printf("  packed now %s, into %s\n", cli_size(stat_get(&c->spilled_now) * PAGE_BYTES, a),
+	printf("  packed now %s, into %s of memory", cli_size(stat_get(&c->spilled_now) * PAGE_BYTES, a),
 	       cli_size(stat_get(&c->spill_bytes_now), b));
+	if (stat_get(&c->spill_file_most_bytes_now))
+		printf(" and %s of a file of at most %s", cli_size(stat_get(&c->spill_file_bytes_now), d),
+		       cli_size(stat_get(&c->spill_file_most_bytes_now), e));
+	putchar('\n');
 	printf("  so far: zeros %s, of one word %s, packed %s, and of that came back %s; pages of "
 	       "images %s\n",
 	       cli_size(stat_get(&c->zeros) * PAGE_BYTES, a),
@@ -49,6 +53,8 @@ struct json_object *stat_reclaim_to_json(const struct reclaim_stats *c)
 	add(json, "pages_returned", &c->returned);
 	add(json, "pages_packed_now", &c->spilled_now);
 	add(json, "store_bytes_now", &c->spill_bytes_now);
+	add(json, "store_file_bytes_now", &c->spill_file_bytes_now);
+	add(json, "store_file_max_bytes_now", &c->spill_file_most_bytes_now);
 	add(json, "left_used", &c->left_touched);
 	add(json, "left_being_read", &c->left_reads);
 	add(json, "left_not_packed", &c->left_unpacked);

@@ -151,5 +151,6 @@ struct json_object *stat_scan_to_json(const struct scan_stats *scan)
 	add(json, "hold_max_cpu_us", &scan->hold_max_cpu_us);
 	add(json, "holds", &scan->holds);
 	add(json, "holds_over_2ms", &scan->long_holds);
+	add(json, "holds_over_2ms_cpu", &scan->long_cpu_holds);
 	return json;
 }

@@ -80,14 +80,22 @@ int vm_view_find(const char *name, struct vm_view *ret_view)
 		 : 0;
 }
 
+static int ask_over(int control, enum control_op op, const char *path, int fd, struct control_reply *ret_reply);
+
 int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
 		struct control_reply *ret_reply)
+{
+	return vm_view_give(view, op, path, -1, timeout_ms, ret_reply);
+}
+
+int vm_view_give(const struct vm_view *view, enum control_op op, const char *path, int fd, unsigned timeout_ms,
+		 struct control_reply *ret_reply)
 {
 	int control = vm_view_connect(view, timeout_ms), r;
 
 	if (control < 0)
 		return control;
-	r = vm_view_ask_over(control, op, path, ret_reply);
+	r = ask_over(control, op, path, fd, ret_reply);
 	close(control);
 	return r;
 }
@@ -102,6 +110,29 @@ int vm_view_connect(const struct vm_view *view, unsigned timeout_ms)
 
 int vm_view_ask_over(int control, enum control_op op, const char *path, struct control_reply *ret_reply)
 {
+	return ask_over(control, op, path, -1, ret_reply);
+}
+
+/* With the descriptor, if it is one. */
+static ssize_t send_request(int control, struct control_request *request, int fd)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof fd)];
+	} rights = { .header = { .cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+	struct iovec iov = { request, sizeof *request };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (fd >= 0) {
+		memcpy(CMSG_DATA(&rights.header), &fd, sizeof fd);
+		message.msg_control = &rights;
+		message.msg_controllen = sizeof rights;
+	}
+	return sendmsg(control, &message, MSG_NOSIGNAL);
+}
+
+static int ask_over(int control, enum control_op op, const char *path, int fd, struct control_reply *ret_reply)
+{
 	struct control_request request = {
 		.magic = CONTROL_MAGIC,
 		.version = CONTROL_VERSION,
@@ -112,7 +143,7 @@ int vm_view_ask_over(int control, enum control_op op, const char *path, struct c
 
 	if (path && snprintf(request.path, sizeof request.path, "%s", path) >= (int)sizeof request.path)
 		return -ENAMETOOLONG;
-	n = send(control, &request, sizeof request, MSG_NOSIGNAL);
+	n = send_request(control, &request, fd);
 	if (n >= 0)
 		n = recv(control, &reply, sizeof reply, 0);
 	if (n < 0)

@@ -36,6 +36,10 @@ int vm_view_find(const char *name, struct vm_view *ret_view);
 int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
 		struct control_reply *ret_reply);
 
+/* The same with a descriptor (borrowed) that the agent shall have. */
+int vm_view_give(const struct vm_view *view, enum control_op op, const char *path, int fd, unsigned timeout_ms,
+		 struct control_reply *ret_reply);
+
 /* The same in two steps, for what follows a reply: a connection, and a request and its reply over it. */
 int vm_view_connect(const struct vm_view *view, unsigned timeout_ms);
 int vm_view_ask_over(int control, enum control_op op, const char *path, struct control_reply *ret_reply);

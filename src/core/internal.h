@@ -31,7 +31,7 @@ struct ram_words {
 
 /* Of pages whose memory is given back; see reclaim.c. Under the mask lock but what is said. */
 struct ram_reclaim {
-	struct spill *spill; /* NULL: nothing is reclaimed */
+	struct spill *spill; /* the store; NULL: nothing is reclaimed */
 	bool allowed;
 	/* The unit under way. Changed under both locks; its pages are all in one watched mapping. */
 	struct ram_block *block; /* NULL: none */

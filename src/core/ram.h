@@ -90,7 +90,9 @@ struct ram_reclaim_counts {
 	uint64_t spilled;  /* or went to the store; */
 	uint64_t returned; /* and of those: came back when they were touched */
 	uint64_t clean;    /* shown of files, in overlays, and went out of the page cache */
-	uint64_t spilled_now, spill_bytes_now, spill_most_bytes;
+	uint64_t spilled_now;     /* of that, and in the store */
+	uint64_t spill_bytes_now; /* that the store takes of memory, */
+	uint64_t spill_file_bytes_now, spill_file_most_bytes; /* and of a file; most: 0: there is none */
 	/* Wanted, and left where they are, because: */
 	uint64_t left_touched;  /* somebody wrote them or changed what lies there meanwhile, */
 	uint64_t left_reads;    /* a read into them was in flight, */
@@ -241,17 +243,20 @@ void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
  * nothing; but no thread may have pages of guest RAM pinned for writing that are not told of by ram_read_begins (see
  * "Reclaim" in ARCHITECTURE.md).
  *
- * ram_reclaim_open: where what is taken goes to, once and for good: `fd` and the others as in spill_open. Masks must be
- *     possible (ram_watch). -EOPNOTSUPP: not possible, or the kernel cannot write-protect shared memory (Linux 5.19);
- *     -EALREADY; -ENOMEM; -EINVAL. Then ram_reclaim is allowed.
+ * ram_reclaim_open: where what is taken goes to, for good: memory (a memfd) or a file, once each; the others as in
+ *     spill_add. Masks must be possible (ram_watch). -EOPNOTSUPP: not possible, or the kernel cannot write-protect
+ *     shared memory (Linux 5.19); -EALREADY; -ENOMEM; -EINVAL. After the first time ram_reclaim is allowed.
  * ram_reclaim_allow: false: nothing is reclaimed from now on, and nothing is when it returns; for who ends all masks
  *     (ram_unmask) and wants it to stay so. What is reclaimed stays.
  * ram_reclaim: of the `count` next pages, RAM_RECLAIM_PAGES at most, from `page` of the block in `slot` on: those
  *     that `wanted` says yes to, and no private copies. `*ret_pages`: so many were looked at; go on behind them. One thread at a time,
  *     which no freeze stops. May wait for storage, with no lock held.
  *     -ENOENT: there is no such page, and `*ret_pages` is untouched; -EBUSY: not allowed, or held, or another userfaultfd
- *     is there; -EDQUOT: over the budget of mappings; -ENOSPC: the store is full; else as os_write_all. What was taken
- *     before the failure stays taken; nothing is lost.
+ *     is there; -EDQUOT: over the budget of mappings; -ENOSPC: the store is full; else as os_write_all and
+ *     os_flush_cached. What was taken before the failure stays taken; nothing is lost.
+ * ram_reclaim_cache: the host drops what it has cached of a whole file, but what pages show to which `wanted` does not
+ *     say yes, and what anybody has in a page table; so also what nobody shows any more, and what large folios kept from
+ *     going with a unit. For a file that nobody else needs. As ram_reclaim; -ENOENT: there is no such file; -ENOMEM.
  * ram_wanted: called with the range lock, with the page's entry, activity included.
  * ram_read_begins, ram_read_ends: around a system call that may pin guest RAM and write it with no page table (a read
  *     with O_DIRECT); any thread, with no lock held. `read` and the vectors stay as they are between the two.
@@ -269,6 +274,7 @@ int ram_reclaim_open(struct ram *ram, int fd, uint64_t most_bytes, bool in_memor
 void ram_reclaim_allow(struct ram *ram, bool allowed);
 int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, ram_wanted wanted,
 		void *ctx, uint64_t *ret_pages);
+int ram_reclaim_cache(struct ram *ram, unsigned file, ram_wanted wanted, void *ctx);
 void ram_read_begins(struct ram *ram, struct ram_read *read);
 void ram_read_ends(struct ram *ram, struct ram_read *read);
 void ram_get_reclaim_counts(struct ram *ram, struct ram_reclaim_counts *ret_counts);

@@ -3,8 +3,9 @@
  * Memory of base given back to the host, while the guest runs; see "Reclaim" in ARCHITECTURE.md. A unit of pages goes
  * through three steps:
  *   begin   under both locks: the unit's mapping is watched, and the wanted pages are write-protected;
- *   pack    with no lock: what they hold goes to the store. Who writes one of them waits, until the thread that makes
- *           pages takes the page out of the unit (reclaim_touched) and lets him go on;
+ *   pack    with no lock: what they hold goes to the store, and, where that is a file, to the disk. Who writes one of
+ *           them waits, until the thread that makes pages takes the page out of the unit (reclaim_touched) and lets him
+ *           go on;
  *   take    under both locks: pages that nobody has touched are masked and punched. Who waits then is woken, touches a
  *           page that is not there, and gets it from the store.
  * What shows a file stays as it is mapped; the page cache is told to drop what nobody has in a page table.
@@ -384,7 +385,7 @@ static bool is_to_take(struct unit *u, uint64_t i)
 	return take;
 }
 
-static int pack(struct unit *u)
+static int pack_pages(struct unit *u)
 {
 	uint64_t end;
 	int r = 0;
@@ -398,13 +399,42 @@ static int pack(struct unit *u)
 	return r;
 }
 
-/* ---- take; under both locks -------------------------------------------------------------------------- */
+static bool names_slot(uint64_t entry)
+{
+	return entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_SPILL;
+}
 
 static void free_slot(struct ram *ram, uint64_t entry)
 {
-	if (entry_source(entry) == ENTRY_MASKED && entry_file(entry) == ENTRY_SPILL)
+	if (names_slot(entry))
 		spill_free(ram->reclaim.spill, entry_file_page(entry));
 }
+
+/* Nobody knows what became of what was written for this unit: its pages stay. */
+static void forget_slots(struct unit *u)
+{
+	pthread_mutex_lock(&u->ram->mask_lock);
+	for (uint64_t i = 0; i < u->pages; i++) {
+		if (!names_slot(u->becomes[i]))
+			continue;
+		free_slot(u->ram, u->becomes[i]);
+		u->becomes[i] = ENTRY_BASE;
+		u->ram->reclaim.counts.left_failed++;
+	}
+	pthread_mutex_unlock(&u->ram->mask_lock);
+}
+
+/* No page is taken before it is known to be where it shall be. */
+static int pack(struct unit *u)
+{
+	int r = pack_pages(u), flushed = spill_flush(u->ram->reclaim.spill);
+
+	if (flushed)
+		forget_slots(u);
+	return r ? r : flushed;
+}
+
+/* ---- take; under both locks -------------------------------------------------------------------------- */
 
 static void count_taken(struct ram_reclaim_counts *c, uint64_t entry)
 {
@@ -532,10 +562,100 @@ int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, r
 	return r ? r : r2;
 }
 
-static int open_spill(struct ram *ram, int fd, uint64_t most_bytes, bool in_memory)
+/* ---- what is cached of a file -------------------------------------------------------------------------- */
+
+/* A bit for each page of the file that is to stay. */
+struct kept {
+	int fd; /* a duplicate */
+	uint64_t pages;
+	uint8_t *bits;
+};
+
+static int begin_kept(struct ram *ram, unsigned file, struct kept *k)
+{
+	int r = 0;
+
+	ram_lock(ram);
+	if (!ram->reclaim.allowed || ram->base_held) {
+		r = -EBUSY;
+	} else if (file >= ENTRY_FILES || !ram->files[file].used) {
+		r = -ENOENT;
+	} else {
+		k->pages = ram->files[file].pages;
+		k->fd = fcntl(ram->files[file].fd, F_DUPFD_CLOEXEC, 0);
+		r = k->fd < 0 ? -errno : 0;
+	}
+	ram_unlock(ram);
+	k->bits = r ? NULL : calloc(k->pages / 8 + 1, 1);
+	if (!r && !k->bits) {
+		close(k->fd);
+		r = -ENOMEM;
+	}
+	return r;
+}
+
+/* Of so many pages of the block in the slot at most; returns how many there were. */
+static uint64_t keep_some(struct ram *ram, struct kept *k, unsigned file, unsigned slot, uint64_t first, ram_wanted wanted,
+			  void *ctx)
+{
+	const struct ram_block *b;
+	uint64_t page = first;
+
+	ram_lock(ram);
+	b = ram_block_at(ram, slot);
+	for (; b && page < b->pages && page < first + RAM_RECLAIM_PAGES; page++) {
+		uint64_t entry = atomic_load_explicit(&b->entries[page], memory_order_relaxed), at = entry_file_page(entry);
+
+		if (entry_source(entry) == ENTRY_OVERLAY && entry_file(entry) == file && !entry_is_private(entry) &&
+		    at < k->pages && !wanted(ctx, entry))
+			k->bits[at / 8] = (uint8_t)(k->bits[at / 8] | 1u << at % 8);
+	}
+	ram_unlock(ram);
+	return page - first;
+}
+
+static bool is_kept(const struct kept *k, uint64_t page) { return k->bits[page / 8] >> page % 8 & 1; }
+
+static uint64_t drop_all_but_kept(const struct kept *k)
+{
+	uint64_t before = os_cached_pages(k->fd, 0, os_bytes(k->pages)), after;
+
+	for (uint64_t page = 0, end; page < k->pages; page = end + 1) {
+		for (end = page; end < k->pages && !is_kept(k, end); end++)
+			;
+		if (end > page)
+			os_drop_cached(k->fd, os_bytes(page), os_bytes(end - page));
+	}
+	after = os_cached_pages(k->fd, 0, os_bytes(k->pages));
+	return before != UINT64_MAX && before > after ? before - after : 0;
+}
+
+int ram_reclaim_cache(struct ram *ram, unsigned file, ram_wanted wanted, void *ctx)
+{
+	struct kept k;
+	uint64_t dropped;
+	int r = begin_kept(ram, file, &k);
+
+	if (r)
+		return r;
+	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
+		for (uint64_t page = 0, pages; (pages = keep_some(ram, &k, file, slot, page, wanted, ctx)); page += pages)
+			;
+	dropped = drop_all_but_kept(&k);
+	pthread_mutex_lock(&ram->mask_lock);
+	ram->reclaim.counts.clean += dropped;
+	pthread_mutex_unlock(&ram->mask_lock);
+	free(k.bits);
+	close(k.fd);
+	return 0;
+}
+
+/* ---- the store's places --------------------------------------------------------------------------------- */
+
+static int open_spill(struct ram *ram)
 {
 	struct ram_reclaim *c = &ram->reclaim;
-	int r = spill_open(fd, most_bytes, in_memory, &c->spill);
+	int r = spill_open(&c->spill);
 
 	if (r)
 		return r;
@@ -550,16 +670,22 @@ static int open_spill(struct ram *ram, int fd, uint64_t most_bytes, bool in_memo
 int ram_reclaim_open(struct ram *ram, int fd, uint64_t most_bytes, bool in_memory)
 {
 	struct ram_reclaim *c = &ram->reclaim;
+	bool first;
 	int r = 0;
 
 	lock_both(ram);
-	if (c->spill)
-		r = -EALREADY;
-	else if (ram->uffd < 0 || !(os_features_get()->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM))
+	first = !c->spill;
+	if (ram->uffd < 0 || !(os_features_get()->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM))
 		r = -EOPNOTSUPP;
-	else
-		r = open_spill(ram, fd, most_bytes, in_memory);
+	else if (first)
+		r = open_spill(ram);
 	if (!r)
+		r = spill_add(c->spill, in_memory ? SPILL_MEMORY : SPILL_FILE, fd, most_bytes);
+	if (r && first) {
+		spill_close(c->spill);
+		c->spill = NULL;
+	}
+	if (!r && first)
 		c->allowed = true;
 	unlock_both(ram);
 	return r;
@@ -576,14 +702,17 @@ void ram_reclaim_allow(struct ram *ram, bool allowed)
 
 void ram_get_reclaim_counts(struct ram *ram, struct ram_reclaim_counts *ret_counts)
 {
-	struct spill_counts s = { 0 };
+	struct spill_counts memory = { 0 }, file = { 0 };
 
 	pthread_mutex_lock(&ram->mask_lock);
 	*ret_counts = ram->reclaim.counts;
-	if (ram->reclaim.spill)
-		spill_count(ram->reclaim.spill, &s);
+	if (ram->reclaim.spill) {
+		spill_count(ram->reclaim.spill, SPILL_MEMORY, &memory);
+		spill_count(ram->reclaim.spill, SPILL_FILE, &file);
+	}
 	pthread_mutex_unlock(&ram->mask_lock);
-	ret_counts->spilled_now = s.slots_now;
-	ret_counts->spill_bytes_now = s.taken_now;
-	ret_counts->spill_most_bytes = s.most_bytes;
+	ret_counts->spilled_now = memory.slots_now + file.slots_now;
+	ret_counts->spill_bytes_now = memory.taken_now;
+	ret_counts->spill_file_bytes_now = file.taken_now;
+	ret_counts->spill_file_most_bytes = file.most_bytes;
 }

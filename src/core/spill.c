@@ -10,11 +10,16 @@
 #include <string.h>
 #include <zstd.h>
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #define SLAB_BYTES 65536u
 #define UNIT_BYTES 256u /* slots are 1 to RAW_CLASS of these long */
 #define RAW_CLASS 16u   /* a whole page, as it is */
 #define WORTH_CLASS 12u /* in memory: a slot that is longer saves too little */
+#define RAW_SLOTS (SLAB_BYTES / OS_PAGE_BYTES)
 #define SLOT_BITS 8
+#define KIND_SHIFT 32
 #define SLABS_MAX (1u << 24)
 #define LEVEL 1
 #define NOBODY UINT32_MAX
@@ -33,45 +38,73 @@ struct slab {
 	bool listed;
 };
 
-struct spill {
-	int fd;
-	bool in_memory;
+/* The memory, or the file. */
+struct part {
+	enum spill_kind kind;
+	int fd; /* -1: there is none */
 	struct slab *slabs;
-	uint32_t slabs_max, slabs_used; /* used: those behind were never touched */
-	uint32_t lists[RAW_CLASS + 1]; /* slabs with a free slot, by class; 0: slabs without any slot taken */
+	uint32_t (*sums)[RAW_SLOTS];       /* of whole pages in a file; what is packed has its own */
+	uint32_t slabs_max, slabs_used;    /* used: those behind were never touched */
+	uint32_t lists[RAW_CLASS + 1];     /* slabs with a free slot, by class; 0: slabs without any slot taken */
 	struct spill_counts counts;
+};
+
+struct spill {
+	struct part parts[SPILL_KINDS];
 	ZSTD_CCtx *packer;
 	pthread_mutex_t unpack_lock; /* protects the next */
 	ZSTD_DCtx *unpacker;
 };
 
-int spill_open(int fd, uint64_t most_bytes, bool in_memory, struct spill **ret_spill)
+int spill_open(struct spill **ret_spill)
 {
-	uint64_t slabs = most_bytes / SLAB_BYTES;
-	struct spill *s;
+	struct spill *s = calloc(1, sizeof *s);
 
-	if (!slabs)
-		return -EINVAL;
-	s = calloc(1, sizeof *s);
 	if (!s)
 		return -ENOMEM;
-	s->fd = fd;
-	s->in_memory = in_memory;
-	s->slabs_max = slabs < SLABS_MAX ? (uint32_t)slabs : SLABS_MAX;
-	s->counts.most_bytes = (uint64_t)s->slabs_max * SLAB_BYTES;
-	for (unsigned i = 0; i <= RAW_CLASS; i++)
-		s->lists[i] = NOBODY;
+	for (unsigned i = 0; i < SPILL_KINDS; i++)
+		s->parts[i] = (struct part){ .kind = (enum spill_kind)i, .fd = -1 };
 	pthread_mutex_init(&s->unpack_lock, NULL);
-	s->slabs = calloc(s->slabs_max, sizeof *s->slabs); /* memory only where it is touched */
 	s->packer = ZSTD_createCCtx();
 	s->unpacker = ZSTD_createDCtx();
-	if (!s->slabs || !s->packer || !s->unpacker) {
+	if (!s->packer || !s->unpacker || ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_checksumFlag, 1)) ||
+	    ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_compressionLevel, LEVEL))) {
 		spill_close(s);
 		return -ENOMEM;
 	}
 	*ret_spill = s;
 	return 0;
 }
+
+/* Tables take memory only where they are touched. */
+int spill_add(struct spill *s, enum spill_kind kind, int fd, uint64_t most_bytes)
+{
+	uint64_t slabs = most_bytes / SLAB_BYTES;
+	struct part *p = &s->parts[kind];
+
+	if (p->fd >= 0)
+		return -EALREADY;
+	if (!slabs)
+		return -EINVAL;
+	slabs = slabs < SLABS_MAX ? slabs : SLABS_MAX;
+	p->slabs = calloc(slabs, sizeof *p->slabs);
+	p->sums = kind == SPILL_FILE ? calloc(slabs, sizeof *p->sums) : NULL;
+	if (!p->slabs || (kind == SPILL_FILE && !p->sums)) {
+		free(p->slabs);
+		p->slabs = NULL;
+		return -ENOMEM;
+	}
+	p->slabs_max = (uint32_t)slabs;
+	p->counts.most_bytes = slabs * SLAB_BYTES;
+	for (unsigned i = 0; i <= RAW_CLASS; i++)
+		p->lists[i] = NOBODY;
+	if (kind == SPILL_FILE)
+		os_expect_random(fd); /* what is read ahead would stay in memory */
+	p->fd = fd;
+	return 0;
+}
+
+bool spill_has(const struct spill *s, enum spill_kind kind) { return s->parts[kind].fd >= 0; }
 
 void spill_close(struct spill *s)
 {
@@ -80,13 +113,24 @@ void spill_close(struct spill *s)
 	ZSTD_freeDCtx(s->unpacker);
 	ZSTD_freeCCtx(s->packer);
 	pthread_mutex_destroy(&s->unpack_lock);
-	free(s->slabs);
+	for (unsigned i = 0; i < SPILL_KINDS; i++) {
+		free(s->parts[i].slabs);
+		free(s->parts[i].sums);
+	}
 	free(s);
 }
 
 /* ---- slots; with the mask lock ------------------------------------------------------------------ */
 
-static uint32_t slab_of(uint64_t slot) { return (uint32_t)(slot >> SLOT_BITS); }
+static uint32_t slab_of(uint64_t slot) { return (uint32_t)(slot >> SLOT_BITS) & (SLABS_MAX - 1); }
+
+static struct part *part_of(struct spill *s, uint64_t slot) { return &s->parts[slot >> KIND_SHIFT]; }
+
+/* Of what comes. */
+static struct part *part_now(struct spill *s)
+{
+	return &s->parts[spill_has(s, SPILL_FILE) ? SPILL_FILE : SPILL_MEMORY];
+}
 
 static unsigned index_of(uint64_t slot) { return slot & ((1u << SLOT_BITS) - 1); }
 
@@ -104,119 +148,122 @@ static void set(struct slots *s, unsigned i, bool on)
 		s->bits[i / 64] &= ~(1ull << i % 64);
 }
 
-static void unlist(struct spill *s, uint32_t n)
+static void unlist(struct part *p, uint32_t n)
 {
-	struct slab *slab = &s->slabs[n];
+	struct slab *slab = &p->slabs[n];
 
 	if (!slab->listed)
 		return;
 	if (slab->previous == NOBODY)
-		s->lists[slab->class] = slab->next;
+		p->lists[slab->class] = slab->next;
 	else
-		s->slabs[slab->previous].next = slab->next;
+		p->slabs[slab->previous].next = slab->next;
 	if (slab->next != NOBODY)
-		s->slabs[slab->next].previous = slab->previous;
+		p->slabs[slab->next].previous = slab->previous;
 	slab->listed = false;
 }
 
-static void list(struct spill *s, uint32_t n)
+static void list(struct part *p, uint32_t n)
 {
-	struct slab *slab = &s->slabs[n];
+	struct slab *slab = &p->slabs[n];
 
 	if (slab->listed)
 		return;
-	slab->next = s->lists[slab->class];
+	slab->next = p->lists[slab->class];
 	slab->previous = NOBODY;
 	if (slab->next != NOBODY)
-		s->slabs[slab->next].previous = n;
-	s->lists[slab->class] = n;
+		p->slabs[slab->next].previous = n;
+	p->lists[slab->class] = n;
 	slab->listed = true;
 }
 
 /* Nothing is taken of it any more. */
-static void empty(struct spill *s, uint32_t n)
+static void empty(struct part *p, uint32_t n)
 {
-	unlist(s, n);
-	s->slabs[n].class = 0;
-	list(s, n);
-	s->counts.taken_now -= SLAB_BYTES;
-	if (s->in_memory)
-		(void)os_punch_hole(s->fd, (uint64_t)n * SLAB_BYTES,
+	unlist(p, n);
+	p->slabs[n].class = 0;
+	list(p, n);
+	p->counts.taken_now -= SLAB_BYTES;
+	if (p->kind == SPILL_MEMORY)
+		(void)os_punch_hole(p->fd, (uint64_t)n * SLAB_BYTES,
 				    SLAB_BYTES); /* or it is used again as it is */
 }
 
-static void give_back(struct spill *s, uint32_t n, unsigned i)
+static void give_back(struct part *p, uint32_t n, unsigned i)
 {
-	struct slab *slab = &s->slabs[n];
+	struct slab *slab = &p->slabs[n];
 
 	set(&slab->taken, i, false);
 	if (--slab->taken_count)
-		list(s, n);
+		list(p, n);
 	else
-		empty(s, n);
+		empty(p, n);
 }
 
 /* A slab with a free slot; NOBODY: there is none. */
-static uint32_t slab_for(struct spill *s, unsigned class)
+static uint32_t slab_for(struct part *p, unsigned class)
 {
-	uint32_t n = s->lists[class];
+	uint32_t n = p->lists[class];
 
 	if (n != NOBODY)
 		return n;
-	n = s->lists[0];
-	if (n == NOBODY && s->slabs_used < s->slabs_max)
-		n = s->slabs_used++;
+	n = p->lists[0];
+	if (n == NOBODY && p->slabs_used < p->slabs_max)
+		n = p->slabs_used++;
 	if (n == NOBODY)
 		return n;
-	unlist(s, n);
-	s->slabs[n].class = (uint8_t) class;
-	list(s, n);
-	s->counts.taken_now += SLAB_BYTES;
+	unlist(p, n);
+	p->slabs[n].class = (uint8_t) class;
+	list(p, n);
+	p->counts.taken_now += SLAB_BYTES;
 	return n;
 }
 
 int spill_reserve(struct spill *s, size_t bytes, uint64_t *ret_slot)
 {
 	unsigned class = class_of(bytes), i = 0;
+	struct part *p = part_now(s);
 	struct slab *slab;
 	uint32_t n;
 
 	assert(class && class <= RAW_CLASS);
-	n = slab_for(s, class);
+	n = slab_for(p, class);
 	if (n == NOBODY)
 		return -ENOSPC;
-	slab = &s->slabs[n];
+	slab = &p->slabs[n];
 	while (is_set(&slab->taken, i))
 		i++;
 	set(&slab->taken, i, true);
 	if (++slab->taken_count == slots_of(class))
-		unlist(s, n);
-	s->counts.slots_now++;
-	s->counts.bytes_now += (uint64_t) class * UNIT_BYTES;
-	*ret_slot = (uint64_t)n << SLOT_BITS | i;
+		unlist(p, n);
+	p->counts.slots_now++;
+	p->counts.bytes_now += (uint64_t) class * UNIT_BYTES;
+	*ret_slot = (uint64_t)p->kind << KIND_SHIFT | (uint64_t)n << SLOT_BITS | i;
 	return 0;
 }
 
 void spill_free(struct spill *s, uint64_t slot)
 {
-	struct slab *slab = &s->slabs[slab_of(slot)];
+	struct part *p = part_of(s, slot);
+	struct slab *slab = &p->slabs[slab_of(slot)];
 
 	assert(is_set(&slab->taken, index_of(slot)) && !is_set(&slab->freed, index_of(slot)));
-	s->counts.slots_now--;
-	s->counts.bytes_now -= (uint64_t)slab->class * UNIT_BYTES;
+	p->counts.slots_now--;
+	p->counts.bytes_now -= (uint64_t)slab->class * UNIT_BYTES;
 	if (slab->pins) {
 		set(&slab->freed, index_of(slot), true);
 		slab->freed_count++;
 	} else {
-		give_back(s, slab_of(slot), index_of(slot));
+		give_back(p, slab_of(slot), index_of(slot));
 	}
 }
 
-void spill_pin(struct spill *s, uint64_t slot) { s->slabs[slab_of(slot)].pins++; }
+void spill_pin(struct spill *s, uint64_t slot) { part_of(s, slot)->slabs[slab_of(slot)].pins++; }
 
 void spill_unpin(struct spill *s, uint64_t slot)
 {
-	struct slab *slab = &s->slabs[slab_of(slot)];
+	struct part *p = part_of(s, slot);
+	struct slab *slab = &p->slabs[slab_of(slot)];
 
 	assert(slab->pins);
 	if (--slab->pins)
@@ -226,51 +273,64 @@ void spill_unpin(struct spill *s, uint64_t slot)
 			continue;
 		set(&slab->freed, i, false);
 		slab->freed_count--;
-		give_back(s, slab_of(slot), i);
+		give_back(p, slab_of(slot), i);
 	}
 }
 
-void spill_count(const struct spill *s, struct spill_counts *ret_counts) { *ret_counts = s->counts; }
+void spill_count(const struct spill *s, enum spill_kind kind, struct spill_counts *ret_counts)
+{
+	*ret_counts = s->parts[kind].counts;
+}
 
 /* ---- contents ----------------------------------------------------------------------------------- */
 
-/* A packed page is its length, then a frame; a whole one is itself. */
+/* A packed page is its length, then a frame with a sum; a whole one is itself. */
 struct header {
 	uint16_t bytes;
 };
 
 size_t spill_pack(struct spill *s, const void *page, uint8_t *packed)
 {
-	size_t most = (s->in_memory ? WORTH_CLASS : RAW_CLASS - 1) * UNIT_BYTES - sizeof(struct header);
-	size_t bytes = ZSTD_compressCCtx(s->packer, packed + sizeof(struct header), most, page,
-					 OS_PAGE_BYTES, LEVEL);
+	bool in_memory = part_now(s)->kind == SPILL_MEMORY;
+	size_t most = (in_memory ? WORTH_CLASS : RAW_CLASS - 1) * UNIT_BYTES - sizeof(struct header);
+	size_t bytes = ZSTD_compress2(s->packer, packed + sizeof(struct header), most, page, OS_PAGE_BYTES);
 	struct header header = { .bytes = (uint16_t)bytes };
 
 	if (!ZSTD_isError(bytes)) {
 		memcpy(packed, &header, sizeof header);
 		return sizeof header + bytes;
 	}
-	if (s->in_memory)
+	if (in_memory)
 		return 0;
 	memcpy(packed, page, OS_PAGE_BYTES);
 	return OS_PAGE_BYTES;
 }
 
-static uint64_t offset_of(const struct spill *s, uint64_t slot)
+static uint32_t sum_of(const void *page) { return (uint32_t)XXH3_64bits(page, OS_PAGE_BYTES); }
+
+static uint64_t offset_of(const struct part *p, uint64_t slot)
 {
 	return (uint64_t)slab_of(slot) * SLAB_BYTES +
-	       (uint64_t)index_of(slot) * s->slabs[slab_of(slot)].class * UNIT_BYTES;
+	       (uint64_t)index_of(slot) * p->slabs[slab_of(slot)].class * UNIT_BYTES;
 }
 
 /* All of the slot, for a later read of it must not meet the end of the file. */
 int spill_write(struct spill *s, uint64_t slot, const uint8_t *packed, size_t bytes)
 {
+	struct part *p = part_of(s, slot);
 	uint8_t whole[OS_PAGE_BYTES];
 	size_t slot_bytes = class_of(bytes) * UNIT_BYTES;
 
 	memcpy(whole, packed, bytes);
 	memset(whole + bytes, 0, slot_bytes - bytes);
-	return os_write_all(s->fd, whole, slot_bytes, offset_of(s, slot));
+	if (slot_bytes == OS_PAGE_BYTES)
+		p->sums[slab_of(slot)][index_of(slot)] = sum_of(whole);
+	return os_write_all(p->fd, whole, slot_bytes, offset_of(p, slot));
+}
+
+int spill_flush(struct spill *s)
+{
+	return spill_has(s, SPILL_FILE) ? os_flush_cached(s->parts[SPILL_FILE].fd) : 0;
 }
 
 static int unpack(struct spill *s, const uint8_t *packed, size_t room, void *page)
@@ -290,14 +350,19 @@ static int unpack(struct spill *s, const uint8_t *packed, size_t room, void *pag
 
 int spill_read(struct spill *s, uint64_t slot, void *page)
 {
-	unsigned class = s->slabs[slab_of(slot)].class;
+	struct part *p = part_of(s, slot);
+	unsigned class = p->slabs[slab_of(slot)].class;
 	uint8_t packed[OS_PAGE_BYTES];
 	int r = os_fault(OS_FAULT_STORAGE_READ);
 
 	if (!r)
-		r = os_read_all(s->fd, class == RAW_CLASS ? page : packed, class * UNIT_BYTES,
-				offset_of(s, slot));
-	if (!r && class != RAW_CLASS)
-		r = unpack(s, packed, class * UNIT_BYTES, page);
-	return r;
+		r = os_read_all(p->fd, packed, class * UNIT_BYTES, offset_of(p, slot));
+	if (r)
+		return r;
+	if (p->kind == SPILL_FILE)
+		os_drop_cached_around(p->fd, offset_of(p, slot), class * UNIT_BYTES);
+	if (class != RAW_CLASS)
+		return unpack(s, packed, class * UNIT_BYTES, page);
+	memcpy(page, packed, sizeof packed);
+	return sum_of(page) == p->sums[slab_of(slot)][index_of(slot)] ? 0 : -EBADMSG;
 }

@@ -31,6 +31,7 @@ static const char *const point_names[OS_FAULT_POINTS] = {
 	[OS_FAULT_REGISTER] = "register",
 	[OS_FAULT_STORAGE_READ] = "storage_read",
 	[OS_FAULT_WRITE] = "write",
+	[OS_FAULT_FLUSH] = "flush",
 	[OS_FAULT_SPARE_MEMORY] = "spare_memory",
 	[OS_FAULT_WINDOW] = "window",
 	[OS_FAULT_SAVE_STEP] = "save_step",

@@ -79,19 +79,22 @@ static bool file_system_is_read_only(int fd)
 	return read_only;
 }
 
+#define TMPFS 0x01021994
+#define RAMFS 0x858458f6
+
 bool os_file_is_local(int fd)
 {
 	static const unsigned long types[] = {
 		0xef53,     /* ext2, ext3, ext4 */
 		0x58465342, /* XFS */
 		0x9123683e, /* Btrfs */
-		0x01021994, /* tmpfs */
+		TMPFS,
 		0x794c7630, /* overlayfs */
 		0xf2f52010, /* F2FS */
 		0x2fc12fc1, /* ZFS */
 		0xca451a4e, /* bcachefs */
 		0x3153464a, /* JFS */
-		0x858458f6, /* ramfs */
+		RAMFS,
 		0x4d44,     /* FAT */
 		0x2011bab0, /* exFAT */
 		0x7366746e, /* NTFS3 */
@@ -108,6 +111,13 @@ bool os_file_is_local(int fd)
 		if ((unsigned long)fs.f_type == types[i])
 			return true;
 	return false;
+}
+
+bool os_file_is_in_memory(int fd)
+{
+	struct statfs fs;
+
+	return !fstatfs(fd, &fs) && ((unsigned long)fs.f_type == TMPFS || (unsigned long)fs.f_type == RAMFS);
 }
 
 enum os_protection os_file_protection(int fd)

@@ -17,6 +17,8 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
+#define SYS_CACHESTAT 451 /* Linux 6.5 */
+
 static const struct {
 	unsigned mark;
 	int advice, undo;
@@ -254,11 +256,45 @@ uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages)
 	return resident;
 }
 
+uint64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes)
+{
+	struct {
+		uint64_t offset, bytes;
+	} range = { offset, bytes };
+	struct {
+		uint64_t cached, dirty, writeback, evicted, recently_evicted;
+	} found;
+
+	return syscall(SYS_CACHESTAT, fd, &range, &found, 0) ? UINT64_MAX : found.cached;
+}
+
 void os_drop_cached(int fd, uint64_t offset, uint64_t bytes)
 {
 	(void)syscall(SYS_fadvise64, fd, (off_t)offset, (off_t)bytes,
 		      POSIX_FADV_DONTNEED); /* not by the agent's own hook */
 }
+
+void os_drop_cached_around(int fd, uint64_t offset, uint64_t bytes)
+{
+	uint64_t from = offset & ~(uint64_t)(OS_PAGE_BYTES - 1);
+
+	os_drop_cached(fd, from, ((offset + bytes + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1)) - from);
+}
+
+int os_flush_cached(int fd)
+{
+	int r = os_fault(OS_FAULT_FLUSH);
+
+	while (!r && sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
+						      SYNC_FILE_RANGE_WAIT_AFTER))
+		if (errno != EINTR)
+			r = -errno;
+	if (!r)
+		os_drop_cached(fd, 0, 0);
+	return r;
+}
+
+void os_expect_random(int fd) { (void)syscall(SYS_fadvise64, fd, (off_t)0, (off_t)0, POSIX_FADV_RANDOM); }
 
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit)
 {

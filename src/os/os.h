@@ -108,8 +108,19 @@ bool os_replace_view(void *view, size_t bytes);
  * truth only to who owns the file or may write it, os_residency_is_told; else everything seems resident. */
 uint64_t os_resident_pages(const void *view, uint64_t offset, uint64_t pages);
 bool os_residency_is_told(int fd);
+/* How many pages of [offset, offset+bytes) of the file are in the page cache; UINT64_MAX: the kernel does not say (it
+ * does from Linux 6.5 on, and of late only to who owns the file or may write it). */
+uint64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes);
 /* Advises the kernel to drop from the page cache what is clean there and mapped by nobody. */
 void os_drop_cached(int fd, uint64_t offset, uint64_t bytes);
+/* The same for all pages that any part of [offset, offset+bytes) is in, which need be no multiples of pages. */
+void os_drop_cached_around(int fd, uint64_t offset, uint64_t bytes);
+/* What was written to the file is on its storage, as far as the host knows, and then not in the page cache any more.
+ * -EIO, -ENOSPC and others, of anything that was written since the last time; then the page cache stays as it is. It is no
+ * barrier against a loss of power. */
+int os_flush_cached(int fd);
+/* The file is read here and there: the kernel need not read ahead. */
+void os_expect_random(int fd);
 
 /*
  * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.
@@ -221,6 +232,9 @@ bool os_lease_intact(int fd);
  * neither a lease nor what follows binds other machines, or the server behind it. linux/magic.h, statfs(2). */
 bool os_file_is_local(int fd);
 
+/* On a file system whose files are nowhere but in memory (tmpfs, ramfs). */
+bool os_file_is_in_memory(int fd);
+
 /* What else keeps a local file from changing, checked in the order of the enum; OS_PROTECT_NONE if
  * nothing does. */
 enum os_protection os_file_protection(int fd);
@@ -293,6 +307,7 @@ enum os_fault_point {
 	OS_FAULT_REGISTER,     /* of pages to be made when they are touched */
 	OS_FAULT_STORAGE_READ, /* the read of a cold block: may be delayed */
 	OS_FAULT_WRITE,        /* os_write_all */
+	OS_FAULT_FLUSH,        /* os_flush_cached */
 	OS_FAULT_SPARE_MEMORY, /* the host has none to spare for what nobody has asked for yet */
 	OS_FAULT_WINDOW,       /* a mapping in a reservation, emptied ones included */
 	OS_FAULT_SAVE_STEP,    /* between any two steps of a save, or of joining snapshots */

@@ -161,6 +161,9 @@ struct reclaim_order {
 };
 void reclaimer_begin(struct agent *agent, const struct reclaim_order *order,
 		     struct control_reply *reply);
+/* What is packed goes to this file from now on (taken, if it works), at most so many bytes of it. As above; -EALREADY:
+ * there is one. */
+void reclaimer_store(struct agent *agent, int fd, uint64_t most_bytes, struct control_reply *reply);
 /* A walk that is under way ends soon; what it has given back stays so. */
 void reclaimer_end(void);
 /* Brings its statistics up to date; returns memory_bytes_now of them. Any thread, with no lock held. */

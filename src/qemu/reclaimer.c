@@ -23,13 +23,15 @@ static struct {
 	pthread_mutex_t lock; /* protects the next; before the range lock */
 	pthread_cond_t woken;
 	struct reclaim_order order; /* of the walk to come or under way; unused_us is 0: none */
+	unsigned files[VM_STATS_VOLUMES]; /* of that walk: that no other VM reads, as page entries name them */
+	size_t file_count;
 	bool runs;                  /* the thread */
 	bool left;                  /* for good */
 	bool yielded;               /* while guest RAM is saved */
 	_Atomic bool ended;         /* the walk shall end */
 } reclaimer = { .lock = PTHREAD_MUTEX_INITIALIZER, .woken = PTHREAD_COND_INITIALIZER };
 
-/* What the VM takes of the host's memory: its own RAM file, its copies of image pages, and the store. */
+/* What the VM takes of the host's memory: its own RAM file, its copies of image pages, and the store in memory. */
 static uint64_t memory_bytes(struct agent *a, uint64_t store_bytes)
 {
 	struct ram_counts c;
@@ -56,6 +58,8 @@ uint64_t reclaimer_publish(struct agent *a)
 	stat_set(&to->returned, c.returned);
 	stat_set(&to->spilled_now, c.spilled_now);
 	stat_set(&to->spill_bytes_now, c.spill_bytes_now);
+	stat_set(&to->spill_file_bytes_now, c.spill_file_bytes_now);
+	stat_set(&to->spill_file_most_bytes_now, c.spill_file_most_bytes);
 	stat_set(&to->left_touched, c.left_touched);
 	stat_set(&to->left_reads, c.left_reads);
 	stat_set(&to->left_unpacked, c.left_unpacked);
@@ -63,23 +67,32 @@ uint64_t reclaimer_publish(struct agent *a)
 	return bytes;
 }
 
-/* Ends when all was looked at, when it is enough, or when there is no use in going on: a unit that would
+/* Ends when all was looked at, when it is enough (1), or when there is no use in going on: a unit that would
  * take too many mappings is not the last one. */
-static int walk(struct agent *a, const struct reclaim_order *order)
+static int walk_ram(struct agent *a, const struct reclaim_order *order, struct cold_walk *w)
 {
-	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
 	int r = 1;
 
 	while (r == 1 || r == -EDQUOT) {
 		if (reclaimer.ended)
 			return -ECANCELED;
 		if (reclaimer_publish(a) <= order->until_bytes)
-			return 0;
-		r = cold_step(a->ram, &w);
-		stat_set(&a->stats->reclaim.looked_now, w.looked);
+			return 1;
+		r = cold_step(a->ram, w);
+		stat_set(&a->stats->reclaim.looked_now, w->looked);
 	}
-	reclaimer_publish(a);
 	return r;
+}
+
+static int walk(struct agent *a, const struct reclaim_order *order)
+{
+	struct cold_walk w = { .unused_us = order->unused_us, .shortest_us = scanner_shortest_us() };
+	int r = walk_ram(a, order, &w);
+
+	for (size_t i = 0; (!r || r == -ENOENT) && i < reclaimer.file_count; i++)
+		r = cold_drop_file(a->ram, reclaimer.files[i], &w);
+	reclaimer_publish(a);
+	return r == 1 || r == -ENOENT ? 0 : r; /* ENOENT: the file was given up meanwhile */
 }
 
 static struct reclaim_order next_walk(void)
@@ -116,7 +129,7 @@ static void *work(void *arg)
 		/* The first was said when it came to be so, the second is wanted. */
 		if (r && r != -EBUSY && r != -ECANCELED)
 			agent_say("not all of the memory that is cold could be given back: %s",
-				  strerror(-r));
+				  r == -ENOSPC ? "the store is full" : strerror(-r));
 		end_walk(a, r);
 	}
 	return NULL;
@@ -203,6 +216,17 @@ static const char *why_not_started(int r)
 	}
 }
 
+/* What of an image the guest has read and dropped itself only its VM would miss, if that is the only one. */
+static void list_files(struct agent *a)
+{
+	struct volume *v;
+
+	reclaimer.file_count = 0;
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++)
+		if (volume_is_mapped(v) && !volume_is_cache(v) && volume_is_read_alone(v))
+			reclaimer.files[reclaimer.file_count++] = volume_index(v);
+}
+
 static int begin(struct agent *a, const struct reclaim_order *order)
 {
 	int r;
@@ -213,6 +237,7 @@ static int begin(struct agent *a, const struct reclaim_order *order)
 		r = -EALREADY;
 	if (!r) {
 		reclaimer.order = *order;
+		list_files(a);
 		reclaimer.ended = false;
 		stat_set(&a->stats->reclaim.looked_now, 0);
 		pthread_cond_signal(&reclaimer.woken);
@@ -228,6 +253,32 @@ void reclaimer_begin(struct agent *a, const struct reclaim_order *order, struct 
 	p->error = why ? -EBUSY : begin(a, order);
 	if (p->error == -EALREADY)
 		snprintf(p->text, sizeof p->text, "memory is being given back already");
+	else if (p->error)
+		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
+}
+
+static int give_file(struct agent *a, int fd, uint64_t most_bytes)
+{
+	struct stat st;
+	int r;
+
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -EINVAL;
+	pthread_mutex_lock(&reclaimer.lock);
+	r = start(a);
+	if (!r)
+		r = ram_reclaim_open(a->ram, fd, most_bytes, false);
+	pthread_mutex_unlock(&reclaimer.lock);
+	return r;
+}
+
+void reclaimer_store(struct agent *a, int fd, uint64_t most_bytes, struct control_reply *p)
+{
+	const char *why = why_not(a);
+
+	p->error = why ? -EBUSY : give_file(a, fd, most_bytes);
+	if (p->error == -EALREADY)
+		snprintf(p->text, sizeof p->text, "there is a store in a file already, which is used until the VM ends");
 	else if (p->error)
 		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
 }

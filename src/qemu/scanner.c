@@ -63,6 +63,7 @@ static void publish(struct scan_stats *to, const struct scan_report *r)
 	stat_set(&to->hold_max_cpu_us, r->hold_max_cpu_us);
 	stat_set(&to->holds, r->holds);
 	stat_set(&to->long_holds, r->long_holds);
+	stat_set(&to->long_cpu_holds, r->long_cpu_holds);
 	for (size_t i = 0; i < VM_STATS_CLASSES; i++)
 		stat_set(&to->pages_now[i], r->pages[i]);
 	for (size_t i = 0; i < VM_STATS_SCAN_SOURCES; i++) {

@@ -41,6 +41,7 @@ struct service {
 	struct pause *pause;
 	int listen_fd, signal_fd;
 	int clients[CLIENTS]; /* -1: free */
+	int passed_fd; /* that has come with the request, -1: none; closed after it unless it is taken */
 	pid_t tid;
 	uint64_t next_deep_us;
 	uint64_t lease_break_us; /* how long the kernel makes a writer wait */
@@ -351,6 +352,21 @@ static void do_reclaim(struct service *s, const struct control_request *q, struc
 	}
 }
 
+static void do_reclaim_store(struct service *s, const struct control_request *q, struct control_reply *p)
+{
+	uint64_t most_bytes;
+	const char *end = parse_number(q->path, &most_bytes);
+
+	if (!end || *end || s->passed_fd < 0) {
+		p->error = -EINVAL;
+		snprintf(p->text, sizeof p->text, "give a file, and say how many bytes it may take");
+		return;
+	}
+	reclaimer_store(s->agent, s->passed_fd, most_bytes, p);
+	if (!p->error)
+		s->passed_fd = -1;
+}
+
 static void do_scan(struct service *s, const struct control_request *q, struct control_reply *p)
 {
 	uint64_t period_us;
@@ -409,6 +425,9 @@ static void answer(struct service *s, int client, const struct control_request *
 	case CONTROL_RECLAIM:
 		do_reclaim(s, q, p);
 		break;
+	case CONTROL_RECLAIM_STORE:
+		do_reclaim_store(s, q, p);
+		break;
 	case CONTROL_ENTRIES:
 		break; /* follow_up */
 	default:
@@ -439,11 +458,40 @@ static void undo_save(struct service *s)
 		agent_say("what it has begun in QEMU could not be taken back (%s): see `query-status`", strerror(-r));
 }
 
+static void close_passed(struct service *s)
+{
+	if (s->passed_fd >= 0)
+		close(s->passed_fd);
+	s->passed_fd = -1;
+}
+
+/* A request, and a descriptor that may come with it; the kernel has no room for more (of CMSG_SPACE it would use the
+ * padding). */
+static ssize_t receive(struct service *s, int client, struct control_request *q)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof(int))];
+	} rights;
+	struct iovec iov = { q, sizeof *q };
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = CMSG_LEN(sizeof(int))
+	};
+	ssize_t n = recvmsg(client, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC); /* a longer one is none */
+	const struct cmsghdr *c = n >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
+
+	if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof(int)))
+		memcpy(&s->passed_fd, CMSG_DATA(c), sizeof s->passed_fd);
+	if (n <= 0)
+		close_passed(s); /* of an empty request */
+	return n;
+}
+
 static void on_client(struct service *s, int *client)
 {
 	struct control_reply p = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION };
 	static struct control_request q; /* only this thread */
-	ssize_t n = recv(*client, &q, sizeof q, MSG_DONTWAIT | MSG_TRUNC); /* a longer one is none */
+	ssize_t n = receive(s, *client, &q);
 
 	if (n > 0) {
 		if (is_valid(&q, n)) {
@@ -452,6 +500,7 @@ static void on_client(struct service *s, int *client)
 			p.error = -EPROTO;
 			snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
 		}
+		close_passed(s);
 		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
 		    (p.error || !follow_up(s, *client, q.op)))
 			return;
@@ -657,6 +706,7 @@ int service_start(struct agent *agent, pid_t *ret_tid)
 	if (!s)
 		return -ENOMEM;
 	s->agent = agent;
+	s->passed_fd = -1;
 	s->lease_break_us = lease_break_us();
 	for (size_t i = 0; i < CLIENTS; i++)
 		s->clients[i] = -1;

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 6u
+#define CONTROL_VERSION 7u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -41,6 +41,8 @@ enum control_op {
 			  * microseconds, in decimal, and, behind a space, that it is enough when the VM
 			  * takes so many bytes of memory. The reply comes at once; the statistics tell
 			  * how far it is. -EALREADY: it goes on already. 0: it shall end */
+	CONTROL_RECLAIM_STORE, /* what is given back goes to the file whose descriptor comes with the request, from now
+				* on; `path`: at most so many bytes of it, in decimal. -EALREADY: there is one */
 	CONTROL_OPS
 };
 

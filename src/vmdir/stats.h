@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 7u
+#define VM_STATS_VERSION 9u
 #define VM_STATS_VOLUMES 32u
 #define VM_STATS_CLASSES 6u
 #define VM_STATS_SCAN_SOURCES 3u
@@ -96,7 +96,8 @@ struct scan_stats {
 	stat_counter period_us_now; /* 0: off */
 	stat_counter shortest_us_now; /* the period that was asked for */
 	stat_counter paused_now, passes, sampled, refaults, thin_now;
-	stat_counter cpu_ns, pass_cpu_ns_now, hold_max_us, hold_max_cpu_us, holds, long_holds, settled, frozen_us;
+	stat_counter cpu_ns, pass_cpu_ns_now, hold_max_us, hold_max_cpu_us, holds, long_holds, long_cpu_holds, settled,
+		frozen_us;
 	stat_counter pages_now[VM_STATS_CLASSES], by_source_now[VM_STATS_SCAN_SOURCES];
 	stat_counter granularity_now[VM_STATS_SCAN_SOURCES]; /* pages */
 	stat_counter in_use_now[VM_STATS_WINDOWS];           /* pages; UINT64_MAX: not known */
@@ -106,8 +107,9 @@ struct scan_stats {
  * ram_reclaim_counts). */
 struct reclaim_stats {
 	stat_counter zeros, words, spilled, clean, returned, spilled_now, spill_bytes_now;
+	stat_counter spill_file_bytes_now, spill_file_most_bytes_now; /* of the store in a file; most: 0: there is none */
 	stat_counter left_touched, left_reads, left_unpacked, left_failed;
-	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the store */
+	stat_counter memory_bytes_now; /* that the VM takes: its own RAM, copies of image pages, and the store in memory */
 	stat_counter looked_now; /* in the walk through guest RAM that is under way, or was the last one */
 	stat_counter walks; /* that have ended, */
 	stat_counter error_now; /* the last one with this errno, or 0 */

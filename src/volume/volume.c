@@ -616,6 +616,14 @@ uint64_t volume_showing_pages(struct volume *v)
 	return count_pages(v, ram_mapped_pages);
 }
 
+bool volume_is_read_alone(struct volume *v)
+{
+	if (!v->track)
+		return false;
+	track_refresh(v->track);
+	return track_readers(v->track) == 1;
+}
+
 uint64_t volume_broken_us(struct volume *v)
 {
 	return v->broken_us;

@@ -114,6 +114,8 @@ bool volume_lease_breaks(struct volume *v);
 /* Guest pages that lie in overlays of it, and those of them that show the file. */
 uint64_t volume_overlay_pages(struct volume *v);
 uint64_t volume_showing_pages(struct volume *v);
+/* Does no other VM of this user read it? False, too, if that is not known. For the thread of volumes_refresh. */
+bool volume_is_read_alone(struct volume *v);
 /* When it was first broken, on CLOCK_MONOTONIC; 0: never. */
 uint64_t volume_broken_us(struct volume *v);
 

@@ -25,7 +25,7 @@ static struct {
 	uint64_t tag[PAGES];
 	uint64_t next_tag;
 	struct mask_server server;
-	int store;
+	int store, store_file;
 	bool trace;
 } f;
 
@@ -36,7 +36,8 @@ static void open_store(void)
 	uint64_t number;
 
 	f.store = os_memfd_create("store", 0, false);
-	if (f.store < 0 || ram_reclaim_open(f.rig.ram, f.store, STORE_BYTES, true))
+	f.store_file = os_memfd_create("store-file", 0, false);
+	if (f.store < 0 || f.store_file < 0 || ram_reclaim_open(f.rig.ram, f.store, STORE_BYTES, true))
 		abort();
 	ram_lock(f.rig.ram);
 	for (uint64_t i = 1; i <= WORDS; i++)
@@ -69,6 +70,7 @@ static void close_all(void)
 	rig_close(&f.rig);
 	close(f.server.uffd); /* after the mappings that it watches */
 	close(f.store);
+	close(f.store_file);
 }
 
 /* ---- operations ------------------------------------------------------------------------------------ */
@@ -263,6 +265,15 @@ static void do_read_in_flight(void)
 	ram_read_ends(f.rig.ram, &read);
 }
 
+/* From the first time on what is packed goes there, and nowhere else. */
+static void do_file(void)
+{
+	int r = ram_reclaim_open(f.rig.ram, f.store_file, STORE_BYTES, false);
+
+	if (r && r != -EALREADY)
+		abort();
+}
+
 static void do_allow(void)
 {
 	ram_reclaim_allow(f.rig.ram, next() & 1);
@@ -272,8 +283,8 @@ static void do_arm(void)
 {
 	static const enum os_fault_point points[] = { OS_FAULT_MAP_FILE, OS_FAULT_MAP_BASE, OS_FAULT_REGISTER,
 						      OS_FAULT_STORAGE_READ, OS_FAULT_MARK, OS_FAULT_WRITE,
-						      OS_FAULT_PUNCH };
-	enum os_fault_point point = points[next() % 7];
+						      OS_FAULT_PUNCH, OS_FAULT_FLUSH };
+	enum os_fault_point point = points[next() % 8];
 
 	os_fault_arm(point, 1 + next() % 4, ENOMEM);
 	if (f.trace)
@@ -282,7 +293,7 @@ static void do_arm(void)
 
 static void (*const operations[])(void) = {
 	do_mask, do_write, do_discard, do_overlay, do_settle, do_unmask, do_rewrite, do_read_locked, do_zap, do_arm, do_mask,
-	do_reclaim, do_read_in_flight, do_reclaim, do_allow,
+	do_reclaim, do_read_in_flight, do_reclaim, do_allow, do_file,
 };
 #define OPERATIONS (sizeof operations / sizeof operations[0])
 
@@ -322,7 +333,7 @@ static const char *check_store(void)
 	ram_get_reclaim_counts(f.rig.ram, &c);
 	if (f.trace)
 		fprintf(stderr, "%" PRIu64 " spilled, %" PRIu64 " words, %" PRIu64 " returned\n", c.spilled, c.words, c.returned);
-	return c.spilled_now || c.spill_bytes_now ? "a slot of the store is left" : NULL;
+	return c.spilled_now || c.spill_bytes_now || c.spill_file_bytes_now ? "a slot of the store is left" : NULL;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)

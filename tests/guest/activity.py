@@ -18,7 +18,7 @@ EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
 MEM = "512M"
 PERIOD_S = 4
 AREA_MIB = 20
-LOOKS = 3
+LOOKS, MORE_LOOKS = 3, 4
 ENOUGH = 0.95
 USAGE, NO_VM, SYSTEM, NO_ANSWER = 64, 67, 71, 75
 RED = (255, 0, 0)  # hot pages in a picture; src/cli/heat.c
@@ -38,12 +38,19 @@ def is_enough(score):
     return score.precision >= ENOUGH and score.recall >= ENOUGH
 
 
-def check_scores(test, areas, what, sources=("base",)):
-    scores, counts = areas.scores()
+def check_scores(test, guest, areas, what, sources=("base",)):
+    """On a busy machine the guest may not have used in time what it uses: then it is looked at for some passes more. What
+    the scan itself does not see stays unseen in all of them. Returns the scan's figures."""
+    for passes in range(1 + MORE_LOOKS):
+        figures = activity.wait_passes(guest, 1) if passes else activity.scan(guest)
+        scores, counts = areas.scores()
+        if all(is_enough(score) for _, _, score in told_scores(scores, sources)):
+            break
+    test.say(f"{figures['passes']} passes:")
     say_counts(test, counts)
     for source, kind, score in told_scores(scores, sources):
         test.check(is_enough(score), f"{what}, {source}, {kind}: {score}")
-    return scores
+    return figures
 
 
 def check_costs(test, figures):
@@ -52,9 +59,13 @@ def check_costs(test, figures):
     test.check(share < 0.01, f"a pass takes {figures['pass_cpu_ns_now'] / 1e6:.1f} ms: at 10 s {share:.2%} of a CPU per GiB")
     test.say(f"lock held for {figures['hold_max_us']} us at most, over 2 ms {figures['holds_over_2ms']} times "
              f"of {figures['holds']}")
-    # Of the processor's time: on a busy machine whoever holds a lock may have to wait for a processor. (2 ms is what is
-    # aimed at, and what bench/activity reports; a single hold may be charged with an interrupt of the host's.)
-    test.check(figures["hold_max_cpu_us"] <= 2 * 2000, f"the lock is held for {figures['hold_max_cpu_us']} us at most")
+    # Of the processor's time: on a busy machine whoever holds a lock may have to wait for a processor. A hold of which the
+    # host takes a part away is charged with it, but does not come back at the same place in each pass. (bench/activity
+    # reports the longest of all.)
+    over = figures["holds_over_2ms_cpu"]
+    test.check(over < figures["passes"] and over <= 0.02 * figures["holds"],
+               f"the lock is held for {figures['hold_max_cpu_us']} us of the processor's time at most, "
+               f"over 2 ms {over} times of {figures['holds']} in {figures['passes']} passes")
 
 
 def bad_input(test, guest):
@@ -221,8 +232,8 @@ def fresh(test, guest):
     areas = activity.Areas(guest, AREA_MIB, PERIOD_S)
     areas.start(seconds=300)
     latent.run("scan", guest.name, "--period", f"{PERIOD_S}s")
-    figures = activity.wait_passes(guest, 1 + LOOKS)
-    check_scores(test, areas, "fresh")
+    activity.wait_passes(guest, 1 + LOOKS)
+    figures = check_scores(test, guest, areas, "fresh")
     check_costs(test, figures)
     test.check(figures["working_set_pages_10s_now"] is not None, "the working set over 10 s is known")
     in_use = figures["working_set_pages_10s_now"] / activity.PAGES_PER_MIB
@@ -241,17 +252,10 @@ def restored(test, guest, areas, snapshot):
     guest.restore(snapshot)
     guest.wait_ready()
     latent.run("scan", guest.name, "--period", f"{PERIOD_S}s")
-    figures = activity.wait_passes(guest, 2 + LOOKS)
+    activity.wait_passes(guest, 2 + LOOKS)  # copies become base a few at a time
+    figures = check_scores(test, guest, areas, "restored", ("base", "clean"))
     for source in figures["sources"]:
         test.say(str(source))
-    # Copies become base a few at a time, and are looked at three times from then on.
-    for passes in range(4):
-        if passes:
-            figures = activity.wait_passes(guest, 1)
-        if all(is_enough(score) for _, _, score in told_scores(areas.scores()[0], ("base", "clean"))):
-            break
-    test.say(f"{2 + LOOKS + passes} passes after the restore:")
-    check_scores(test, areas, "restored", ("base", "clean"))
     test.check(figures["copies_settled"] > 0.9 * areas.pages, f"{figures['copies_settled']} copies became base")
     test.say(f"the guest stood for {figures['frozen_us'] / 1e3:.1f} ms in {figures['passes']} passes")
     test.check(areas.check(), "the guest's memory is right")

@@ -27,15 +27,6 @@ PAGER_STEPS = (*range(1, 13), 20, 40)
 WAIT_S = 30
 
 
-def wait_for(what, condition, timeout_s=WAIT_S):
-    deadline_s = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > deadline_s:
-            raise vm.GuestError(f"not within {timeout_s} s: {what}")
-        time.sleep(0.01)
-    return found
-
-
 class Snapshots:
     """Of one guest: a plain one, and a packed one, which needs a pager."""
 
@@ -68,7 +59,7 @@ class Snapshots:
         return [*self.disks.iterdir(), *self.guest.dir.glob(f"{self.guest.name}-*.qcow2")]
 
     def check_nothing_left(self, test, what):
-        wait_for(f"{what}: nothing is left",
+        latent.wait_for(f"{what}: nothing is left",
                  lambda: latent.run("ps") is not None and latent.vm_dirs() == [] and self.overlays() == [])
         test.check(self.files() == self.files_before, f"{what}: nothing is left, and nobody wrote the snapshots")
 
@@ -96,7 +87,7 @@ def restore_status(guest, snapshot, fault):
     def ended():
         return guest.process.poll() is not None or guest.qemu_log.read_text(errors="replace").count('"steps"') > told
 
-    wait_for(f"{fault}: its end", ended)
+    latent.wait_for(f"{fault}: its end", ended)
     return guest.process.poll()
 
 
@@ -137,7 +128,7 @@ def clones(test, at):
 def end_described(at, pids):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    wait_for("they have ended", lambda: latent.run("ps") is not None and latent.vm_dirs() == [])
+    latent.wait_for("they have ended", lambda: latent.run("ps") is not None and latent.vm_dirs() == [])
     for path in at.overlays():
         path.unlink()
 
@@ -184,13 +175,13 @@ def start_pager(at, **environment):
     subprocess.run(["latent-pager", directory, os.path.realpath(at.packed)], executable=vm.BUILD_DIR / "latent-pager",
                    check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                    env=dict(os.environ, **environment))
-    return wait_for("a pager", lambda: list(directory.glob("*.sock")) and latent.pagers())[0]
+    return latent.wait_for("a pager", lambda: list(directory.glob("*.sock")) and latent.pagers())[0]
 
 
 def end_pagers():
     for pid in latent.pagers():
         os.kill(pid, signal.SIGKILL)
-    wait_for("no pager is left", lambda: not latent.pagers())
+    latent.wait_for("no pager is left", lambda: not latent.pagers())
     for path in (latent.run_dir() / ".pagers").iterdir():
         path.unlink()
 
@@ -261,11 +252,7 @@ def body(test):
                 PARTS[part](test, at)
                 at.check_untouched(test)
     finally:
-        for name in latent.vm_dirs():
-            try:
-                os.kill(latent.stat(name)["pid"], signal.SIGKILL)
-            except (vm.GuestError, OSError, KeyError):
-                pass
+        latent.end_all_vms()
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -26,6 +26,7 @@ YOUNG = "200ms" # of pages that are looked at every 100 ms
 LOOKS = 7       # from "never looked at" to the oldest state
 BALLOONED_MIB = 24
 PRESSURE = 0.05  # percent
+SMALL_STORE_MIB = 4
 DIRECT_READS = "sha256sum < /dev/vdb"  # through a drive with cache=none: the device writes guest RAM by itself
 
 
@@ -79,7 +80,8 @@ class Contents:
 def bad_input(test, guest):
     for words in ([], ["--cold-for", "0"], ["--cold-for", "-1"], ["--cold-for", "soon"], ["--to", "0"], ["--to", "1X"],
                   ["--to", "lots"], ["--cold-for", "1m", "--to", "1G"], ["--auto", "--pressure", "0"],
-                  ["--auto", "--pressure", "101"], ["--to", "1G", "--pressure", "1"]):
+                  ["--auto", "--pressure", "101"], ["--to", "1G", "--pressure", "1"],
+                  ["--to", "1G", "--store-max", "1G"], ["--to", "1G", "--store", "file", "--store-max", "4k"]):
         answer = latent.command("reclaim", guest.name, *words)
         test.check(answer.returncode == latent.USAGE and len(answer.stderr.splitlines()) == 1,
                    f"reclaim {' '.join(words)}: {answer.stderr.strip()}")
@@ -118,6 +120,62 @@ def below_what_it_uses(test, guest, contents):
     test.check("given back" in answer.stdout, answer.stdout.strip())
     test.check(guest.sh("echo alive").strip() == "alive", "the guest goes on")
     contents.check(test, "after all was given back that was not in use")
+
+
+# ---- to a file ----
+
+def store_of(guest, path):
+    """The agent's descriptor of the store."""
+    for found in Path(f"/proc/{guest.pid}/fd").iterdir():
+        if os.readlink(found) == f"{path} (deleted)":
+            return found
+    raise vm.GuestError(f"{guest.name} has no store {path}")
+
+
+def bad_stores(test, guest, directory):
+    there = directory / "there"
+    there.write_text("mine")
+    for path, why in ((there, "there is a file already"), (directory / "missing" / "store", "No such file"),
+                      ("/dev/shm/latent-test-store", "would be in the host's memory")):
+        answer = latent.command("reclaim", guest.name, "--cold-for", "1s", "--store", path)
+        test.check(answer.returncode == latent.SYSTEM and why in answer.stderr and len(answer.stderr.splitlines()) == 1,
+                   answer.stderr.strip())
+    test.check(there.read_text() == "mine" and not Path("/dev/shm/latent-test-store").exists(), "what was there stays")
+    there.unlink()
+
+
+def to_file(test, guest, contents, directory):
+    """What does not pack goes, too; the file has no name, and nothing of it is in the host's memory."""
+    bad_stores(test, guest, directory)
+    activity.wait_passes(guest, LOOKS)
+    path, before = directory / "store", figures(guest)
+    done = reclaim(guest, "--cold-for", "1s", "--store", path)
+    test.say(str(done))
+    store, after = store_of(guest, path), figures(guest)
+    test.check(not path.exists() and store.stat().st_mode & 0o777 == 0o600, "the file has no name, and is the VM's alone")
+    test.check(done["left_not_packed"] == 0 and after["store_file_bytes_now"] > HELD_MIB * MIB / 4,
+               f"{after['store_file_bytes_now'] / MIB:.0f} MiB are in it")
+    test.check(before["memory_bytes_now"] - after["memory_bytes_now"] > (COLD_MIB + HELD_MIB) / 2 * MIB,
+               f"the guest takes {after['memory_bytes_now'] / MIB:.0f} MiB of {before['memory_bytes_now'] / MIB:.0f}")
+    test.check(host.cached_pages(store) < 64, "and the host has nothing of the file in memory")
+    contents.check(test, "from the file")
+    test.check(host.cached_pages(store) < 64, "nor when it was read")
+    test.check(figures(guest)["store_file_bytes_now"] < after["store_file_bytes_now"] / 2, "there is room in it again")
+    answer = latent.command("reclaim", guest.name, "--cold-for", "1s", "--store", directory / "another")
+    test.check(answer.returncode == latent.NO_ANSWER and "already" in answer.stderr, answer.stderr.strip())
+
+
+def full_store(test, guest, directory):
+    """It stops there, and says so."""
+    guest.sh("head -c 24M /dev/urandom > /run/noise", timeout=60)
+    noise = guest.sh("sha256sum /run/noise")
+    activity.wait_passes(guest, LOOKS)
+    answer = latent.command("reclaim", guest.name, "--cold-for", "1s", "--store", directory / "small",
+                            "--store-max", f"{SMALL_STORE_MIB}M")
+    test.check(answer.returncode == latent.NO_ANSWER and "the store is full" in answer.stderr and
+               len(answer.stderr.splitlines()) == 1, answer.stderr.strip())
+    test.check(0 < figures(guest)["store_file_bytes_now"] <= SMALL_STORE_MIB * MIB, "it takes no more than it may")
+    test.check_equal(guest.sh("sha256sum /run/noise"), noise, "nothing is lost")
 
 
 # ---- under load ----
@@ -262,9 +320,11 @@ def body(test):
             scan(guest, "400ms")
             to_half(test, guest, contents)
             below_what_it_uses(test, guest, contents)
+            to_file(test, guest, contents, directory)
             under_pressure(test, guest, disk)
             under_load(test, guest, contents)
             saved(test, guest, contents, directory)
+            full_store(test, guest, directory)
             guest.shutdown()
     finally:
         shutil.rmtree(directory, ignore_errors=True)

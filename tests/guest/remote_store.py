@@ -3,7 +3,6 @@
 """Snapshots that cannot be mapped: packed ones, and those on HTTP(S) and S3-compatible stores."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -51,21 +50,13 @@ def environment(**variables):
                 os.environ[name] = value
 
 
-def wait(what, condition, timeout_s=30):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise vm.GuestError(f"not within {timeout_s} s: {what}")
-        time.sleep(0.05)
-
-
 def wait_loaded(guest):
     def is_loaded():
         figures = latent.stat(guest)
         return 0 < figures["source_pages_all"] == figures["source_pages_now"] and figures["rest"]["state"] == "loaded" and \
             figures["rest"]["pages_now"] == figures["rest"]["pages_all_now"] == figures["source_pages_all"]
 
-    wait("all is loaded", is_loaded, 60)
+    latent.wait_for("all is loaded", is_loaded, 60)
 
 
 # ---- the pager ----
@@ -73,7 +64,7 @@ def wait_loaded(guest):
 def kill_pager(there):
     [pid] = latent.pagers(there.url)
     os.kill(pid, signal.SIGKILL)
-    wait("the pager is gone", lambda: pid not in latent.pagers())
+    latent.wait_for("the pager is gone", lambda: pid not in latent.pagers())
 
 
 # ---- on this machine ----
@@ -118,7 +109,7 @@ def packed_here(test, guest, directory, nonce):
     latent.run("detach", guest.name)
     check(test, guest, nonce, "detached from the cache")
     guest.kill9()
-    wait("a pager that nobody needs ends", lambda: not latent.pagers(), 20)
+    latent.wait_for("a pager that nobody needs ends", lambda: not latent.pagers(), 20)
     guest.restore(directory / "again")
     check(test, guest, nonce, "packed a second time")
     spoilt_cache(test, guest, directory)
@@ -187,15 +178,6 @@ def spoilt_cache(test, guest, directory):
                not (directory / "spoilt").exists(), f"a cache with other contents: {answer.stderr.strip()}")
 
 
-def physical_memory(guest):
-    """All of guest RAM below the PCI hole, as QEMU sees it."""
-    path = guest.dir / "ram.bin"
-    guest.qmp("pmemsave", val=0, size=vm.parse_bytes(guest.mem), filename=str(path))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.unlink()
-    return digest
-
-
 def saved_early(test, guest, directory, nonce):
     """What is missing is loaded first, while the guest runs; what comes of it is the stopped VM, page by page."""
     with store.Store(directory, mbit_s=200) as there:
@@ -205,7 +187,7 @@ def saved_early(test, guest, directory, nonce):
         there.silent.set()
         process = subprocess.Popen([vm.BUILD_DIR / "latent", "save", guest.name, directory / "silent"],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        wait("stat tells of the silence", lambda: latent.stat(guest)["source_silent_ms_now"] > 1000)
+        latent.wait_for("stat tells of the silence", lambda: latent.stat(guest)["source_silent_ms_now"] > 1000)
         test.check(process.poll() is None and guest.qmp("query-status")["status"] == "running",
                    "a store that says nothing: the save waits, and the guest runs")
         process.send_signal(signal.SIGINT)
@@ -222,12 +204,12 @@ def saved_early(test, guest, directory, nonce):
                    f"{figures['pages_stored']} are stored")
         paths = [one["path"] for one in json.loads((directory / "paused/manifest.json").read_text())["volumes"]]
         test.check(not any("latent-cache" in path for path in paths), f"it refers to files: {paths}")
-        saved = physical_memory(guest)
+        saved = latent.physical_memory(guest)
     guest.kill9()
     test.check(latent.run("verify", directory / "paused").endswith("is whole\n"), "it is whole")
     guest.restore(directory / "paused")
     guest.wait_status("paused")
-    test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
+    test.check_equal(latent.physical_memory(guest), saved, "RAM is the same, byte by byte")
     guest.qmp("cont")
     check(test, guest, nonce, "saved from a store")
     guest.kill9()
@@ -316,7 +298,7 @@ class Described:
     def end(self):
         self.agent.close()
         os.kill(self.pid, signal.SIGTERM)
-        wait(f"{self.name} has ended", lambda: self.name not in [one["name"] for one in json.loads(latent.run("ps", "--json"))])
+        latent.wait_for(f"{self.name} has ended", lambda: self.name not in [one["name"] for one in json.loads(latent.run("ps", "--json"))])
 
 
 def described(test, directory, nonce):
@@ -332,7 +314,7 @@ def described(test, directory, nonce):
     keeper = subprocess.Popen([vm.BUILD_DIR / "latent", "spare", "--name", "near", "--disks", disks, directory / "packed"],
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait("a spare", lambda: latent.command("spare", "take", "--name", "taken", "near").returncode == 0, 60)
+        latent.wait_for("a spare", lambda: latent.command("spare", "take", "--name", "taken", "near").returncode == 0, 60)
         spare = Described("taken")
         check(test, spare, nonce, "a spare of a packed snapshot")
         spare.end()
@@ -355,7 +337,7 @@ def killed_pagers(test, guest, directory, nonce):
             time.sleep(0.6)
             test.check(work.status is None, f"the guest is at work when pager {number + 1} is killed")
             kill_pager(there)
-            wait("another one goes on", lambda: replaced() == before + number + 1)
+            latent.wait_for("another one goes on", lambda: replaced() == before + number + 1)
         test.check(work.wait(120).startswith("ok"), "every page is right")
         check(test, guest, nonce, "after all")
         figures = latent.stat(guest)
@@ -380,7 +362,7 @@ def bad_answers(test, guest, directory, nonce):
                                                       ("404", store.gone, "404"))):
             there.faults.append(fault)
             work = guest.sh_start(f"latent-guest mem check m {number * quarter} {quarter}")
-            wait(f"{what}: stat tells", lambda: word in latent.stat(guest)["source_trouble"])
+            latent.wait_for(f"{what}: stat tells", lambda: word in latent.stat(guest)["source_trouble"])
             time.sleep(0.5)
             figures = latent.stat(guest)
             test.check(work.status is None and figures["source_waiting_now"] > 0, f"{what}: it waits: {figures['source_trouble']}")
@@ -389,7 +371,7 @@ def bad_answers(test, guest, directory, nonce):
         test.check(latent.stat(guest)["source_wrong"] > 0, "wrong answers were counted")
         there.silent.set()
         work = guest.sh_start(f"latent-guest mem check m {3 * quarter} {quarter}")
-        wait("stat tells of the silence", lambda: latent.stat(guest)["source_silent_ms_now"] > 2000)
+        latent.wait_for("stat tells of the silence", lambda: latent.stat(guest)["source_silent_ms_now"] > 2000)
         test.check("does not answer since" in latent.run("stat", guest.name) and work.status is None,
                    "a store that says nothing: stat tells, and the guest waits")
         there.silent.clear()
@@ -411,7 +393,7 @@ def another_snapshot(test, guest, directory, nonce):
         check_nonce(test, guest, nonce)
         shutil.copyfile(directory / "again/ram.zst", copy / "ram.zst")
         work = guest.sh_start("latent-guest mem check m")
-        wait("stat tells", lambda: "has changed" in latent.stat(guest)["source_trouble"])
+        latent.wait_for("stat tells", lambda: "has changed" in latent.stat(guest)["source_trouble"])
         test.check(work.status is None, "the guest gets nothing of another object")
         shutil.copyfile(directory / "again/manifest.json", copy / "manifest.json")
         refused(test, guest, f"{there.url}/replaced", "the same name, another snapshot", "replaced")
@@ -476,7 +458,7 @@ def body(test):
             secured(test, guest, directory, nonce)
         latent.run("ps")
         test.check_equal(latent.vm_dirs(), [], "no run-time directory is left")
-        wait("the last pager ends", lambda: not latent.pagers(), 20)
+        latent.wait_for("the last pager ends", lambda: not latent.pagers(), 20)
         test.check_equal(list((latent.run_dir() / ".pagers").iterdir()), [], "and leaves nothing")
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -8,15 +8,15 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
-from lib import case, host, latent, vm
+from lib import case, host, latent
 from lib.vm import VM
 
 HELD_MIB = 64
 SLOWLY = {"LATENT_FAULT": "storage_read:delay:10"}  # each piece
 NO_ROOM = {"LATENT_FAULT": "spare_memory:8:ENOMEM"}
+IDLE_S = 240  # whatever else runs goes first
 
 
 def loaders(snapshot):
@@ -29,14 +29,6 @@ def loaders(snapshot):
         except OSError:
             pass  # it has just ended
     return found
-
-
-def wait(what, condition, timeout_s=30):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise vm.GuestError(f"not within {timeout_s} s: {what}")
-        time.sleep(0.05)
 
 
 def rest(guest):
@@ -54,7 +46,7 @@ def restore(guest, snapshot, *options, env=None):
     guest.env = dict(env or {})
     at = guest.qemu_log.stat().st_size
     guest.restore(snapshot, "--json", *options)
-    wait("its times", lambda: b'"steps"' in guest.qemu_log.read_bytes()[at:])
+    latent.wait_for("its times", lambda: b'"steps"' in guest.qemu_log.read_bytes()[at:])
     line = [one for one in guest.qemu_log.read_text()[at:].splitlines() if '"steps"' in one][0]
     return json.loads(line)["steps"]
 
@@ -70,7 +62,7 @@ def loaded(test, guest, snapshot, nonce):
     names = [step["step"] for step in steps]
     test.check_equal(names[-2:], ["resumed", "rest"], "the rest begins when the guest runs")
     test.check(steps[-1]["us"] >= steps[-2]["us"], f"{steps[-1]['us'] - steps[-2]['us']} us later")
-    wait("all is loaded", lambda: rest(guest)["state"] != "loading", 100)  # whatever else runs goes first
+    latent.wait_for("all is loaded", lambda: rest(guest)["state"] != "loading", IDLE_S)
     figures = rest(guest)
     # Images are everybody's, and somebody else may have dropped some of their pages since.
     test.check(figures["state"] == "loaded" and
@@ -79,7 +71,7 @@ def loaded(test, guest, snapshot, nonce):
                f"{(figures['end_us'] - steps[-1]['us']) / 1e6:.2f} s")
     stored = os.stat(snapshot / "ram").st_blocks // 8
     test.check(host.cached_pages(snapshot / "ram") >= 0.98 * stored, f"{stored} pages are in the page cache, and mincore agrees")
-    wait("who loaded it ends", lambda: not loaders(snapshot))
+    latent.wait_for("who loaded it ends", lambda: not loaders(snapshot), IDLE_S)
     test.check("all was loaded" in latent.run("stat", guest.name), "stat says it to people")
     check(test, guest, nonce, "loaded")
     test.check_equal(latent.command("stop-rest", guest.name).returncode, latent.NO_ANSWER, "there is nothing to stop any more")
@@ -92,7 +84,7 @@ def ended(test, guest, snapshot, nonce):
                              ("SIGTERM", lambda pid: os.kill(pid, signal.SIGTERM), "stopped"),
                              ("SIGKILL to QEMU", lambda pid: guest.kill9(), None)):
         restore(guest, snapshot, env=SLOWLY)
-        wait("it has begun", lambda: rest(guest)["pages_now"] > 0)
+        latent.wait_for("it has begun", lambda: rest(guest)["pages_now"] > 0, IDLE_S)
         figures = rest(guest)
         [pid] = loaders(snapshot)
         niceness = os.getpriority(os.PRIO_PROCESS, pid)
@@ -100,10 +92,10 @@ def ended(test, guest, snapshot, nonce):
                          f"{what}: {figures['pages_now']} of {figures['pages_all_now']} pages, with low priority")
         test.check("idle" in subprocess.run(["ionice", "-p", str(pid)], capture_output=True, text=True).stdout, "idle I/O")
         end(pid)
-        wait(f"{what}: it ends", lambda: pid not in loaders(snapshot), 5)
+        latent.wait_for(f"{what}: it ends", lambda: pid not in loaders(snapshot), IDLE_S)
         if state is None:
             continue
-        wait(f"{what}: it is told", lambda: rest(guest)["state"] == state, 5)
+        latent.wait_for(f"{what}: it is told", lambda: rest(guest)["state"] == state, IDLE_S)
         figures = rest(guest)
         test.check(figures["pages_now"] < figures["pages_all_now"], f"{what}: {figures['pages_now']} pages were loaded")
         check(test, guest, nonce, what)
@@ -117,9 +109,9 @@ def without(test, guest, snapshot, nonce):
     check(test, guest, nonce, "--no-rest")
     guest.kill9()
     restore(guest, snapshot, env=NO_ROOM)
-    wait("it ends", lambda: rest(guest)["state"] == "no_room")
+    latent.wait_for("it ends", lambda: rest(guest)["state"] == "no_room", IDLE_S)
     figures = rest(guest)
-    wait("who loaded ends", lambda: not loaders(snapshot))
+    latent.wait_for("who loaded ends", lambda: not loaders(snapshot), IDLE_S)
     test.check(0 < figures["pages_now"] < figures["pages_all_now"],
                f"no memory to spare: {figures['pages_now']} of {figures['pages_all_now']} pages")
     check(test, guest, nonce, "no memory to spare")

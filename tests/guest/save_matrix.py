@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import case, latent, vm
+from lib import case, latent
 from lib.vm import VM
 
 ROWS = ("mapped-active", "mapped-idle", "plain-active", "plain-idle")

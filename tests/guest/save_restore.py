@@ -3,7 +3,6 @@
 """`latent save` under load, `latent restore`, and what must not go wrong between them."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ KEEP_JOURNAL = ("i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i $(echo $i
                 "sync /root/journal; echo $i > /run/synced.new; mv /run/synced.new /run/synced; done")
 STEPS_BEFORE = ["checks", "overlays", "exec", "ram", "state"]  # before the guest runs
 KIND_DATA = 1  # src/snapshot/format.h
-NO_IMAGE, REFUSED, NO_ANSWER = 66, 65, 75
+NO_IMAGE, REFUSED = 66, 65
 
 
 def save(guest, directory, *options):
@@ -50,15 +49,6 @@ def check_memory(test, guest, what):
     test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"the guest's memory is right {what}")
 
 
-def physical_memory(guest):
-    """All of guest RAM below the PCI hole, as QEMU sees it."""
-    path = guest.dir / "ram.bin"
-    guest.qmp("pmemsave", val=0, size=vm.parse_bytes(guest.mem), filename=str(path))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.unlink()
-    return digest
-
-
 def same_memory(test, directory):
     """Every page of the restored VM is that of the stopped one."""
     snapshot = directory / "same"
@@ -68,11 +58,11 @@ def same_memory(test, directory):
         figures = save(guest, snapshot)
         test.check(figures["private_pages"] > 1000 and figures["pages_on_volumes"] > 1000,
                    f"{figures['private_pages']} copies in overlays, {figures['pages_on_volumes']} pages on images")
-        saved = physical_memory(guest)
+        saved = latent.physical_memory(guest)
         guest.kill9()
         guest.restore(snapshot)
         guest.wait_status("paused")
-        test.check_equal(physical_memory(guest), saved, "RAM is the same, byte by byte")
+        test.check_equal(latent.physical_memory(guest), saved, "RAM is the same, byte by byte")
         guest.qmp("cont")
         test.check_equal(guest.sh("cat /run/nonce"), nonce, "it is the same guest, not a new one")
         check_memory(test, guest, "after the restore")

@@ -1,9 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
-"""What `latent doctor` finds: in images of all kinds, and of the machine.
-
-LATENT_BUILD is meson's build directory.
-"""
+"""What `latent doctor` finds: in images of all kinds, and of the machine."""
 
 import json
 import os
@@ -11,10 +8,10 @@ import pathlib
 import shutil
 import struct
 import subprocess
-import sys
-import tempfile
 
-LATENT = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build")) / "latent"
+import cheap
+from cheap import LATENT, check
+
 PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 OK, LACKING, NO_IMAGE = 0, 1, 66  # src/cli/cli.h
@@ -23,13 +20,6 @@ STATUSES = {"ok", "limited", "missing"}
 KEYS = {"name", "status", "found", "enables", "remedy"}
 MACHINE = ["kernel", "kernel's rules", "pagemap", "populate", "leases", "vm.max_map_count", "userfaultfd", "activity",
            "huge pages", "overcommit", "locked memory", "KVM", "run directory", "aio=", "QEMU"]
-
-failures = []
-
-
-def check(holds, what):
-    if not holds:
-        failures.append(what)
 
 
 def run(*command):
@@ -187,28 +177,14 @@ def no_images(directory):
     check(done.returncode == NO_IMAGE and not images[0]["checks"] and images[1]["checks"], "the next one is looked at")
 
 
-def main():
-    if not LATENT.exists():
-        print(f"{LATENT} is not built")
-        return 77
-    missing = [name for name in ("qemu-img", "mke2fs") if not shutil.which(name, path=PATH)]
-    if missing:
-        print(f"there is no {' and no '.join(missing)}")
-        return 77
-    with tempfile.TemporaryDirectory(prefix="latent-test-doctor-") as name:
-        directory = pathlib.Path(name)
-        os.environ["LATENT_RUNTIME_DIR"] = str(directory / "run")
-        status = machine()
-        file_systems(status, directory)
-        partitions(status, directory)
-        qcow2s(status, directory)
-        who_writes(status, directory)
-        no_images(directory)
-    for failure in failures:
-        print(failure)
-    print(f"{len(failures)} complaints")
-    return 1 if failures else 0
+def body(directory):
+    status = machine()
+    file_systems(status, directory)
+    partitions(status, directory)
+    qcow2s(status, directory)
+    who_writes(status, directory)
+    no_images(directory)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cheap.main(body, *[pathlib.Path(shutil.which(name, path=PATH) or name) for name in ("qemu-img", "mke2fs")])

@@ -1,27 +1,17 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
-"""Every command and option has its place in a manual page, and no page tells of one that is gone.
+"""Every command and option has its place in a manual page, and no page tells of one that is gone."""
 
-LATENT_BUILD is meson's build directory.
-"""
-
-import os
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
+
+import cheap
+from cheap import LATENT, check
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
 PAGES = SOURCE / "docs" / "man"
-LATENT = pathlib.Path(os.environ.get("LATENT_BUILD", SOURCE / "build")) / "latent"
-
-failures = []
-
-
-def check(holds, what):
-    if not holds:
-        failures.append(what)
 
 
 def latent(*arguments):
@@ -84,10 +74,7 @@ def check_markup():
         check(done.returncode == 0, done.stdout.strip())
 
 
-def main():
-    if not LATENT.exists():
-        print(f"{LATENT} is not built")
-        return 77
+def body(_):
     names = commands()
     for name in names:
         if name not in ("help", "version"):
@@ -95,11 +82,7 @@ def main():
     check_overview(names)
     check_miss_reasons()
     check_markup()
-    for failure in failures:
-        print(failure)
-    print(f"{len(names)} commands, {len(failures)} complaints")
-    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cheap.main(body)

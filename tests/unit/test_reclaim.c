@@ -18,6 +18,7 @@
 #define FILE_PAGES 512
 #define SLAB 65536
 #define STORE_BYTES (64 << 20)
+#define AROUND 16 /* pages that the kernel maps together */
 
 static struct {
 	struct rig rig;
@@ -103,6 +104,8 @@ static bool all(void *ctx, uint64_t entry)
 	(void)entry;
 	return true;
 }
+
+static bool by_activity(void *ctx, uint64_t entry) { return entry_short(entry) == *(unsigned *)ctx; }
 
 /* The first failure; goes on behind it. */
 static int reclaim_if(ram_wanted wanted, void *ctx)
@@ -295,7 +298,48 @@ static void test_overlays(void **state)
 	check_maps();
 }
 
-static bool by_activity(void *ctx, uint64_t entry) { return entry_short(entry) == *(unsigned *)ctx; }
+/* Of a whole file goes what nobody shows, and what is wanted of that which is shown and in no page table. */
+static void test_cache_of_a_file(void **state)
+{
+	struct rig_file *f = &t.rig.files[0];
+	enum { FIRST = 40, COUNT = 128, HOT = 64 };
+	unsigned cold = ACTIVITY_COLD;
+	void *view;
+
+	(void)state;
+	assert_int_equal(ram_reclaim_cache(RAM, f->index, all, NULL), -EBUSY); /* no store yet */
+	open_store(STORE_BYTES, true);
+	assert_int_equal(ram_reclaim_cache(RAM, ENTRY_FILES, all, NULL), -ENOENT);
+	assert_int_equal(fdatasync(f->fd_rw), 0);
+	view = os_view_file(f->fd, os_bytes(FILE_PAGES), false);
+	if (!is_file_system_with_cache(f->fd, view)) {
+		os_unview_file(view, os_bytes(FILE_PAGES));
+		skip();
+	}
+	os_expect_random(f->fd); /* single pages in the cache */
+	os_drop_cached(f->fd, 0, os_bytes(FILE_PAGES));
+	for (uint64_t i = 0; i < FILE_PAGES; i++) {
+		uint64_t word;
+
+		assert_int_equal(pread(f->fd, &word, sizeof word, (off_t)os_bytes(i)), sizeof word);
+	}
+	ram_lock(RAM);
+	assert_int_equal(ram_map_overlay(RAM, BLOCK, FIRST, COUNT, f->index, 0), 0);
+	for (uint64_t i = 0; i < PAGES; i++)
+		ram_set_activity(RAM, BLOCK, i, entry_activity(i < FIRST + HOT ? ACTIVITY_HOT : ACTIVITY_COLD, 1));
+	ram_unlock(RAM);
+	assert_true(rig_holds(hva(FIRST + COUNT - 1), rig_file_tag(0, 0, COUNT - 1))); /* in the page table, and cold */
+	assert_int_equal(os_resident_pages(view, 0, FILE_PAGES), FILE_PAGES);
+	assert_int_equal(ram_reclaim_cache(RAM, f->index, by_activity, &cold), 0);
+	assert_int_equal(os_resident_pages(view, 0, HOT), HOT);
+	assert_in_range(os_resident_pages(view, 0, FILE_PAGES), HOT + 1, HOT + AROUND); /* mapped around it, too */
+	if (os_cached_pages(f->fd, 0, os_bytes(1)) != UINT64_MAX)
+		assert_int_equal(counts().clean, FILE_PAGES - os_resident_pages(view, 0, FILE_PAGES));
+	for (uint64_t i = 0; i < COUNT; i++)
+		assert_true(rig_holds(hva(FIRST + i), rig_file_tag(0, 0, i)));
+	os_unview_file(view, os_bytes(FILE_PAGES));
+	check_maps();
+}
 
 static void test_only_what_is_wanted(void **state)
 {
@@ -359,7 +403,7 @@ static void test_full_store(void **state)
 	assert_true(c.left_failed > 0);
 	for (uint64_t i = 0; i < PAGES; i++)
 		assert_true(has(i, i, NOISE));
-	assert_int_equal(counts().spill_bytes_now, 0);
+	assert_int_equal(counts().spill_file_bytes_now, 0);
 	assert_int_equal(reclaim(), -ENOSPC); /* there was room again */
 	assert_int_equal(counts().spilled, 4 * SLAB / OS_PAGE_BYTES);
 	for (uint64_t i = 0; i < PAGES; i++)
@@ -391,16 +435,28 @@ static void test_failures(void **state)
 	}
 }
 
-static void test_storage_fails_for_a_while(void **state)
+/* Who waits for the page goes on waiting; it is tried again, and comes when it can be read. */
+static void storage_fails_for_a_while(bool in_memory)
 {
-	(void)state;
-	open_store(STORE_BYTES, true);
+	open_store(STORE_BYTES, in_memory);
 	put(7, 7, SMALL);
 	assert_int_equal(reclaim(), 0);
 	os_fault_arm(OS_FAULT_STORAGE_READ, 1, EIO);
 	assert_true(has(7, 7, SMALL));
 	assert_int_equal(t.server.error, -EIO);
 	assert_int_equal(counts().spilled_now, 0);
+}
+
+static void test_storage_fails_for_a_while(void **state)
+{
+	(void)state;
+	storage_fails_for_a_while(true);
+}
+
+static void test_file_fails_for_a_while(void **state)
+{
+	(void)state;
+	storage_fails_for_a_while(false);
 }
 
 static void test_read_in_flight(void **state)
@@ -739,7 +795,134 @@ static void test_refused(void **state)
 	ram_unlock(RAM);
 }
 
+/* ---- a store in a file -------------------------------------------------------------------------------- */
+
+/* On a file system with a page cache, as the rig's own files. */
+static int open_disk_file(void)
+{
+	char path[] = "test-reclaim-store.XXXXXX"; /* where the tests run is the build directory */
+	int fd = mkstemp(path);
+
+	assert_true(fd >= 0);
+	assert_int_equal(unlink(path), 0);
+	return fd;
+}
+
+static void check_none_cached(int fd)
+{
+	struct stat st;
+	void *view;
+
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_true(st.st_size > 0);
+	view = os_view_file(fd, (size_t)st.st_size, false);
+	assert_non_null(view);
+	if (os_residency_is_told(fd))
+		assert_int_equal(os_resident_pages(view, 0, ((uint64_t)st.st_size + OS_PAGE_BYTES - 1) >> OS_PAGE_SHIFT), 0);
+	os_unview_file(view, (size_t)st.st_size);
+}
+
+/* What went to memory comes back from there also when there is a file; all that comes then goes there, also what packs
+ * badly. And the host has none of it in memory. */
+static void test_file_beside_memory(void **state)
+{
+	int fd = open_disk_file();
+	const uint64_t half = PAGES / 2;
+
+	(void)state;
+	open_store(STORE_BYTES, true);
+	for (uint64_t i = 0; i < half; i++)
+		put(i, i, SMALL);
+	assert_int_equal(reclaim(), 0);
+	assert_int_equal(counts().spilled_now, half);
+	assert_int_equal(counts().spill_file_bytes_now, 0);
+	assert_int_equal(ram_reclaim_open(RAM, fd, STORE_BYTES, false), 0);
+	assert_int_equal(ram_reclaim_open(RAM, fd, STORE_BYTES, false), -EALREADY);
+	for (uint64_t i = half; i < PAGES; i++)
+		put(i, i, i % 2 ? NOISE : SMALL);
+	assert_int_equal(reclaim(), 0);
+	assert_int_equal(counts().spilled_now, PAGES);
+	assert_int_equal(counts().left_unpacked, 0);
+	assert_true(counts().spill_bytes_now > 0);
+	assert_in_range(counts().spill_file_bytes_now, os_bytes(half / 2), counts().spill_file_most_bytes);
+	check_none_cached(fd);
+	for (uint64_t i = 0; i < PAGES; i++)
+		assert_true(has(i, i, i >= half && i % 2 ? NOISE : SMALL));
+	check_none_cached(fd);
+	assert_int_equal(counts().spilled_now, 0);
+	assert_int_equal(counts().spill_bytes_now, 0);
+	assert_int_equal(counts().spill_file_bytes_now, 0);
+	for (uint64_t i = 0; i < PAGES; i++)
+		put(i, PAGES + i, i % 3 ? NOISE : SMALL);
+	assert_int_equal(reclaim(), 0);
+	assert_int_equal(counts().spill_bytes_now, 0);
+	for (uint64_t i = 0; i < PAGES; i++)
+		assert_true(has(i, PAGES + i, i % 3 ? NOISE : SMALL));
+	check_maps();
+	assert_int_equal(t.server.error, 0);
+	ram_reclaim_allow(RAM, false);
+	close(fd);
+}
+
+/* What cannot be brought to the disk stays in memory, whatever becomes of it there; zeros need no disk. */
+static void test_flush_fails(void **state)
+{
+	static const int errors[] = { EIO, ENOSPC };
+
+	(void)state;
+	open_store(STORE_BYTES, false);
+	for (size_t n = 0; n < sizeof errors / sizeof errors[0]; n++) {
+		struct ram_reclaim_counts before = counts(), c;
+
+		for (uint64_t i = 0; i < PAGES; i++)
+			put(i, i + n, NOISE);
+		rig_write(hva(3), 0);
+		os_fault_arm(OS_FAULT_FLUSH, 1, errors[n]);
+		assert_int_equal(reclaim(), -errors[n]);
+		c = counts();
+		assert_int_equal(c.left_failed - before.left_failed, RAM_RECLAIM_PAGES - 1);
+		assert_int_equal(c.spilled_now, PAGES - RAM_RECLAIM_PAGES);
+		assert_int_equal(c.spill_file_bytes_now, (os_bytes(c.spilled_now) + SLAB - 1) / SLAB * SLAB);
+		assert_false(in_memory(3));
+		for (uint64_t i = 0; i < RAM_RECLAIM_PAGES; i++)
+			assert_true(i == 3 || in_memory(i));
+		for (uint64_t i = 0; i < PAGES; i++)
+			assert_true(i == 3 ? rig_holds(hva(i), 0) : has(i, i + n, NOISE));
+		assert_int_equal(counts().spill_file_bytes_now, 0);
+		check_maps();
+	}
+}
+
+/* A disk that is full, and one that fails, while it is written: what was not written stays. */
+static void test_file_cannot_be_written(void **state)
+{
+	static const int errors[] = { EIO, ENOSPC };
+
+	(void)state;
+	open_store(STORE_BYTES, false);
+	for (size_t n = 0; n < sizeof errors / sizeof errors[0]; n++) {
+		for (uint64_t i = 0; i < PAGES; i++)
+			put(i, i + n, NOISE);
+		os_fault_arm(OS_FAULT_WRITE, 100, errors[n]);
+		assert_int_equal(reclaim(), -errors[n]);
+		assert_int_equal(counts().spilled_now, 99 + PAGES - RAM_RECLAIM_PAGES);
+		assert_true(in_memory(99));
+		for (uint64_t i = 0; i < PAGES; i++)
+			assert_true(has(i, i + n, NOISE));
+		assert_int_equal(counts().spill_file_bytes_now, 0);
+	}
+}
+
 /* ---- the store ---------------------------------------------------------------------------------------- */
+
+static struct spill *open_spill(enum spill_kind kind)
+{
+	struct spill *s;
+
+	assert_int_equal(spill_open(&s), 0);
+	assert_int_equal(spill_add(s, kind, t.store, 2 * SLAB), 0);
+	return s;
+}
 
 static void test_pinned_slot_stays(void **state)
 {
@@ -750,7 +933,7 @@ static void test_pinned_slot_stays(void **state)
 	size_t bytes;
 
 	(void)state;
-	assert_int_equal(spill_open(t.store, SLAB, true, &s), 0);
+	s = open_spill(SPILL_MEMORY);
 	memset(page, 1, sizeof page);
 	bytes = spill_pack(s, page, packed);
 	assert_true(bytes > 0 && bytes <= 256);
@@ -758,7 +941,7 @@ static void test_pinned_slot_stays(void **state)
 	assert_int_equal(spill_write(s, slot, packed, bytes), 0);
 	spill_pin(s, slot);
 	spill_free(s, slot);
-	for (int i = 0; i < SLAB / 256 - 1; i++) {
+	for (int i = 0; i < 2 * SLAB / 256 - 1; i++) {
 		assert_int_equal(spill_reserve(s, bytes, &other), 0);
 		assert_int_not_equal(other, slot);
 	}
@@ -768,9 +951,9 @@ static void test_pinned_slot_stays(void **state)
 	spill_unpin(s, slot);
 	assert_int_equal(spill_reserve(s, bytes, &other), 0);
 	assert_int_equal(other, slot);
-	spill_count(s, &c);
-	assert_int_equal(c.slots_now, SLAB / 256);
-	assert_int_equal(c.bytes_now, SLAB);
+	spill_count(s, SPILL_MEMORY, &c);
+	assert_int_equal(c.slots_now, 2 * SLAB / 256);
+	assert_int_equal(c.bytes_now, 2 * SLAB);
 	spill_close(s);
 }
 
@@ -782,7 +965,7 @@ static void test_damaged_slot(void **state)
 	size_t bytes;
 
 	(void)state;
-	assert_int_equal(spill_open(t.store, SLAB, true, &s), 0);
+	s = open_spill(SPILL_MEMORY);
 	fill(page, 1, SMALL);
 	bytes = spill_pack(s, page, packed);
 	assert_int_equal(spill_reserve(s, bytes, &slot), 0);
@@ -795,6 +978,36 @@ static void test_damaged_slot(void **state)
 	spill_close(s);
 }
 
+/* What is not what was written there is an error, never contents: packed, or a page as it is. */
+static void test_changed_slot(void **state)
+{
+	uint64_t page[RIG_PAGE_WORDS], slot;
+	uint8_t packed[OS_PAGE_BYTES];
+	struct spill *s;
+
+	(void)state;
+	s = open_spill(SPILL_FILE);
+	for (size_t noise = SMALL; noise <= NOISE; noise += NOISE - SMALL) {
+		size_t bytes;
+		uint8_t last;
+		off_t at;
+
+		fill(page, 1, noise);
+		bytes = spill_pack(s, page, packed);
+		at = noise == NOISE ? SLAB : 0; /* another slab */
+		assert_int_equal(bytes == OS_PAGE_BYTES, noise == NOISE);
+		assert_int_equal(spill_reserve(s, bytes, &slot), 0);
+		assert_int_equal(spill_write(s, slot, packed, bytes), 0);
+		assert_int_equal(spill_flush(s), 0);
+		assert_int_equal(spill_read(s, slot, page), 0);
+		assert_int_equal(pread(t.store, &last, 1, at + (off_t)bytes - 1), 1);
+		last ^= 4;
+		assert_int_equal(pwrite(t.store, &last, 1, at + (off_t)bytes - 1), 1);
+		assert_int_equal(spill_read(s, slot, page), -EBADMSG);
+	}
+	spill_close(s);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -804,6 +1017,7 @@ int main(void)
 		TEST(test_writable_after),
 		TEST(test_mapped_anew),
 		TEST(test_overlays),
+		TEST(test_cache_of_a_file),
 		TEST(test_only_what_is_wanted),
 		TEST(test_a_walk),
 		TEST(test_full_store),
@@ -821,8 +1035,13 @@ int main(void)
 		TEST(test_unplugged_meanwhile),
 		TEST(test_beside_masks),
 		TEST(test_refused),
+		TEST(test_file_beside_memory),
+		TEST(test_flush_fails),
+		TEST(test_file_cannot_be_written),
+		TEST(test_file_fails_for_a_while),
 		TEST(test_pinned_slot_stays),
 		TEST(test_damaged_slot),
+		TEST(test_changed_slot),
 	};
 	int uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM | OS_UFFD_WP_HUGETLBFS_SHMEM);
 

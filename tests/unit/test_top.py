@@ -3,44 +3,26 @@
 """`latent top` gives the terminal back, whatever ends it; it and `latent heat` refuse what makes no sense.
 
 The VMs here are of the cheapest kind (tests/fuzz/fuzz_vmm_qemu.c); tests/guest/activity.py has a real one.
-LATENT_BUILD is meson's build directory.
 """
 
 import fcntl
 import json
 import os
-import pathlib
 import pty
 import select
 import signal
 import struct
 import subprocess
-import sys
-import tempfile
 import termios
 import time
 
-BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build"))
-LATENT, VMM = BUILD / "latent", BUILD / "tests" / "fuzz_vmm_qemu"
+import cheap
+from cheap import IMAGE_PAGES, LATENT, TIMEOUT_S, check, latent
+
 OK, USAGE, NO_VM, SYSTEM, NO_ANSWER = 0, 64, 67, 71, 75  # src/cli/cli.h
-RAM_MIB, IMAGE_MIB, PAGES_PER_MIB = 8, 4, 256
-TIMEOUT_S = 30
 # What a terminal is told to show the other screen, and that it is the usual one again (xterm).
 OTHER_SCREEN, USUAL_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
 UP, DOWN = b"\x1bOA", b"\x1bOB"
-
-failures = []
-
-
-def check(holds, what):
-    if not holds:
-        failures.append(what)
-
-
-def latent(*arguments):
-    return subprocess.run([LATENT, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-                          timeout=TIMEOUT_S)
-
 
 class Terminal:
     """`latent top` on a terminal of its own."""
@@ -95,34 +77,14 @@ class Terminal:
                 os.close(fd)
 
 
-class VM:
-    """RAM that nobody uses; its first half is an image."""
-
-    def __init__(self, name, directory):
-        self.name = name
-        image = directory / f"{name}.image"  # of its own: it is written here
-        image.write_bytes(os.urandom(IMAGE_MIB << 20))
-        self.process = subprocess.Popen([LATENT, "run", "--name", name, "--share-threshold", "0", "--min-run", "1", "--",
-                                         VMM, "-machine", "q35", "-m", str(RAM_MIB), image],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        check(self.process.stdout.read(1) == b"r", f"{name} runs")
-
+class VM(cheap.VM):
     def scan(self):
-        return json.loads(latent("stat", self.name, "--json").stdout)["scan"]
+        return self.stat()["scan"]
 
     def wait_passes(self, count):
         deadline_s = time.monotonic() + TIMEOUT_S
         while self.scan()["passes"] < count and time.monotonic() < deadline_s:
             time.sleep(0.05)
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def close(self):
-        self.kill()
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 def check_ends(what, end, *options):
@@ -225,12 +187,12 @@ def check_map(vm, directory):
     latent("scan", vm.name, "off")
     found = json.loads(latent("heat", vm.name, "--json").stdout)
     cells = [cell for block in found["blocks"] for cell in block["cells"]]
-    check(sum(map(sum, cells)) == RAM_MIB * PAGES_PER_MIB == found["pages"], f"{sum(map(sum, cells))} pages in cells")
+    check(sum(map(sum, cells)) == cheap.RAM_MIB * cheap.PAGES_PER_MIB == found["pages"], f"{sum(map(sum, cells))} pages in cells")
     for number, name in enumerate(found["cell"]):
         in_all = sum(by_class[name] for by_class in found["pages_now"].values())
         check(sum(cell[number] for cell in cells) == in_all == vm.scan()["pages_now"][name], f"{name}: {in_all} pages")
     by_source = {source: sum(by_class.values()) for source, by_class in found["pages_now"].items()}
-    check(by_source["overlay"] == IMAGE_MIB * PAGES_PER_MIB, f"pages of the image are {by_source}")
+    check(by_source["overlay"] == IMAGE_PAGES, f"pages of the image are {by_source}")
     for width in ("16", "100", "1024"):
         rows = [line.split("|")[1] for line in latent("heat", vm.name, "--width", width).stdout.splitlines()
                 if line.count("|") == 2]
@@ -292,24 +254,15 @@ def check_with_vms(directory):
         two.close()
 
 
-def main():
-    if not LATENT.exists() or not VMM.exists():
-        print(f"{LATENT} or {VMM} is not built")
-        return 77
-    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as directory:
-        os.environ["LATENT_RUNTIME_DIR"] = root
-        check_with_vms(pathlib.Path(directory))
-        check_watch(pathlib.Path(directory))
-        check_refusals()
-        check_batch()
-        check_all_ends()
-        check_hangup()
-        check_keys()
-    for failure in failures:
-        print(failure)
-    print(f"{len(failures)} complaints")
-    return 1 if failures else 0
+def body(directory):
+    check_with_vms(directory)
+    check_watch(directory)
+    check_refusals()
+    check_batch()
+    check_all_ends()
+    check_hangup()
+    check_keys()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cheap.main(body, cheap.VMM)

@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from . import host, vm
@@ -52,6 +54,34 @@ def vm_dirs():
     """Names of the VMs' directories, dead or alive."""
     return sorted(path.name for path in run_dir().iterdir()
                   if path.is_dir() and path.name not in ("volumes", ".pagers"))
+
+
+def end_all_vms():
+    """By SIGKILL, whoever started them: what a test does at its end."""
+    for name in vm_dirs():
+        try:
+            os.kill(stat(name)["pid"], signal.SIGKILL)
+        except (GuestError, OSError, KeyError):
+            pass
+
+
+def wait_for(what, condition, timeout_s=60):
+    """Until condition() holds; returns what it has returned."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline_s:
+            raise GuestError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.02)
+    return found
+
+
+def physical_memory(guest):
+    """The SHA-256 of all of guest RAM below the PCI hole, as QEMU sees it."""
+    path = guest.dir / "ram.bin"
+    guest.qmp("pmemsave", val=0, size=vm.parse_bytes(guest.mem), filename=str(path))
+    digest = sha256(path)
+    path.unlink()
+    return digest
 
 
 def pagers(source=""):

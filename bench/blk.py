@@ -114,12 +114,13 @@ class Bench:
             rows = [[name, spread([n / 1000 for n in self.values(name, workload, 0)]),
                      spread([n / 1e6 for n in self.values(name, workload, 1)]), spread(self.values(name, workload, 2))]
                     for name in self.servers]
-            self.result.table(f"{' '.join(workload)}, {DEPTH} under way", ["", "1000 requests/s", "MB/s", "CPU µs/request"], rows)
+            self.result.table(f"{' '.join(workload)}, {DEPTH} under way",
+                              ["", "1000 requests/s", "MB/s", "CPU µs/request"], rows)
             self.compare(workload)
         self.result.metric("peak_mapped_guest_pages", self.peak_pages())
-        self.result.note(f"Image of {IMAGE_MIB} MiB in memory; the driver sleeps until it is told, as a guest does. The peer of a "
-                         "ratio is the better of the two. CPU: user and system time of the processes that serve. Not measured: "
-                         "from inside a guest.")
+        self.result.note(f"Image of {IMAGE_MIB} MiB in memory; the driver sleeps until it is told, as a guest does. The peer "
+                         "of a ratio is the better of the two. CPU: user and system time of the processes that serve. "
+                         "Not measured: from inside a guest.")
 
     def compare(self, workload):
         """Throughput of ours over the peer's, by pairs; of the peers, the one that is faster."""

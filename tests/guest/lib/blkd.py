@@ -15,6 +15,11 @@ WORK = Path(__file__).with_name("blk_work.py")
 PART_BYTES = 4 << 20  # of a thread of blk_work.py
 
 
+def lanes_of(pid):
+    """The lanes of a domain: its children."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Blkd:
     """One domain. Closed with the `with` statement."""
 
@@ -36,8 +41,7 @@ class Blkd:
             time.sleep(0.02)
 
     def lanes(self):
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(word) for word in children.split()]
+        return lanes_of(self.process.pid)
 
     def wait_lanes(self, count, without=()):
         """Until there are so many lanes, none of them one of `without`."""

@@ -337,6 +337,8 @@ static int handle_queue(struct connection *c, const struct vhost_user_message *m
 	bool is_setup =
 		m->op == VHU_SET_VRING_NUM || m->op == VHU_SET_VRING_ADDR || m->op == VHU_SET_VRING_BASE;
 
+	if (v->index >= c->queue_end)
+		c->queue_end = v->index + 1u;
 	if (is_setup && v->runs) { /* a front end that forgot to ask for the base */
 		virtqueue_stop(v);
 		v->broken = false;

@@ -155,7 +155,7 @@ static bool for_queues(struct lane *lane, virtqueue_fn work)
 	for (struct connection *c = lane->connections; c; c = c->next) {
 		if (c->message_waits || c->closing)
 			continue;
-		for (uint32_t i = 0; i < VHOST_USER_QUEUES_MAX; i++)
+		for (uint32_t i = 0; i < c->queue_end; i++)
 			if (c->queues[i].runs)
 				any |= work(&c->queues[i]);
 	}

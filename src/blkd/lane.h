@@ -81,6 +81,7 @@ struct connection {
 	size_t record_bytes, record_stride;
 	uint16_t record_queues;
 
+	uint32_t queue_end; /* from here on the front end has named none */
 	struct virtqueue queues[VHOST_USER_QUEUES_MAX];
 
 	/* The message that is coming in, or waits until no request is under way. */

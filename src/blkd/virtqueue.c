@@ -105,6 +105,8 @@ int virtqueue_start(struct virtqueue *v, const char **ret_why)
 		return 0;
 	*ret_why = "a ring is not in guest memory that is shared (memory-backend-memfd,share=on)";
 	r = map_rings(v);
+	if (r == -ENOSPC)
+		*ret_why = "this lane has as many rings as it can have (more --lanes)";
 	if (r)
 		return r;
 	*ret_why = "the record of requests in flight is of other queues";

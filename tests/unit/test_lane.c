@@ -286,6 +286,29 @@ static void a_readonly_image_is_served_to_many(void **state)
 	assert_sectors(r, FRONT_DATA, 3, 4096);
 }
 
+/* More rings than a handful: each is guarded against a front end that cuts its memory. */
+static void many_front_ends_are_served(void **state)
+{
+	enum { FRONTS = 24 };
+	struct rig *r = *state;
+	struct front *fronts = calloc(FRONTS, sizeof *fronts);
+	struct front_segment segment = { FRONT_DATA, 4096 };
+
+	for (uint32_t i = 0; i < FRONTS; i++) {
+		assert_int_equal(front_init(&fronts[i], FRONT_DATA + (1 << 20), 4), 0);
+		assert_int_equal(front_connect(&fronts[i], r->socket, true), 0);
+	}
+	for (uint32_t i = 0; i < 4 * FRONTS; i++) {
+		struct front *f = &fronts[i / 4];
+
+		assert_int_equal(front_do(f, i % 4, VIRTIO_BLK_T_IN, i, &segment, 1), VIRTIO_BLK_S_OK);
+		assert_int_equal(*(uint64_t *)(f->ram + FRONT_DATA), word_on_disk(i * SECTOR));
+	}
+	for (uint32_t i = 0; i < FRONTS; i++)
+		front_free(&fronts[i]);
+	free(fronts);
+}
+
 /* Of guest RAM, in the lane's address space. */
 static uint64_t mapped_bytes(const struct rig *r)
 {
@@ -844,6 +867,7 @@ int main(void)
 		WRITABLE(scattered_data_goes_where_it_belongs),
 		WRITABLE(discards_zeroes_and_flushes_are_done),
 		READONLY(a_readonly_image_is_served_to_many),
+		READONLY(many_front_ends_are_served),
 		READONLY(nothing_stays_mapped_but_the_rings),
 		READONLY(a_lane_that_is_moved_goes_on),
 		cmocka_unit_test_setup_teardown(what_is_being_read_for_one_is_not_read_for_another,

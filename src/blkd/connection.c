@@ -28,7 +28,7 @@
 #define FLAG_REPLY (1u << 2)
 #define RECORD_ALIGN 64u
 #define BLOCK_BYTES 512u
-#define DATA_SEGMENTS 126u /* with header and status as many as a queue of QEMU's has */
+#define DATA_SEGMENTS 126u     /* with header and status as many as a queue of QEMU's has */
 #define PHYSICAL_BLOCK_SHIFT 3 /* 2^3 sectors: 4 KiB */
 
 /* Protocol features: docs/interop/vhost-user.rst. */

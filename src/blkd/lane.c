@@ -93,6 +93,7 @@ static void poll_domain(struct lane *lane)
 	io_uring_sqe_set_data(sqe, &lane->from_domain);
 }
 
+/* -EPIPE: there is no domain any more; -EMFILE: there was no room for the descriptor. */
 static int receive_fd(int control)
 {
 	union {
@@ -105,7 +106,7 @@ static int receive_fd(int control)
 		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &data, .msg_controllen = sizeof data
 	};
 	struct cmsghdr *m;
-	int fd = -EPIPE;
+	int fd = -EMFILE;
 
 	if (recvmsg(control, &message, MSG_CMSG_CLOEXEC) <= 0)
 		return -EPIPE;
@@ -115,23 +116,37 @@ static int receive_fd(int control)
 	return fd;
 }
 
+static void tell_domain_of_an_end(struct lane *lane)
+{
+	char byte = 0;
+
+	if (write(lane->control, &byte, sizeof byte) < 0)
+		lane->domain_is_gone = true;
+}
+
 static void domain_speaks(struct lane *lane, struct event *event, int res)
 {
 	int fd = res < 0 ? -EPIPE : receive_fd(lane->control);
+	int r = fd < 0 ? fd : connection_new(lane, fd);
 
 	(void)event;
-	lane->domain_is_gone = fd < 0;
-	if (fd >= 0 && connection_new(lane, fd))
+	if (r == -EPIPE) {
+		lane->domain_is_gone = true;
+		return;
+	}
+	if (r) {
+		lane_say("a front end cannot be served: %s", strerror(-r));
+		tell_domain_of_an_end(lane);
+	}
+	if (r && fd >= 0)
 		close(fd);
-	if (!lane->domain_is_gone)
-		poll_domain(lane);
+	poll_domain(lane);
 }
 
 void lane_forget(struct lane *lane, struct connection *c)
 {
 	struct connection **at = &lane->connections;
 	struct latent_window_stats stats;
-	char byte = 0;
 
 	while (*at != c)
 		at = &(*at)->next;
@@ -140,8 +155,7 @@ void lane_forget(struct lane *lane, struct connection *c)
 	lane_say("a connection has ended: %llu requests, at most %llu guest pages mapped for them",
 		 (unsigned long long)c->served, (unsigned long long)stats.peak_pages);
 	free(c);
-	if (write(lane->control, &byte, sizeof byte) < 0)
-		lane->domain_is_gone = true;
+	tell_domain_of_an_end(lane);
 }
 
 /* ---- the loop ------------------------------------------------------------------------------------------ */

@@ -15,7 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -73,6 +73,17 @@ static void remove_socket(const char *path, ino_t ino)
 		unlink(path);
 }
 
+/* Each queue of a front end takes two or three. */
+static void allow_descriptors(void)
+{
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit))
+		return;
+	limit.rlim_cur = limit.rlim_max;
+	setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 int main(int argc, char **argv)
 {
 	char why[IMAGE_WHY_BYTES];
@@ -93,6 +104,7 @@ int main(int argc, char **argv)
 		       why);
 	if (r)
 		return fail(r == -EAGAIN ? IN_USE : NO_IMAGE, "%s%s", why, "");
+	allow_descriptors();
 	status = listen_at(argv[1], &listener);
 	if (status)
 		return status;

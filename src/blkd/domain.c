@@ -50,17 +50,16 @@ static int nth_cpu(unsigned n)
 	return cpu;
 }
 
-static void close_in_child(struct domain *d)
+/* All that the domain has but the image, the socket to it, and standard streams. */
+static void close_all_but(int a, int b)
 {
-	close(d->listener);
-	close(d->signals);
-	if (d->owner >= 0)
-		close(d->owner);
-	if (d->waiting >= 0)
-		close(d->waiting);
-	for (unsigned i = 0; i < d->lanes; i++)
-		if (d->child[i].control >= 0)
-			close(d->child[i].control);
+	unsigned low = (unsigned)(a < b ? a : b), high = (unsigned)(a < b ? b : a);
+
+	if (low > STDERR_FILENO + 1)
+		close_range(STDERR_FILENO + 1, low - 1, 0);
+	if (high > low + 1)
+		close_range(low + 1, high - 1, 0);
+	close_range(high + 1, ~0u, 0);
 }
 
 static _Noreturn void be_lane(struct domain *d, unsigned n, int control, pid_t parent)
@@ -74,7 +73,7 @@ static _Noreturn void be_lane(struct domain *d, unsigned n, int control, pid_t p
 		_exit(0);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
-	close_in_child(d);
+	close_all_but(control, d->image->fd);
 	lane_main(nth_cpu(n), control, d->image);
 }
 
@@ -97,7 +96,19 @@ static int start_lane(struct domain *d, unsigned n)
 		return 0;
 	close(child->control);
 	child->control = -1;
-	return -errno;
+	return -EAGAIN; /* as fork(2) has it: too many processes, or no memory */
+}
+
+/* Each lane says so when it can serve; one that cannot has said why. */
+static int wait_for_lanes(struct domain *d)
+{
+	for (unsigned n = 0; n < d->lanes; n++) {
+		char byte;
+
+		if (recv(d->child[n].control, &byte, sizeof byte, 0) != sizeof byte)
+			return -ECHILD;
+	}
+	return 0;
 }
 
 static void lane_died(struct domain *d, unsigned n)
@@ -127,7 +138,7 @@ static void lane_speaks(struct domain *d, unsigned n)
 	char byte;
 	ssize_t got = recv(d->child[n].control, &byte, sizeof byte, MSG_DONTWAIT);
 
-	if (got > 0 && d->child[n].connections)
+	if (got > 0 && byte == LANE_ENDED && d->child[n].connections)
 		d->child[n].connections--;
 	else if (!got || (got < 0 && errno != EAGAIN && errno != EINTR))
 		lane_died(d, n);
@@ -251,7 +262,8 @@ static void end_lanes(struct domain *d)
 	}
 }
 
-int domain_serve(int listener, int owner, const struct image *image, unsigned lanes)
+int domain_serve(int listener, int owner, const struct image *image, unsigned lanes,
+		 domain_ready_fn ready, void *ctx)
 {
 	struct domain d = {
 		.listener = listener, .owner = owner, .image = image, .lanes = lanes, .waiting = -1
@@ -269,6 +281,10 @@ int domain_serve(int listener, int owner, const struct image *image, unsigned la
 		d.child[i].control = -1;
 	for (unsigned i = 0; !r && i < lanes; i++)
 		r = start_lane(&d, i);
+	if (!r)
+		r = wait_for_lanes(&d);
+	if (!r && ready)
+		ready(ctx);
 	while (!r && wait_for_something(&d)) {
 		start_missing_lanes(&d);
 		place_waiting(&d);

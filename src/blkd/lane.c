@@ -116,10 +116,8 @@ static int receive_fd(int control)
 	return fd;
 }
 
-static void tell_domain_of_an_end(struct lane *lane)
+static void tell_domain(struct lane *lane, char byte)
 {
-	char byte = 0;
-
 	if (write(lane->control, &byte, sizeof byte) < 0)
 		lane->domain_is_gone = true;
 }
@@ -136,7 +134,7 @@ static void domain_speaks(struct lane *lane, struct event *event, int res)
 	}
 	if (r) {
 		lane_say("a front end cannot be served: %s", strerror(-r));
-		tell_domain_of_an_end(lane);
+		tell_domain(lane, LANE_ENDED);
 	}
 	if (r && fd >= 0)
 		close(fd);
@@ -155,7 +153,7 @@ void lane_forget(struct lane *lane, struct connection *c)
 	lane_say("a connection has ended: %llu requests, at most %llu guest pages mapped for them",
 		 (unsigned long long)c->served, (unsigned long long)stats.peak_pages);
 	free(c);
-	tell_domain_of_an_end(lane);
+	tell_domain(lane, LANE_ENDED);
 }
 
 /* ---- the loop ------------------------------------------------------------------------------------------ */
@@ -297,6 +295,7 @@ _Noreturn void lane_main(int cpu, int control, const struct image *image)
 	r = confine(&lane.ring);
 	if (r)
 		fail("a lane cannot be confined", r);
+	tell_domain(&lane, LANE_READY);
 	serve(&lane);
 	_exit(0);
 }

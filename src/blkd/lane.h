@@ -124,10 +124,13 @@ struct lane {
 	struct peek peek;
 };
 
+/* What a lane says to its domain, a byte each. */
+enum { LANE_READY = 'r', LANE_ENDED = 'e' /* a connection has */ };
+
 /*
  * Serves until the domain is gone. `control`: a SOCK_SEQPACKET socket: each packet from the domain is a
- * byte with a connection's descriptor; each to it a byte for one that has ended. Does not come back;
- * exit status 1 if it cannot begin (said on stderr).
+ * byte with a connection's descriptor. Does not come back; exit status 1 if it cannot begin (said on
+ * stderr).
  */
 _Noreturn void lane_main(int cpu, int control, const struct image *image);
 

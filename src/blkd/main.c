@@ -11,6 +11,7 @@
 #include "blkd/image.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/close_range.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +20,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { OK = 0, USAGE = 64, NO_IMAGE = 66, SYSTEM = 71, SOCKET = 73, IN_USE = 74 };
@@ -73,6 +75,45 @@ static void remove_socket(const char *path, ino_t ino)
 		unlink(path);
 }
 
+struct start {
+	const char *image, *socket;
+	int ready; /* a pipe that our parent reads; -1: people do */
+};
+
+static void say_ready(void *ctx)
+{
+	struct start *s = ctx;
+
+	if (s->ready < 0)
+		fprintf(stderr, "latent blkd: serving %s at %s\n", s->image, s->socket);
+	else if (write(s->ready, "", 1) < 0 || close(s->ready))
+		fprintf(stderr, "latent: who has started the block domain is gone\n");
+}
+
+/* Our parent stays until we serve, and ends as we do if we never do. */
+static int go_to_background(void)
+{
+	int ready[2], status = 0;
+	char byte;
+	pid_t pid;
+
+	if (pipe2(ready, O_CLOEXEC))
+		_exit(fail(SYSTEM, "a pipe cannot be made: %s%s", strerror(errno), ""));
+	pid = fork();
+	if (pid < 0)
+		_exit(fail(SYSTEM, "no process can be started: %s%s", strerror(errno), ""));
+	if (!pid) {
+		close(ready[0]);
+		setsid(); /* what a terminal sends is for the VMM, with which this ends */
+		return ready[1];
+	}
+	close(ready[1]);
+	if (read(ready[0], &byte, sizeof byte) == sizeof byte)
+		_exit(OK);
+	waitpid(pid, &status, 0);
+	_exit(WIFEXITED(status) ? WEXITSTATUS(status) : SYSTEM);
+}
+
 /* Each queue of a front end takes two or three. */
 static void allow_descriptors(void)
 {
@@ -88,6 +129,7 @@ int main(int argc, char **argv)
 {
 	char why[IMAGE_WHY_BYTES];
 	struct image image;
+	struct start s;
 	struct stat st;
 	int listener = -1, owner = -1, status, r;
 
@@ -100,6 +142,8 @@ int main(int argc, char **argv)
 		owner = 3;
 	}
 	close_range(owner < 0 ? 3 : 4, ~0u, 0);
+	if (!freopen("/dev/null", "r", stdin))
+		close(STDIN_FILENO); /* what a VMM of ours reads there is not for us */
 	r = image_open(argv[2], strcmp(argv[3], "auto") ? argv[3] : NULL, !strcmp(argv[4], "ro"), &image,
 		       why);
 	if (r)
@@ -108,15 +152,12 @@ int main(int argc, char **argv)
 	status = listen_at(argv[1], &listener);
 	if (status)
 		return status;
-	if (owner < 0)
-		fprintf(stderr, "latent blkd: serving %s at %s\n", argv[2], argv[1]);
-	else if (fork())
-		_exit(OK);
-	else
-		setsid(); /* what a terminal sends is for the VMM, with which this ends */
 	if (stat(argv[1], &st))
 		st.st_ino = 0;
-	r = domain_serve(listener, owner, &image, (unsigned)strtoul(argv[5], NULL, 10));
+	s = (struct start){ argv[2], argv[1], owner < 0 ? -1 : go_to_background() };
+	r = domain_serve(listener, owner, &image, (unsigned)strtoul(argv[5], NULL, 10), say_ready, &s);
 	remove_socket(argv[1], st.st_ino);
-	return r ? fail(SYSTEM, "no lane can be started: %s%s", strerror(-r), "") : OK;
+	return r ? fail(SYSTEM, "%s cannot be served: %s", argv[2],
+			r == -ECHILD ? "see above" : strerror(-r))
+		 : OK;
 }

@@ -93,7 +93,7 @@ static void start_domain(struct rig *r, bool readonly)
 	r->domain = fork();
 	if (!r->domain) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		_exit(domain_serve(r->listener, -1, &r->image, r->lanes) ? 1 : 0);
+		_exit(domain_serve(r->listener, -1, &r->image, r->lanes, NULL, NULL) ? 1 : 0);
 	}
 	close(r->listener);
 	close(r->image.fd); /* the lock is the domain's */

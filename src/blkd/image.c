@@ -111,7 +111,7 @@ int image_open(const char *path, const char *format, bool readonly, struct image
 		return r;
 	}
 	snprintf(image.id, sizeof image.id, "%s", name ? name + 1 : path);
-	/* Without O_NONBLOCK a pipe would let us wait; with it io_uring would not, on some file systems. */
+	/* Without it the open of a pipe would wait; with it io_uring would not wait where it has to. */
 	fcntl(image.fd, F_SETFL, fcntl(image.fd, F_GETFL) & ~O_NONBLOCK);
 	r = look_at(&image, path, format, why);
 	if (r)

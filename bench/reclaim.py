@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from common import guests as common
-from common.guests import GuestError, host, vm
+from common.guests import host, vm
 from lib import activity, cgroup, latent
 
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def give_back(result, image, size):
         guest.sh(READ_FILES, timeout=180)
         use_third(guest)
         begun_s = time.monotonic()
-        run_latent("scan", guest.name, "--period", f"{PERIOD_S}s")
+        latent.run("scan", guest.name, "--period", f"{PERIOD_S}s")
         before, rates = resident(guest, image), [window(guest) for _ in range(WINDOWS[size])]
         result.say("what is not used becomes cold, and is given back")
         done = reclaim_in_time(result, guest, begun_s + WITHIN_S)
@@ -97,18 +97,11 @@ def use_third(guest):
 def reclaim_in_time(result, guest, until_s):
     """As soon as enough is known to be cold; what is given back later than that does not count."""
     activity.wait_passes(guest, 5, timeout_s=until_s - time.monotonic())
-    done = json.loads(run_latent("reclaim", "--json", "--cold-for", f"{COLD_FOR_S}s", guest.name))
+    done = json.loads(latent.run("reclaim", "--json", "--cold-for", f"{COLD_FOR_S}s", guest.name, timeout_s=WITHIN_S))
     result.check(time.monotonic() < until_s, f"it is given back within {WITHIN_S} s")
     result.say(f"packed {done['pages_packed'] >> 8} MiB into {done['store_bytes_now'] / MIB:.0f}, zeros and words "
                f"{done['pages_zero'] + done['pages_of_one_word'] >> 8}, of files {done['pages_of_files'] >> 8}")
     return done
-
-
-def run_latent(*words):
-    answer = subprocess.run([common.latent_command(), *map(str, words)], capture_output=True, text=True)
-    if answer.returncode:
-        raise GuestError(f"latent {words[0]}: {answer.stderr}")
-    return answer.stdout
 
 
 def stat(guest):
@@ -202,9 +195,9 @@ def start_limited(stack, directory, image, name, limit):
 def reclaim_limited(guest, store):
     """What is not used goes to the disk beforehand, as on the other side's swap; looking goes on."""
     guest.qmp("cont")
-    run_latent("scan", guest.name, "--period", f"{PERIOD_S}s")
+    latent.run("scan", guest.name, "--period", f"{PERIOD_S}s")
     activity.wait_passes(guest, 5)
-    run_latent("reclaim", "--cold-for", f"{COLD_FOR_S}s", "--store", store, guest.name)
+    latent.run("reclaim", "--cold-for", f"{COLD_FOR_S}s", "--store", store, guest.name, timeout_s=WITHIN_S)
     guest.qmp("stop")
 
 

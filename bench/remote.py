@@ -9,7 +9,7 @@ import time
 
 from common import guests as common
 from common.guests import GuestError, vm
-from lib import store
+from lib import latent, store
 
 LATENCY_MS, MBIT_S = 2, 1000
 HOT_MIB, COLD_MIB = 32, 600  # random words: what is packed is as large as what is not

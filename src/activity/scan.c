@@ -32,21 +32,28 @@ struct tally {
 	uint64_t pages[ACTIVITIES][LONG_STATES];
 	uint64_t present[ACTIVITIES]; /* that can be sampled */
 	uint64_t by_source[SCAN_SOURCES];
+	uint64_t writes_seen, written;
 	uint64_t looked, changed, sampled, refaults, cpu_ns, holds, long_holds, hold_max_us;
 	uint64_t hold_max_cpu_us, long_cpu_holds, settled, frozen_us;
 	bool around; /* neighbours could not be kept away somewhere */
 };
 
-/* What is remembered of a block: the pass in which each unit was sampled. */
+/* What is remembered of a unit: the pass in which it was sampled, and a bit for each page that was write-protected then. */
+struct unit_sample {
+	uint64_t pass;
+	uint64_t protected[UNIT_PAGES / 64];
+};
+
 struct scan_block {
 	const struct ram_block *block;
 	uint64_t pages;
-	uint64_t *sampled_in;
+	struct unit_sample *samples;
 };
 
 struct unit_page {
 	enum scan_source source;
 	bool present, copy, due; /* copy: a private one, in memory; due: it is to be sampled */
+	bool sees_writes, protected;
 };
 
 /* What is to be done with everybody stopped: a zap, or copies to be settled. */
@@ -62,6 +69,7 @@ struct scan {
 	struct scan_freezer freezer;
 	struct os_pagemap *pagemap;
 	int uffd;             /* that asks for single pages; -1 */
+	bool async;           /* and tells what was written */
 	pthread_mutex_t lock; /* protects the next three */
 	struct scan_report report;
 	uint64_t shortest_us, migration_pass_us;
@@ -103,6 +111,7 @@ static void begin_single(struct scan *s)
 {
 	bool async = os_features_get()->uffd_features & OS_UFFD_WP_ASYNC;
 
+	s->async = async && os_features_get()->pagemap_scan;
 	s->uffd = os_uffd_open_unserved(WP_FEATURES | (async ? OS_UFFD_WP_ASYNC : 0));
 	ram_lock(s->ram);
 	ram_single_by(s->ram, s->uffd < 0 ? -1 : s->uffd, async);
@@ -177,7 +186,7 @@ void scan_destroy(struct scan *s)
 		end_single(s);
 	os_pagemap_close(s->pagemap);
 	for (size_t i = 0; i < RAM_BLOCKS; i++)
-		free(s->blocks[i].sampled_in);
+		free(s->blocks[i].samples);
 	pthread_mutex_destroy(&s->lock);
 	free(s);
 }
@@ -220,22 +229,28 @@ static enum scan_source source_of(const struct scan *s, const struct ram_range *
 	return copy || !s->freezer.freeze ? SCAN_NOTHING : SCAN_CLEAN;
 }
 
-/* `sampled`: the unit was, in the pass before. */
-static enum seen_use see(const struct scan *s, enum activity now, bool present, bool sampled)
+/* `sample`: of the unit, in the pass before; NULL: there was none. `i`: the page's place in the unit. */
+static enum seen_use see(const struct scan *s, enum activity now, unsigned i,
+			 const struct unit_sample *sample)
 {
-	if (!sampled)
+	const struct unit_page *u = &s->unit[i];
+
+	if (!sample)
 		return SEEN_NOTHING;
-	if (!present)
+	if (!u->present)
 		return SEEN_UNUSED;
+	if (!s->was_due[now] && !activity_states[now].unused_looks)
+		return SEEN_NOTHING;
 	/* It was taken away at the last look, or was not there then. */
-	return s->was_due[now] || activity_states[now].unused_looks ? SEEN_USED : SEEN_NOTHING;
+	return sample->protected[i / 64] >> i % 64 & 1 && !u->protected ? SEEN_WRITTEN : SEEN_USED;
 }
 
 /* A page of which nothing can be found out any more is new again, for what was known of it is old. */
-static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t before, bool present,
-			     bool sampled)
+static uint64_t look_at_page(struct scan *s, unsigned i, uint64_t before,
+			     const struct unit_sample *sample)
 {
-	enum seen_use seen = see(s, activity_of(before), present, sampled);
+	enum scan_source source = s->unit[i].source;
+	enum seen_use seen = see(s, activity_of(before), i, sample);
 	bool anew = source == SCAN_NOTHING || s->pass == COUNTING_PASS;
 	uint64_t after = anew ? 0 : activity_next(before, seen, s->minutes);
 
@@ -243,15 +258,17 @@ static uint64_t look_at_page(struct scan *s, enum scan_source source, uint64_t b
 	s->tally.pages[activity_of(after)][entry_long(after)]++;
 	s->tally.by_source[source]++;
 	if (source != SCAN_NOTHING) {
-		s->tally.refaults += seen == SEEN_USED;
-		s->tally.present[activity_of(after)] += present;
+		s->tally.refaults += seen == SEEN_USED || seen == SEEN_WRITTEN;
+		s->tally.written += seen == SEEN_WRITTEN;
+		s->tally.writes_seen += s->unit[i].sees_writes;
+		s->tally.present[activity_of(after)] += s->unit[i].present;
 	}
 	return after;
 }
 
 /* Writes the entries, and notes for the samples what can be sampled. */
 static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first,
-			  const struct ram_range *range, bool sampled)
+			  const struct ram_range *range, const struct unit_sample *sample)
 {
 	for (uint64_t page = range->page; page < range->page + range->pages; page++) {
 		struct unit_page *u = &s->unit[page - first];
@@ -261,7 +278,9 @@ static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first,
 		u->present = flags & OS_PAGE_PRESENT;
 		u->copy = u->present && is_copy(range, flags);
 		u->source = source_of(s, range, is_copy(range, flags));
-		after = look_at_page(s, u->source, before, u->present, sampled);
+		u->sees_writes = s->async && range->source == ENTRY_BASE;
+		u->protected = u->sees_writes && flags & OS_PAGE_PROTECTED;
+		after = look_at_page(s, (unsigned)(page - first), before, sample);
 		u->due = u->source != SCAN_NOTHING && u->present && s->due[activity_of(after)];
 		if (after != before)
 			ram_set_activity(s->ram, b, page, after);
@@ -311,6 +330,21 @@ static void add_frozen(struct scan *s, struct ram_block *b, uint64_t page, uint6
 	s->frozen[s->frozen_count++] = (struct frozen_run){ s->slot, b, page, pages, settle };
 }
 
+/* So that the next look tells of what is sampled in the run whether it was written. Pages that are protected and
+ * not due stay so. */
+static void protect_run(struct scan *s, struct ram_block *b, uint64_t first, uint64_t at, uint64_t end)
+{
+	for (uint64_t run = at; at < end; at = run) {
+		while (run < end && s->unit[run].sees_writes == s->unit[at].sees_writes)
+			run++;
+		if (!s->unit[at].sees_writes ||
+		    os_pagemap_protect(s->pagemap, b->hva + os_bytes(first + at), run - at))
+			continue;
+		for (uint64_t i = at; i < run; i++)
+			s->unit[i].protected = true;
+	}
+}
+
 /* Takes what is due out of the page table, or notes it, so that the next look tells. */
 static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
 {
@@ -320,6 +354,7 @@ static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t 
 	if (single && single != -EOPNOTSUPP)
 		s->tally.around = true;
 	for (at = 0; !r && next_due(s, pages, SCAN_BASE, &at, &run); at += run) {
+		protect_run(s, b, first, at, at + run);
 		r = ram_zap_base(s->ram, b, first + at, run);
 		s->tally.sampled += run;
 	}
@@ -345,7 +380,7 @@ static bool settle_some(struct scan *s, struct frozen_run *run, uint64_t *budget
 /* The next look at the unit tells nothing. */
 static void forget_sample(struct scan *s, const struct frozen_run *run)
 {
-	s->blocks[run->slot].sampled_in[run->page / UNIT_PAGES] = 0;
+	s->blocks[run->slot].samples[run->page / UNIT_PAGES].pass = 0;
 }
 
 /* What is private in the run's unit; `known`: a run for whose unit it is known since everybody stands, if any. */
@@ -456,27 +491,35 @@ static void set_due(struct scan *s, uint64_t page)
 	}
 }
 
+static void note_sample(const struct scan *s, uint64_t pages, struct unit_sample *sample)
+{
+	memset(sample->protected, 0, sizeof sample->protected);
+	for (uint64_t i = 0; i < pages; i++)
+		sample->protected[i / 64] |= (uint64_t)s->unit[i].protected << i % 64;
+	sample->pass = s->pass;
+}
+
 static int do_unit(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
 {
-	uint64_t *sampled_in = &s->blocks[s->slot].sampled_in[first / UNIT_PAGES];
-	bool sampled = *sampled_in && *sampled_in == s->pass - 1;
+	struct unit_sample *last = &s->blocks[s->slot].samples[first / UNIT_PAGES];
+	bool sampled = last->pass && last->pass == s->pass - 1;
 	int r = os_pagemap_flags(s->pagemap, b->hva + os_bytes(first), pages, s->flags);
 
-	*sampled_in = 0;
+	last->pass = 0;
 	if (r)
 		return r;
 	set_due(s, first);
 	for (uint64_t page = first; page < first + pages;) {
 		struct ram_range range = ram_range_at(b, page, first + pages);
 
-		look_at_range(s, b, first, &range, sampled);
+		look_at_range(s, b, first, &range, sampled ? last : NULL);
 		page += range.pages;
 	}
 	if (s->pass == COUNTING_PASS)
 		return 0;
 	r = sample(s, b, first, pages);
 	if (!r)
-		*sampled_in = s->pass;
+		note_sample(s, pages, last);
 	return r;
 }
 
@@ -490,11 +533,11 @@ static struct ram_block *block_of(struct scan *s, unsigned slot)
 
 	if (!b || (known->block == b && known->pages == b->pages))
 		return b;
-	free(known->sampled_in);
-	known->sampled_in = calloc(b->pages / UNIT_PAGES + 1, sizeof *known->sampled_in);
-	known->block = known->sampled_in ? b : NULL;
+	free(known->samples);
+	known->samples = calloc(b->pages / UNIT_PAGES + 1, sizeof *known->samples);
+	known->block = known->samples ? b : NULL;
 	known->pages = b->pages;
-	return known->sampled_in ? b : NULL;
+	return known->samples ? b : NULL;
 }
 
 /* False: the pass is over. */
@@ -633,6 +676,8 @@ static void report_pass(struct scan *s)
 	memcpy(to->by_source, t->by_source, sizeof to->by_source);
 	for (unsigned i = 0; i < SCAN_SOURCES; i++)
 		to->granularity_pages[i] = single && (i != SCAN_CLEAN || async) ? 1 : SCAN_AROUND_PAGES;
+	to->writes_seen = t->writes_seen;
+	to->written += t->written;
 	for (unsigned i = 0; i < SCAN_WINDOWS; i++)
 		to->in_use[i] = pages_in_use(s, (enum scan_window)i);
 	to->sampled += t->sampled;

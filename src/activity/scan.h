@@ -8,6 +8,9 @@
  * to 2 us if it is in use, so pages known to be hot are sampled at every eighth pass only, in turn; scan_thin
  * bounds the rest.
  *
+ * Where the kernel has write-protection that serves itself (WP_ASYNC, Linux 6.7), what is sampled of base is protected
+ * first, which outlives the zap; a page that comes back without it was written. It costs a writer a second fault.
+ *
  * A scan goes in slices: scan_step looks at the next few, under the range lock, for a fraction of a millisecond. One
  * thread calls it; the others may be called by any. It is advice: a failure costs knowledge, never contents.
  */
@@ -45,8 +48,10 @@ struct scan_report {
 	uint64_t pages[ACTIVITY_CLASSES];
 	uint64_t by_source[SCAN_SOURCES];
 	uint64_t granularity_pages[SCAN_SOURCES]; /* 1, or SCAN_AROUND_PAGES */
+	uint64_t writes_seen; /* pages of SCAN_BASE of which it is found out, too, whether they were written */
 	uint64_t in_use[SCAN_WINDOWS]; /* pages; SCAN_UNKNOWN: the scan is younger than that */
-	uint64_t sampled, refaults; /* pages taken out of the page table; pages that came (back) there */
+	uint64_t sampled, refaults; /* pages taken out of the page table; pages that came (back) there, */
+	uint64_t written;     /* and of those the ones that are known to have been written */
 	uint64_t settled;     /* copies that were moved to base */
 	uint64_t frozen_us;   /* for which all that writes guest RAM was stopped */
 	uint64_t cpu_ns, pass_cpu_ns; /* pass: of the last one */

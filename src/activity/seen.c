@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "activity/seen.h"
 
+#include "activity/states.h"
 #include "os/os.h"
 
 #include <errno.h>
@@ -81,6 +82,40 @@ static struct ram_block *block_of(struct seen *s, unsigned slot)
 
 	return b && b->pages == s->pages[slot] ? b : NULL;
 }
+
+/* ---- what states say ----------------------------------------------------------------------------- */
+
+/* The most recently used first. */
+static const enum activity in_use[] = { ACTIVITY_HOT, ACTIVITY_WARMER, ACTIVITY_WARM, ACTIVITY_SLACK };
+
+/* Of LOOK_PAGES pages at most; `rank`: in in_use. */
+static void add_state(struct seen *s, unsigned slot, uint64_t first, unsigned rank, uint64_t *left)
+{
+	const struct ram_block *b;
+	uint64_t end = first + LOOK_PAGES;
+
+	ram_lock(s->ram);
+	b = block_of(s, slot);
+	for (uint64_t page = first; b && *left && page < end && page < b->pages; page++) {
+		if (activity_of(ram_activity(b, page)) != in_use[rank])
+			continue;
+		s->table[s->first[slot] + page] = (uint16_t)(SEEN_BY_STATE + rank);
+		--*left;
+	}
+	ram_unlock(s->ram);
+}
+
+void seen_add_states(struct seen *s)
+{
+	uint64_t left = SEEN_STATES_PAGES;
+
+	for (unsigned rank = 0; rank < sizeof in_use / sizeof in_use[0]; rank++)
+		for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
+			for (uint64_t page = 0; page < s->pages[slot]; page += LOOK_PAGES)
+				add_state(s, slot, page, rank, &left);
+}
+
+/* ---- what is touched ------------------------------------------------------------------------------ */
 
 static void begin_again(struct seen *s)
 {
@@ -163,7 +198,7 @@ uint64_t seen_look(struct seen *s)
 	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
 		for (uint64_t page = 0; page < s->pages[slot]; page += LOOK_PAGES)
 			look_at(s, slot, page);
-	if (s->slice < SEEN_EARLIER - 1)
+	if (s->slice < (SEEN_BY_STATE & ~SEEN_EARLIER) - 1)
 		s->slice++;
 	took_us = os_now_us() - begin_us;
 	s->next_us = os_now_us() + (took_us * BUSY_SHARE > SEEN_SLICE_US ? took_us * BUSY_SHARE : SEEN_SLICE_US);

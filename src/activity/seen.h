@@ -20,15 +20,20 @@
 
 #define SEEN_SLICE_US 40000
 #define SEEN_EARLIER 0x8000u /* a page that was seen before seen_restart, and not since */
+#define SEEN_BY_STATE 0xfff0u /* and those above: not seen, but hot or warm by its entry; the hotter, the less */
+#define SEEN_STATES_PAGES 16384u /* so many of these at most: 64 MiB */
 
 struct seen;
 
 /* A table in shared memory, uint16_t for each page, block after block: 0 for not seen, else the slice of time, from
- * 1. -ENOMEM. */
+ * 1, or SEEN_BY_STATE. -ENOMEM. */
 int seen_create(struct ram *ram, struct seen **ret_seen);
 void seen_destroy(struct seen *seen); /* NULL is allowed */
 int seen_fd(const struct seen *seen);
 
+/* Before all else, where a scan has looked until now: pages that it has found in use are in the table from the
+ * beginning, hottest first. They are what the window is too short to see. */
+void seen_add_states(struct seen *seen);
 /* Empties base. The next slice begins. */
 void seen_begin(struct seen *seen);
 /* [range lock; guest RAM's writers stopped, private flags just brought up to date] Empties overlays. What was seen

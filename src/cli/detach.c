@@ -57,13 +57,10 @@ static int detach(const struct vm_view *view, const char *image)
 	struct control_reply reply;
 	char size[CLI_SIZE_TEXT];
 	int r = vm_view_ask(view, CONTROL_DETACH, image, ANSWER_TIMEOUT_MS, &reply);
+	int status = vm_view_status(view, r, &reply);
 
-	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
-				strerror(-r));
-	if (reply.error)
-		return cli_fail(reply.error == -ENOENT ? CLI_NO_IMAGE : CLI_NO_ANSWER, "%s: %s",
-				view->name, reply.text[0] ? reply.text : strerror(-reply.error));
+	if (status)
+		return !r && reply.error == -ENOENT ? CLI_NO_IMAGE : status;
 	printf("%s: %ju pages (%s) are plain RAM now; the guest was stopped for %.1f ms\n", view->name,
 	       (uintmax_t)reply.pages, cli_size(reply.pages * PAGE_BYTES, size),
 	       (double)reply.paused_us / 1000);

@@ -170,24 +170,26 @@ static void check_userfaultfd(struct check_list *list, const struct os_features 
 			    "(setfacl -m u:$USER:rw /dev/userfaultfd)");
 }
 
-/* What the scan uses (activity/scan.h), and what it could use and does not. */
+/* What the scan uses (activity/scan.h), and what it could use and does not: docs/activity.md says why. */
 static void check_activity(struct check_list *list, const struct os_features *features)
 {
 	struct check *check =
 		check_add(list, "activity", "latent scan: seeing which memory a guest uses");
 	bool base = features->uffd_features & OS_UFFD_WP_HUGETLBFS_SHMEM,
 	     images = features->uffd_features & OS_UFFD_WP_ASYNC;
+	bool writes = images && features->pagemap_scan;
 	const char *unused = features->page_idle && features->damon
-				     ? "; page_idle and DAMON are not used"
-			     : features->page_idle ? "; page_idle is not used"
-			     : features->damon     ? "; DAMON is not used"
+				     ? "; page_idle (frames, not a VM) and DAMON (regions, not pages) are not used"
+			     : features->page_idle ? "; page_idle (frames, not a VM) is not used"
+			     : features->damon     ? "; DAMON (regions, not pages) is not used"
 						   : "";
 
 	if (base && images) {
-		check_found(check, CHECK_OK, "zap and see, by single pages%s", unused);
+		check_found(check, CHECK_OK, "zap and see, by single pages; %s%s",
+			    writes ? "writes by WP_ASYNC" : "writes are not told from reads", unused);
 		return;
 	}
-	check_found(check, CHECK_LIMITED, "zap and see, %s%s",
+	check_found(check, CHECK_LIMITED, "zap and see, %s; writes are not told from reads%s",
 		    base ? "by single pages, and by groups of 16 in images" : "by groups of 16 pages",
 		    unused);
 	check_remedy(check, base ? "a kernel from 6.7 on"

@@ -319,6 +319,8 @@ static void print_json(const struct heat_view *view, const struct vm_view *vm)
 	json_object_object_add(json, "period_us_now", json_object_new_uint64(view->period_us));
 	json_object_object_add(json, "passes", json_object_new_uint64(stat_get(&vm->stats.scan.passes)));
 	json_object_object_add(json, "pages", json_object_new_uint64(map->pages));
+	json_object_object_add(json, "writes_seen_pages_now",
+			       json_object_new_uint64(stat_get(&vm->stats.scan.writes_seen_now)));
 	json_object_object_add(json, "pages_now", sources);
 	json_object_object_add(json, "pages_per_cell", json_object_new_uint64(map->pages_per_cell));
 	json_object_object_add(json, "cell", classes);

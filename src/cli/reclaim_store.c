@@ -20,16 +20,19 @@ static int make_file(const char *path)
 
 	if (fd < 0)
 		return -cli_fail(CLI_SYSTEM, "the store %.300s cannot be made: %s", path,
-				 errno == EEXIST ? "there is a file already, and it has to be a new one" : strerror(errno));
+				 errno == EEXIST ? "there is a file already, and it has to be a new one"
+						 : strerror(errno));
 	if (unlink(path)) {
 		int error = errno;
 
 		close(fd);
-		return -cli_fail(CLI_SYSTEM, "the store %.300s cannot be removed: %s", path, strerror(error));
+		return -cli_fail(CLI_SYSTEM, "the store %.300s cannot be removed: %s", path,
+				 strerror(error));
 	}
 	if (os_file_is_in_memory(fd)) {
 		close(fd);
-		return -cli_fail(CLI_SYSTEM, "%.300s would be in the host's memory: choose a place on a disk", path);
+		return -cli_fail(CLI_SYSTEM,
+				 "%.300s would be in the host's memory: choose a place on a disk", path);
 	}
 	return fd;
 }
@@ -42,11 +45,7 @@ static int give(const struct vm_view *view, int fd, uint64_t most_bytes)
 
 	snprintf(text, sizeof text, "%" PRIu64, most_bytes);
 	r = vm_view_give(view, CONTROL_RECLAIM_STORE, text, fd, ANSWER_TIMEOUT_MS, &reply);
-	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name, strerror(-r));
-	if (reply.error)
-		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name, reply.text[0] ? reply.text : strerror(-reply.error));
-	return CLI_OK;
+	return vm_view_status(view, r, &reply);
 }
 
 int reclaim_give_store(const struct vm_view *view, const char *path, uint64_t most_bytes)

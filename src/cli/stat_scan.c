@@ -84,6 +84,9 @@ void stat_print_scan(const struct vm_stats *stats)
 	}
 	print_working_sets(scan);
 	print_sources(scan);
+	if (stat_get(&scan->writes_seen_now))
+		printf("  writes are seen in %s (WP_ASYNC); pages found written %ju\n",
+		       cli_size(stat_get(&scan->writes_seen_now) * PAGE_BYTES, size), (uintmax_t)stat_get(&scan->written));
 	printf("  passes %ju; processor time of the last %.1f ms, of all %.1f s; pages sampled %ju, "
 	       "brought back %ju\n",
 	       (uintmax_t)stat_get(&scan->passes), (double)stat_get(&scan->pass_cpu_ns_now) / 1e6,
@@ -144,6 +147,8 @@ struct json_object *stat_scan_to_json(const struct scan_stats *scan)
 	add(json, "pass_cpu_ns_now", &scan->pass_cpu_ns_now);
 	add(json, "pages_sampled", &scan->sampled);
 	add(json, "pages_brought_back", &scan->refaults);
+	add(json, "writes_seen_pages_now", &scan->writes_seen_now);
+	add(json, "pages_written", &scan->written);
 	add(json, "copies_settled", &scan->settled);
 	add(json, "frozen_us", &scan->frozen_us);
 	add(json, "thinned_now", &scan->thin_now);

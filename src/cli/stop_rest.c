@@ -3,7 +3,6 @@
 #include "cli/cli.h"
 #include "cli/vm_view.h"
 
-#include <string.h>
 
 #define ANSWER_TIMEOUT_MS 20000
 
@@ -24,13 +23,7 @@ static int stop(const struct vm_view *view)
 	struct control_reply reply;
 	int r = vm_view_ask(view, CONTROL_STOP_REST, NULL, ANSWER_TIMEOUT_MS, &reply);
 
-	if (r)
-		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
-				strerror(-r));
-	if (reply.error)
-		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name,
-				reply.text[0] ? reply.text : strerror(-reply.error));
-	return CLI_OK;
+	return vm_view_status(view, r, &reply);
 }
 
 static int run(const struct cli_command *command, int argc, char **argv)

@@ -80,7 +80,8 @@ int vm_view_find(const char *name, struct vm_view *ret_view)
 		 : 0;
 }
 
-static int ask_over(int control, enum control_op op, const char *path, int fd, struct control_reply *ret_reply);
+static int ask_over(int control, enum control_op op, const char *path, int fd,
+		    struct control_reply *ret_reply);
 
 int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path, unsigned timeout_ms,
 		struct control_reply *ret_reply)
@@ -88,8 +89,8 @@ int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path
 	return vm_view_give(view, op, path, -1, timeout_ms, ret_reply);
 }
 
-int vm_view_give(const struct vm_view *view, enum control_op op, const char *path, int fd, unsigned timeout_ms,
-		 struct control_reply *ret_reply)
+int vm_view_give(const struct vm_view *view, enum control_op op, const char *path, int fd,
+		 unsigned timeout_ms, struct control_reply *ret_reply)
 {
 	int control = vm_view_connect(view, timeout_ms), r;
 
@@ -98,6 +99,17 @@ int vm_view_give(const struct vm_view *view, enum control_op op, const char *pat
 	r = ask_over(control, op, path, fd, ret_reply);
 	close(control);
 	return r;
+}
+
+int vm_view_status(const struct vm_view *view, int asked, const struct control_reply *reply)
+{
+	if (asked)
+		return cli_fail(CLI_NO_ANSWER, "%s: the agent does not answer: %s", view->name,
+				strerror(-asked));
+	if (reply->error)
+		return cli_fail(CLI_NO_ANSWER, "%s: %s", view->name,
+				reply->text[0] ? reply->text : strerror(-reply->error));
+	return CLI_OK;
 }
 
 int vm_view_connect(const struct vm_view *view, unsigned timeout_ms)
@@ -119,7 +131,9 @@ static ssize_t send_request(int control, struct control_request *request, int fd
 	union {
 		struct cmsghdr header;
 		char space[CMSG_SPACE(sizeof fd)];
-	} rights = { .header = { .cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+	} rights = { .header = { .cmsg_len = CMSG_LEN(sizeof fd),
+				 .cmsg_level = SOL_SOCKET,
+				 .cmsg_type = SCM_RIGHTS } };
 	struct iovec iov = { request, sizeof *request };
 	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
 
@@ -131,7 +145,8 @@ static ssize_t send_request(int control, struct control_request *request, int fd
 	return sendmsg(control, &message, MSG_NOSIGNAL);
 }
 
-static int ask_over(int control, enum control_op op, const char *path, int fd, struct control_reply *ret_reply)
+static int ask_over(int control, enum control_op op, const char *path, int fd,
+		    struct control_reply *ret_reply)
 {
 	struct control_request request = {
 		.magic = CONTROL_MAGIC,

@@ -40,6 +40,10 @@ int vm_view_ask(const struct vm_view *view, enum control_op op, const char *path
 int vm_view_give(const struct vm_view *view, enum control_op op, const char *path, int fd, unsigned timeout_ms,
 		 struct control_reply *ret_reply);
 
+/* What came of asking, as an exit status; where that is not CLI_OK a sentence was printed. `asked`: what asking has
+ * returned; the reply counts where that is 0. */
+int vm_view_status(const struct vm_view *view, int asked, const struct control_reply *reply);
+
 /* The same in two steps, for what follows a reply: a connection, and a request and its reply over it. */
 int vm_view_connect(const struct vm_view *view, unsigned timeout_ms);
 int vm_view_ask_over(int control, enum control_op op, const char *path, struct control_reply *ret_reply);

@@ -412,6 +412,9 @@ static int make_batch(struct ram *ram, size_t slot, struct batch *batch)
 {
 	int r = 0;
 
+	for (size_t i = 0; i < batch->count; i++)
+		if (names_spill(batch->entry[i]))
+			spill_expect_read(ram->reclaim.spill, entry_file_page(batch->entry[i]));
 	for (size_t i = 0; i < batch->count; i++) {
 		int one = get_contents(ram, batch->entry[i], batch->contents + os_bytes(i));
 
@@ -432,20 +435,25 @@ static int make_batch(struct ram *ram, size_t slot, struct batch *batch)
 	return r;
 }
 
-static int copy_all(struct ram *ram, int file)
+/* So many pages, or some more. */
+static int copy_some(struct ram *ram, int file, uint64_t pages)
 {
 	struct batch batch = { .contents = malloc(os_bytes(BATCH_PAGES)) };
 	int r = batch.contents ? 0 : -ENOMEM;
+	uint64_t done = 0;
 
 	for (size_t slot = 0; batch.contents && slot < RAM_BLOCKS; slot++)
-		for (uint64_t page = 0; next_batch(ram, slot, &page, file, &batch);) {
+		for (uint64_t page = 0; done < pages && next_batch(ram, slot, &page, file, &batch);) {
 			int one = make_batch(ram, slot, &batch);
 
 			r = r ? r : one;
+			done += batch.count;
 		}
 	free(batch.contents);
 	return r;
 }
+
+static int copy_all(struct ram *ram, int file) { return copy_some(ram, file, UINT64_MAX); }
 
 int ram_unmask_file(struct ram *ram, unsigned file)
 {
@@ -516,6 +524,18 @@ static int end_watches(struct ram *ram)
 	}
 	pthread_mutex_unlock(&ram->mask_lock);
 	ram_unlock(ram);
+	return r;
+}
+
+int ram_return_reclaimed(struct ram *ram, uint64_t pages, uint64_t *ret_left)
+{
+	struct ram_reclaim_counts c;
+	int r;
+
+	ram_get_reclaim_counts(ram, &c);
+	r = c.spilled_now ? copy_some(ram, ENTRY_SPILL, pages) : 0;
+	ram_get_reclaim_counts(ram, &c);
+	*ret_left = c.spilled_now;
 	return r;
 }
 

@@ -254,6 +254,9 @@ void ram_get_mask_counts(struct ram *ram, struct ram_mask_counts *ret_counts);
  *     -ENOENT: there is no such page, and `*ret_pages` is untouched; -EBUSY: not allowed, or held, or another userfaultfd
  *     is there; -EDQUOT: over the budget of mappings; -ENOSPC: the store is full; else as os_write_all and
  *     os_flush_cached. What was taken before the failure stays taken; nothing is lost.
+ * ram_return_reclaimed: brings back so many pages of the store, about; `*ret_left`: what is still there. For who is about
+ *     to end all masks, and has not the time to do it at once. Needs no lock, and may wait for storage. -EIO and others:
+ *     some could not be read; they stay.
  * ram_reclaim_cache: the host drops what it has cached of a whole file, but what pages show to which `wanted` does not
  *     say yes, and what anybody has in a page table; so also what nobody shows any more, and what large folios kept from
  *     going with a unit. For a file that nobody else needs. As ram_reclaim; -ENOENT: there is no such file; -ENOMEM.
@@ -274,6 +277,7 @@ int ram_reclaim_open(struct ram *ram, int fd, uint64_t most_bytes, bool in_memor
 void ram_reclaim_allow(struct ram *ram, bool allowed);
 int ram_reclaim(struct ram *ram, unsigned slot, uint64_t page, uint64_t count, ram_wanted wanted,
 		void *ctx, uint64_t *ret_pages);
+int ram_return_reclaimed(struct ram *ram, uint64_t pages, uint64_t *ret_left);
 int ram_reclaim_cache(struct ram *ram, unsigned file, ram_wanted wanted, void *ctx);
 void ram_read_begins(struct ram *ram, struct ram_read *read);
 void ram_read_ends(struct ram *ram, struct ram_read *read);

@@ -595,8 +595,8 @@ static int begin_kept(struct ram *ram, unsigned file, struct kept *k)
 }
 
 /* Of so many pages of the block in the slot at most; returns how many there were. */
-static uint64_t keep_some(struct ram *ram, struct kept *k, unsigned file, unsigned slot, uint64_t first, ram_wanted wanted,
-			  void *ctx)
+static uint64_t keep_some(struct ram *ram, struct kept *k, unsigned file, unsigned slot, uint64_t first,
+			  ram_wanted wanted, void *ctx)
 {
 	const struct ram_block *b;
 	uint64_t page = first;
@@ -604,10 +604,11 @@ static uint64_t keep_some(struct ram *ram, struct kept *k, unsigned file, unsign
 	ram_lock(ram);
 	b = ram_block_at(ram, slot);
 	for (; b && page < b->pages && page < first + RAM_RECLAIM_PAGES; page++) {
-		uint64_t entry = atomic_load_explicit(&b->entries[page], memory_order_relaxed), at = entry_file_page(entry);
+		uint64_t entry = atomic_load_explicit(&b->entries[page], memory_order_relaxed),
+			 at = entry_file_page(entry);
 
-		if (entry_source(entry) == ENTRY_OVERLAY && entry_file(entry) == file && !entry_is_private(entry) &&
-		    at < k->pages && !wanted(ctx, entry))
+		if (entry_source(entry) == ENTRY_OVERLAY && entry_file(entry) == file &&
+		    !entry_is_private(entry) && at < k->pages && !wanted(ctx, entry))
 			k->bits[at / 8] = (uint8_t)(k->bits[at / 8] | 1u << at % 8);
 	}
 	ram_unlock(ram);
@@ -639,7 +640,8 @@ int ram_reclaim_cache(struct ram *ram, unsigned file, ram_wanted wanted, void *c
 	if (r)
 		return r;
 	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
-		for (uint64_t page = 0, pages; (pages = keep_some(ram, &k, file, slot, page, wanted, ctx)); page += pages)
+		for (uint64_t page = 0, pages;
+		     (pages = keep_some(ram, &k, file, slot, page, wanted, ctx)); page += pages)
 			;
 	dropped = drop_all_but_kept(&k);
 	pthread_mutex_lock(&ram->mask_lock);

@@ -41,11 +41,11 @@ struct slab {
 /* The memory, or the file. */
 struct part {
 	enum spill_kind kind;
-	int fd; /* -1: there is none */
+	_Atomic int fd; /* -1: there is none; set last, and once */
 	struct slab *slabs;
-	uint32_t (*sums)[RAW_SLOTS];       /* of whole pages in a file; what is packed has its own */
-	uint32_t slabs_max, slabs_used;    /* used: those behind were never touched */
-	uint32_t lists[RAW_CLASS + 1];     /* slabs with a free slot, by class; 0: slabs without any slot taken */
+	uint32_t (*sums)[RAW_SLOTS];    /* of whole pages in a file; what is packed has its own */
+	uint32_t slabs_max, slabs_used; /* used: those behind were never touched */
+	uint32_t lists[RAW_CLASS + 1];  /* slabs with a free slot, by class; 0: without any slot taken */
 	struct spill_counts counts;
 };
 
@@ -62,12 +62,15 @@ int spill_open(struct spill **ret_spill)
 
 	if (!s)
 		return -ENOMEM;
-	for (unsigned i = 0; i < SPILL_KINDS; i++)
-		s->parts[i] = (struct part){ .kind = (enum spill_kind)i, .fd = -1 };
+	for (unsigned i = 0; i < SPILL_KINDS; i++) {
+		s->parts[i].kind = (enum spill_kind)i;
+		s->parts[i].fd = -1;
+	}
 	pthread_mutex_init(&s->unpack_lock, NULL);
 	s->packer = ZSTD_createCCtx();
 	s->unpacker = ZSTD_createDCtx();
-	if (!s->packer || !s->unpacker || ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_checksumFlag, 1)) ||
+	if (!s->packer || !s->unpacker ||
+	    ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_checksumFlag, 1)) ||
 	    ZSTD_isError(ZSTD_CCtx_setParameter(s->packer, ZSTD_c_compressionLevel, LEVEL))) {
 		spill_close(s);
 		return -ENOMEM;
@@ -293,7 +296,8 @@ size_t spill_pack(struct spill *s, const void *page, uint8_t *packed)
 {
 	bool in_memory = part_now(s)->kind == SPILL_MEMORY;
 	size_t most = (in_memory ? WORTH_CLASS : RAW_CLASS - 1) * UNIT_BYTES - sizeof(struct header);
-	size_t bytes = ZSTD_compress2(s->packer, packed + sizeof(struct header), most, page, OS_PAGE_BYTES);
+	size_t bytes =
+		ZSTD_compress2(s->packer, packed + sizeof(struct header), most, page, OS_PAGE_BYTES);
 	struct header header = { .bytes = (uint16_t)bytes };
 
 	if (!ZSTD_isError(bytes)) {
@@ -346,6 +350,14 @@ static int unpack(struct spill *s, const uint8_t *packed, size_t room, void *pag
 				    header.bytes);
 	pthread_mutex_unlock(&s->unpack_lock);
 	return bytes == OS_PAGE_BYTES ? 0 : -EBADMSG;
+}
+
+void spill_expect_read(struct spill *s, uint64_t slot)
+{
+	struct part *p = part_of(s, slot);
+
+	if (p->kind == SPILL_FILE)
+		os_expect_read(p->fd, offset_of(p, slot), p->slabs[slab_of(slot)].class * UNIT_BYTES);
 }
 
 int spill_read(struct spill *s, uint64_t slot, void *page)

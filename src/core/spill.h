@@ -45,6 +45,8 @@ int spill_write(struct spill *spill, uint64_t slot, const uint8_t *packed,
 /* What was written to a file is there, and no memory of the host is taken by it any more. -EIO, -ENOSPC: nobody knows
  * what became of slots that were written since the last time; nobody may rely on them. */
 int spill_flush(struct spill *spill);
+/* A pinned slot will be read soon. */
+void spill_expect_read(struct spill *spill, uint64_t slot);
 /* -EIO, -EBADMSG (not what was written there); may wait for storage. The slot is pinned, or the mask
  * lock held. */
 int spill_read(struct spill *spill, uint64_t slot, void *page);

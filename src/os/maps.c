@@ -294,6 +294,11 @@ int os_flush_cached(int fd)
 	return r;
 }
 
+void os_expect_read(int fd, uint64_t offset, uint64_t bytes)
+{
+	(void)syscall(SYS_fadvise64, fd, (off_t)offset, (off_t)bytes, POSIX_FADV_WILLNEED);
+}
+
 void os_expect_random(int fd) { (void)syscall(SYS_fadvise64, fd, (off_t)0, (off_t)0, POSIX_FADV_RANDOM); }
 
 int os_memfd_create(const char *name, uint64_t bytes, bool inherit)

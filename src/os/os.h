@@ -119,6 +119,8 @@ void os_drop_cached_around(int fd, uint64_t offset, uint64_t bytes);
  * -EIO, -ENOSPC and others, of anything that was written since the last time; then the page cache stays as it is. It is no
  * barrier against a loss of power. */
 int os_flush_cached(int fd);
+/* It will be read soon. */
+void os_expect_read(int fd, uint64_t offset, uint64_t bytes);
 /* The file is read here and there: the kernel need not read ahead. */
 void os_expect_random(int fd);
 
@@ -181,6 +183,7 @@ enum os_page_flag {
 	OS_PAGE_PRESENT = 1u << 0,
 	OS_PAGE_SWAPPED = 1u << 1, /* swapped out; also the marker of an untouched armed page */
 	OS_PAGE_FILE = 1u << 2,    /* a page of a file or of shared memory */
+	OS_PAGE_PROTECTED = 1u << 3, /* against writing, by a userfaultfd; also of a page that is not there */
 };
 
 struct os_pagemap; /* /proc/self/pagemap; used by one thread at a time */
@@ -202,6 +205,11 @@ int os_pagemap_present_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t p
 
 /* enum os_page_flag bits of each page into flags[pages]. */
 int os_pagemap_flags(struct os_pagemap *pagemap, const uint8_t *hva, uint64_t pages, uint8_t *flags);
+
+/* Write-protects pages of a mapping that is registered for that with OS_UFFD_WP_ASYNC: who writes one goes on at once, and
+ * it is OS_PAGE_PROTECTED no more; a zap changes nothing of that. -EPERM: not so registered, or not all of it (then what
+ * comes before is protected); -EOPNOTSUPP: no PAGEMAP_SCAN. */
+int os_pagemap_protect(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages);
 
 /* Does the kernel know PAGEMAP_SCAN? `fd`: a pagemap. */
 bool os_pagemap_has_scan(int fd);

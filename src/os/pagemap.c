@@ -15,6 +15,7 @@
 #define CLASSIC_PRESENT (1ull << 63)
 #define CLASSIC_SWAPPED (1ull << 62)
 #define CLASSIC_FILE (1ull << 61)
+#define CLASSIC_PROTECTED (1ull << 57) /* Linux 5.13 */
 
 /* linux/fs.h of 6.7; Debian 12's headers are older. */
 struct scan_region {
@@ -27,6 +28,9 @@ struct scan_arg {
 };
 
 #define SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
+#define SCAN_WP_MATCHING (1ull << 0) /* flags */
+#define SCAN_CHECK_WPASYNC (1ull << 1)
+#define SCAN_WRITTEN (1ull << 1) /* categories */
 #define SCAN_FILE (1ull << 2)
 #define SCAN_PRESENT (1ull << 3)
 #define SCAN_SWAPPED (1ull << 4)
@@ -98,11 +102,32 @@ int os_pagemap_flags(struct os_pagemap *p, const uint8_t *hva, uint64_t pages, u
 		if (r)
 			return r;
 		for (uint64_t i = 0; i < n; i++)
-			flags[done + i] = (uint8_t)((p->words[i] & CLASSIC_PRESENT ? OS_PAGE_PRESENT : 0) |
-						    (p->words[i] & CLASSIC_SWAPPED ? OS_PAGE_SWAPPED : 0) |
-						    (p->words[i] & CLASSIC_FILE ? OS_PAGE_FILE : 0));
+			flags[done + i] =
+				(uint8_t)((p->words[i] & CLASSIC_PRESENT ? OS_PAGE_PRESENT : 0) |
+					  (p->words[i] & CLASSIC_SWAPPED ? OS_PAGE_SWAPPED : 0) |
+					  (p->words[i] & CLASSIC_FILE ? OS_PAGE_FILE : 0) |
+					  (p->words[i] & CLASSIC_PROTECTED ? OS_PAGE_PROTECTED : 0));
 		done += n;
 	}
+	return 0;
+}
+
+int os_pagemap_protect(struct os_pagemap *p, uint8_t *hva, uint64_t pages)
+{
+	struct scan_arg arg = {
+		.size = sizeof arg,
+		.flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+		.start = (uintptr_t)hva,
+		.end = (uintptr_t)hva + os_bytes(pages),
+		.category_mask = SCAN_WRITTEN,
+		.return_mask = SCAN_WRITTEN,
+	};
+
+	if (p->classic)
+		return -EOPNOTSUPP;
+	while (ioctl(p->fd, SCAN_IOCTL, &arg) < 0)
+		if (errno != EINTR)
+			return -errno;
 	return 0;
 }
 

@@ -38,6 +38,7 @@ struct agent {
 	struct ram *ram;
 	struct volumes *volumes;
 	_Atomic bool overlays_allowed; /* what agent_exclude has decided */
+	_Atomic bool ram_given; /* to another process, whose writes nobody here can hold up */
 	_Atomic bool kernel_io; /* the kernel does I/O to guest RAM with no thread of QEMU's in it */
 	int wake_fd; /* eventfd: the service thread shall look at what hooks have left to do */
 };

@@ -418,6 +418,7 @@ HOOK ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
 
 		if (r)
 			return fail(r);
+		agent_get()->ram_given = true;
 	}
 	service_before_send(fd, message->msg_iov, message->msg_iovlen);
 	return raw(SYS_sendmsg, fd, (long)message, flags, 0, 0, 0);

@@ -23,7 +23,7 @@ static struct {
 	pthread_mutex_t lock; /* protects the next; before the range lock */
 	pthread_cond_t woken;
 	struct reclaim_order order; /* of the walk to come or under way; unused_us is 0: none */
-	unsigned files[VM_STATS_VOLUMES]; /* of that walk: that no other VM reads, as page entries name them */
+	unsigned files[VM_STATS_VOLUMES]; /* that no other VM reads, as page entries name them */
 	size_t file_count;
 	bool runs;                  /* the thread */
 	bool left;                  /* for good */
@@ -278,7 +278,8 @@ void reclaimer_store(struct agent *a, int fd, uint64_t most_bytes, struct contro
 
 	p->error = why ? -EBUSY : give_file(a, fd, most_bytes);
 	if (p->error == -EALREADY)
-		snprintf(p->text, sizeof p->text, "there is a store in a file already, which is used until the VM ends");
+		snprintf(p->text, sizeof p->text,
+			 "there is a store in a file already, which is used until the VM ends");
 	else if (p->error)
 		snprintf(p->text, sizeof p->text, "%s", why ? why : why_not_started(p->error));
 }

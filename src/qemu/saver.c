@@ -20,11 +20,14 @@
 #define UFFD_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM)
 #define FREEZE_MS 2000
 #define LOCK_MS 500
+#define RETURN_PAGES 512u /* at once: 0.1 s if each waits for a disk; others may wait for this thread */
 #define ARM_PAGES 16384u /* under the range lock at once: 64 MiB */
 
 static struct {
 	int client; /* -1: nobody saves */
 	int loader; /* for whom a pager loads all; -1: nobody */
+	int returner;      /* for whom what was given back is brought back; -1: nobody */
+	uint64_t returned; /* for him, so far */
 	int uffd, runs_fd, copies_fd;
 	uint64_t total_pages;
 	struct control_run *runs;
@@ -35,7 +38,7 @@ static struct {
 	bool taken;                 /* the point in time is over: the other side serves faults */
 	struct seen *seen;
 	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
-} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .loader = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
+} saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .loader = -1, .returner = -1, .uffd = -1, .runs_fd = -1, .copies_fd = -1 };
 
 static size_t runs_bytes(void)
 {
@@ -102,6 +105,11 @@ static int begin(struct agent *a, struct control_reply *p)
 	uint64_t private = 0;
 	int r;
 
+	if (a->ram_given) {
+		snprintf(p->text, sizeof p->text, "another process maps guest RAM (vhost-user), and what it writes "
+			 "while the VM is saved would be missed: take that device away, and start the VM again");
+		return -EBUSY;
+	}
 	scanner_yield(true);
 	reclaimer_yield(true);
 	r = ram_unmask(a->ram); /* two cannot watch one mapping */
@@ -118,6 +126,8 @@ static int begin(struct agent *a, struct control_reply *p)
 		r = seen_create(a->ram, &saver.seen);
 	if (r < 0)
 		return r;
+	if (scanner_shortest_us())
+		seen_add_states(saver.seen);
 	ram_lock(a->ram);
 	ram_hold(a->ram, true);
 	r = ram_for_base(a->ram, register_run, NULL);
@@ -352,7 +362,7 @@ static void end(struct agent *a)
 
 bool saver_is_client(int client)
 {
-	return client >= 0 && (client == saver.client || client == saver.loader);
+	return client >= 0 && (client == saver.client || client == saver.loader || client == saver.returner);
 }
 
 bool saver_client_gone(struct agent *a, int client)
@@ -360,6 +370,10 @@ bool saver_client_gone(struct agent *a, int client)
 	if (client == saver.loader) {
 		lazy_want_all(false);
 		saver.loader = -1;
+	}
+	if (client == saver.returner) {
+		saver.returner = -1;
+		reclaimer_yield(saver.client >= 0);
 	}
 	if (client != saver.client)
 		return false;
@@ -444,10 +458,30 @@ static bool maps_cache(struct agent *a)
 	return false;
 }
 
+/* Some of what was given back; false: all of it is here. */
+static bool return_some(struct agent *a, int client, struct control_reply *p)
+{
+	struct ram_reclaim_counts before;
+	uint64_t left;
+
+	if (saver.returner != client)
+		saver.returned = 0;
+	saver.returner = client;
+	reclaimer_yield(true);
+	ram_get_reclaim_counts(a->ram, &before);
+	p->error = ram_return_reclaimed(a->ram, RETURN_PAGES, &left);
+	if (p->error)
+		snprintf(p->text, sizeof p->text, "what was given back to the host cannot be read: %s", strerror(-p->error));
+	saver.returned += before.spilled_now > left ? before.spilled_now - left : 0;
+	p->pages = saver.returned;
+	p->pages_all = saver.returned + left;
+	return left || p->error;
+}
+
 /* Before anything is held: it may take its time. */
 void saver_load(struct agent *a, int client, struct control_reply *p)
 {
-	if (!maps_cache(a))
+	if (return_some(a, client, p) || !maps_cache(a))
 		return;
 	lazy_count(&p->pages, &p->pages_all);
 	if (!p->pages_all)

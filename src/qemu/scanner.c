@@ -55,6 +55,8 @@ static void publish(struct scan_stats *to, const struct scan_report *r)
 	stat_set(&to->sampled, r->sampled);
 	stat_set(&to->refaults, r->refaults);
 	stat_set(&to->thin_now, r->thin);
+	stat_set(&to->writes_seen_now, r->writes_seen);
+	stat_set(&to->written, r->written);
 	stat_set(&to->settled, r->settled);
 	stat_set(&to->frozen_us, r->frozen_us);
 	stat_set(&to->cpu_ns, r->cpu_ns);

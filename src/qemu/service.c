@@ -475,7 +475,10 @@ static ssize_t receive(struct service *s, int client, struct control_request *q)
 	} rights;
 	struct iovec iov = { q, sizeof *q };
 	struct msghdr message = {
-		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = CMSG_LEN(sizeof(int))
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &rights,
+		.msg_controllen = CMSG_LEN(sizeof(int)), /* its padding would have room for another one */
 	};
 	ssize_t n = recvmsg(client, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC); /* a longer one is none */
 	const struct cmsghdr *c = n >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
@@ -493,18 +496,16 @@ static void on_client(struct service *s, int *client)
 	static struct control_request q; /* only this thread */
 	ssize_t n = receive(s, *client, &q);
 
-	if (n > 0) {
-		if (is_valid(&q, n)) {
-			answer(s, *client, &q, &p);
-		} else {
-			p.error = -EPROTO;
-			snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
-		}
-		close_passed(s);
-		if (send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
-		    (p.error || !follow_up(s, *client, q.op)))
-			return;
+	if (n > 0 && is_valid(&q, n)) {
+		answer(s, *client, &q, &p);
+	} else {
+		p.error = -EPROTO;
+		snprintf(p.text, sizeof p.text, "the request is not of this version of Latent");
 	}
+	close_passed(s); /* an empty packet may have brought one, too */
+	if (n > 0 && send(*client, &p, sizeof p, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof p &&
+	    (p.error || !follow_up(s, *client, q.op)))
+		return;
 	if (saver_client_gone(s->agent, *client))
 		undo_save(s);
 	close(*client);

@@ -16,8 +16,9 @@ enum control_op {
 	CONTROL_DETACH,  /* turn overlays of `path` (empty: all) into plain RAM and map it no more */
 	/*
 	 * A save, in this order, over one connection; its end, by whatever cause, ends the save too.
-	 *   LOAD   asked again until `pages` is `pages_all`: what a pager still has to load of guest RAM comes before all
-	 *          else, but for what is waited for; until the connection ends
+	 *   LOAD   asked again until `pages` is `pages_all`: what was given back to the host (RECLAIM) comes back; then
+	 *          what a pager still has to load of guest RAM comes before all else, but for what is waited for; until
+	 *          the connection ends
 	 *   BEGIN  guest RAM is held (ram_hold) and registered for write-protection. The reply is followed by
 	 *          a struct control_layout with descriptors.
 	 *   WATCH  from now on it is noted which pages are touched, and when

@@ -100,6 +100,7 @@ struct scan_stats {
 		frozen_us;
 	stat_counter pages_now[VM_STATS_CLASSES], by_source_now[VM_STATS_SCAN_SOURCES];
 	stat_counter granularity_now[VM_STATS_SCAN_SOURCES]; /* pages */
+	stat_counter writes_seen_now, written; /* pages of which it is seen; pages that were found written */
 	stat_counter in_use_now[VM_STATS_WINDOWS];           /* pages; UINT64_MAX: not known */
 };
 

@@ -10,6 +10,7 @@
  * or the number of an error.
  *   open PATH, ioctl REQUEST (of no descriptor), lock, userfaultfd
  *   read      the image once more
+ *   give      guest RAM to another process
  *   sum       answered with a hash of guest RAM
  */
 #include <errno.h>
@@ -21,10 +22,13 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define RAM "size=%zu,mem-path=%63[^,]"
+
+static int ram_fd = -1;
 
 static int fail(const char *what)
 {
@@ -43,12 +47,11 @@ static const char *find_word(int argc, char **argv, const char *part)
 static void *map_ram(const char *word, size_t *ret_bytes)
 {
 	char path[64];
-	int fd;
 
 	if (sscanf(word, RAM, ret_bytes, path) != 2)
 		return MAP_FAILED;
-	fd = open(path, O_RDWR | O_CLOEXEC);
-	return mmap(NULL, *ret_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	ram_fd = open(path, O_RDWR | O_CLOEXEC);
+	return mmap(NULL, *ret_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ram_fd, 0);
 }
 
 /* To every request the same: it has happened, and the guest runs. */
@@ -92,6 +95,27 @@ static unsigned long long hash_ram(void)
 		hash = (hash ^ ((const unsigned long long *)ram)[i]) * 0x100000001b3ull;
 	return hash;
 }
+/* Guest RAM to another process, as a vhost-user device would. */
+static int give_ram(void)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof(int))];
+	} rights = { .header = { .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+	struct iovec iov = { (char[]){ 0 }, 1 };
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = sizeof rights
+	};
+	int ends[2], status;
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
+		return errno;
+	memcpy(CMSG_DATA(&rights.header), &ram_fd, sizeof ram_fd);
+	status = status_of(sendmsg(ends[0], &message, 0), false);
+	close(ends[0]);
+	close(ends[1]);
+	return status;
+}
 
 static void obey(char *command)
 {
@@ -110,6 +134,8 @@ static void obey(char *command)
 		status = status_of(ioctl(-1, strtoul(argument, NULL, 0), 0), false);
 	else if (!strcmp(command, "userfaultfd"))
 		status = status_of(syscall(SYS_userfaultfd, O_CLOEXEC), true);
+	else if (!strcmp(command, "give"))
+		status = give_ram();
 	else if (!strcmp(command, "lock"))
 		status = status_of(mlockall(MCL_CURRENT), false);
 	else if (!strcmp(command, "read"))

@@ -235,6 +235,9 @@ def fresh(test, guest):
     activity.wait_passes(guest, 1 + LOOKS)
     figures = check_scores(test, guest, areas, "fresh")
     check_costs(test, figures)
+    if "writes by WP_ASYNC" in latent.command("doctor").stdout:
+        test.check(figures["writes_seen_pages_now"] > 0 and figures["pages_written"] >= 0.9 * areas.pages,
+                   f"{figures['pages_written']} pages were found written, of at least {areas.pages}")
     test.check(figures["working_set_pages_10s_now"] is not None, "the working set over 10 s is known")
     in_use = figures["working_set_pages_10s_now"] / activity.PAGES_PER_MIB
     test.check(3 * AREA_MIB < in_use < 8 * AREA_MIB, f"the working set is {in_use:.0f} MiB, of which {3 * AREA_MIB} are known")

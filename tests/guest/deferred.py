@@ -24,7 +24,7 @@ HOLDERS = {"unique": 3, "same": 5, "again": 5}  # seeds: those of one seed hold 
 HELD_MIB = 2
 HELD_PAGES = HELD_MIB * 256
 DISK_PAGES = 512  # every second page of the disk, so that no two lie in one mapping
-COPIED_MAX = 20
+COPIED_MAX = 0.25  # of all known pages, on a machine on which whoever has the range lock has to wait for a processor
 KINDS = ("zero", "word", "equal", "disk", "unique")
 CLEARED = ("masked_made", "masked_mapped", "masked_copied", "masked_dropped")
 COUNTERS = (*CLEARED, "pages_copied_on_write")
@@ -194,7 +194,7 @@ def check_updates(test, guest, known, zero_pages):
     after, now = latent.stat(guest), activity.entries(guest)
     found, wanted = known.found(table, now), expected(known)
     others = found - wanted  # copied where it would have been mapped, if somebody had the range lock at that moment
-    test.check(all(became == "copied" for _, _, became in others) and others.total() <= COPIED_MAX,
+    test.check(all(became == "copied" for _, _, became in others) and others.total() <= COPIED_MAX * wanted.total(),
                f"{wanted.total() - others.total()} of {wanted.total()} known pages have become what they should be" +
                (f"; not {dict(wanted - found)}, but {dict(others)}" if others else ""))
     test.check_equal({key: after[key] - stat[key] for key in COUNTERS}, counted(table, now), "that is what was counted")

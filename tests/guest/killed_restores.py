@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import case, latent, vm
+from lib import case, host, latent, vm
 from lib.vm import VM
 
 HELD_MIB = 24
@@ -215,11 +215,12 @@ def silent(test, at):
     pid = start_pager(at, LATENT_PREFETCH="none")
     at.guest.restore(at.packed, "--no-rest")
     test.check_equal(at.guest.sh("cat /run/nonce"), at.nonce, "it is the saved guest")
-    os.kill(at.guest.pid, signal.SIGSTOP)  # so that it cannot be faster
+    host.stop_process(at.guest.pid)  # or it would start one before the silent one is there
     os.kill(pid, signal.SIGKILL)
     [path] = (latent.run_dir() / ".pagers").glob("*.sock")
     path.unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.settimeout(WAIT_S)
         listener.bind(str(path))
         listener.listen()
         os.kill(at.guest.pid, signal.SIGCONT)

@@ -2,11 +2,14 @@
 /*
  * The core library, and the scan for what is in use, under running vCPUs: they read and write guest RAM at native speed, through
  * KVM's own faults, and check every word, while reads are shortcut, overlays mapped, privatized and
- * settled, pages discarded and zapped beneath them. Before that, what they use is told from what they do not.
+ * settled, pages discarded, zapped and given back beneath them. Before that, what they use is told from what they do not,
+ * and what they write from what they read.
  *
  *	test_core [touches [changes]]        default 10,000,000 page touches, 10,000 changes
  */
 #include "vcpu.h"
+
+#include "../unit/mask_server.h"
 
 #include "activity/scan.h"
 #include "core/ram.h"
@@ -57,6 +60,8 @@ static struct {
 	char dir[64];
 	uint64_t random, settled;
 	struct scan *scan;
+	struct mask_server server;
+	bool reclaims; /* there is a userfaultfd for it */
 } b;
 
 static void require_at(bool ok, const char *what, int line)
@@ -197,6 +202,22 @@ static void look(uint64_t page, uint64_t pages)
 	(void)scan_step(b.scan);
 }
 
+static bool any(void *ctx, uint64_t entry)
+{
+	(void)ctx;
+	(void)entry;
+	return true;
+}
+
+/* Contents stay, and writers run: who touches a page gets it back. */
+static void reclaim(uint64_t page, uint64_t pages)
+{
+	uint64_t looked;
+	int r = b.reclaims ? ram_reclaim(b.ram, 0, page, pages, any, NULL, &looked) : 0;
+
+	REQUIRE(r == 0 || r == -EDQUOT);
+}
+
 /* ---- the churn -------------------------------------------------------------------------------- */
 
 static struct churn {
@@ -205,8 +226,8 @@ static struct churn {
 	unsigned per_1024;
 	uint64_t count;
 } churns[] = {
-	{ "disk read", read_image, 320, 0 }, { "overlay", map_overlay, 260, 0 }, { "zap", zap, 160, 0 },
-	{ "look", look, 80, 0 },
+	{ "disk read", read_image, 280, 0 }, { "overlay", map_overlay, 260, 0 }, { "zap", zap, 160, 0 },
+	{ "look", look, 80, 0 },	     { "reclaim", reclaim, 40, 0 },
 	{ "discard", discard, 120, 0 },	     { "settle", settle, 70, 0 },	 { "privatize", privatize, 4, 0 },
 	{ "reconcile", reconcile, 6, 0 },    { "detach", detach, 4, 0 },
 };
@@ -319,23 +340,39 @@ static void scan_passes(uint64_t passes)
 	} while (report.passes < passes);
 }
 
+/* A vCPU uses the hot pages for so many passes at this period. Returns the pages that were found written. */
+static uint64_t use_hot(uint64_t period_us, uint64_t passes, uint8_t write_per_256)
+{
+	const struct vcpu_job job = { .program = VCPU_TOUCH, .pages = HOT_PAGES, .touches = UINT64_MAX, .random_seed = 7,
+				      .full_per_256 = 1, .write_per_256 = write_per_256 };
+	struct vcpu_report report;
+	struct scan_report before, after;
+
+	scan_get_report(b.scan, &before);
+	scan_set_period(b.scan, period_us); /* another one: all is new */
+	REQUIRE(vcpu_start(b.vcpus, 0, &job) == 0);
+	scan_passes(before.passes + passes);
+	vcpu_stop(b.vcpus, 0);
+	REQUIRE(vcpu_wait(b.vcpus, 0, WAIT_MS, &report) == 0 && report.outcome == VCPU_STOPPED);
+	scan_get_report(b.scan, &after);
+	return after.written - before.written;
+}
+
 /* Accesses that no page table of this process has seen: they fault through it all the same. */
 static void classify(void)
 {
-	const struct vcpu_job job = { .program = VCPU_TOUCH, .pages = HOT_PAGES, .touches = UINT64_MAX, .random_seed = 7,
-				      .full_per_256 = 1, .write_per_256 = 16 };
 	const struct scan_freezer freezer = { stop_vcpus, resume_vcpus, NULL };
-	struct vcpu_report report;
-	uint64_t hot = 0, cold = 0;
+	bool sees_writes = os_features_get()->uffd_features & OS_UFFD_WP_ASYNC && os_features_get()->pagemap_scan;
+	uint64_t hot = 0, cold = 0, read, written;
 
 	for (uint64_t page = 0; page < RAM_PAGES; page++) /* all of it has been used once */
 		*(volatile uint8_t *)hva_of(page) = 0;
 	REQUIRE(scan_create(b.ram, &freezer, &b.scan) == 0);
-	scan_set_period(b.scan, LOOK_US);
-	REQUIRE(vcpu_start(b.vcpus, 0, &job) == 0);
-	scan_passes(4);
-	vcpu_stop(b.vcpus, 0);
-	REQUIRE(vcpu_wait(b.vcpus, 0, WAIT_MS, &report) == 0 && report.outcome == VCPU_STOPPED);
+	read = use_hot(LOOK_US + 1, 3, 0);
+	written = use_hot(LOOK_US, 4, 128);
+	printf("of %d pages %" PRIu64 " were found written while a vCPU read them, and %" PRIu64 " while it wrote its own\n",
+	       HOT_PAGES, read, written);
+	REQUIRE(read == 0 && (written >= HOT_PAGES / 4) == sees_writes); /* a third is its own */
 	for (uint64_t page = 0; page < RAM_PAGES; page++) {
 		enum activity_class is = activity_class_of(ram_activity(b.block, page));
 
@@ -406,6 +443,31 @@ static void make_engine(void)
 	b.mapped_file = (unsigned)file;
 }
 
+/* A page that packs badly goes there as it is. */
+static void make_store(void)
+{
+	int fd = os_memfd_create("test-core-store", 0, false);
+
+	b.reclaims = mask_server_start(&b.server, b.ram) == 0;
+	if (b.reclaims)
+		REQUIRE(ram_reclaim_open(b.ram, fd, (uint64_t)RAM_PAGES * GUEST_PAGE_BYTES, false) == 0);
+	else
+		printf("no memory is given back: no userfaultfd for the kernel's faults\n");
+}
+
+static void report_reclaim(void)
+{
+	struct ram_reclaim_counts c;
+
+	ram_get_reclaim_counts(b.ram, &c);
+	printf("  %" PRIu64 " pages given back to a store, %" PRIu64 " came back; zeros %" PRIu64 ", used meanwhile %" PRIu64
+	       "\n", c.spilled, c.returned, c.zeros, c.left_touched);
+	REQUIRE(!b.reclaims || (c.spilled > 100 && c.returned > 0));
+	REQUIRE(!b.server.error);
+	if (b.reclaims)
+		mask_server_stop(&b.server);
+}
+
 static void remove_files(void)
 {
 	char command[128];
@@ -437,6 +499,7 @@ int main(int argc, char **argv)
 	make_engine();
 
 	classify();
+	make_store();
 	start_touching();
 	for (; !ended && (count_touches(&ended) < touches || changed < changes); changed++)
 		churn_once();
@@ -444,6 +507,7 @@ int main(int argc, char **argv)
 	check_in_pause(0, RAM_PAGES);
 	report_changes();
 	report_scan();
+	report_reclaim();
 	vcpus_destroy(b.vcpus);
 	return 0;
 }

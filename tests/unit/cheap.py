@@ -17,6 +17,9 @@ LATENT_BUILD is meson's build directory.
 import json
 import os
 import pathlib
+import re
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,11 @@ RAM_MIB, IMAGE_MIB, PAGES_PER_MIB = 8, 4, 256
 IMAGE_PAGES = IMAGE_MIB * PAGES_PER_MIB
 TIMEOUT_S = 30
 SKIPPED = 77
+# src/vmdir/control.h
+HEADER = (pathlib.Path(__file__).resolve().parents[2] / "src/vmdir/control.h").read_text()
+MAGIC, VERSION = 0x4C43544C, int(re.search(r"CONTROL_VERSION (\d+)", HEADER)[1])
+OPS = re.findall(r"^\t(CONTROL_[A-Z_]+),", HEADER, re.M)
+REQUEST, REPLY = struct.Struct("=IIII4096s"), struct.Struct("=IIiIQQQQ512s")
 
 failures = []
 
@@ -71,6 +79,24 @@ class VM:
         self.kill()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+class Control:
+    """A connection to the VM's agent."""
+
+    def __init__(self, vm):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(TIMEOUT_S)
+        self.socket.connect(f"{os.environ['LATENT_RUNTIME_DIR']}/{vm.name}/control.sock")
+
+    def ask(self, op):
+        """(error, pages, pages_all, text)"""
+        self.socket.send(REQUEST.pack(MAGIC, VERSION, OPS.index(op), 0, b""))
+        reply = REPLY.unpack(self.socket.recv(REPLY.size))
+        return reply[2], reply[4], reply[5], reply[8].split(b"\0")[0].decode()
+
+    def close(self):
+        self.socket.close()
 
 
 def main(body, *needed):

@@ -84,11 +84,29 @@ def check_others(directory):
         vm.close()
 
 
+def check_given(directory):
+    """What another process writes into guest RAM nobody holds up: that VM is not saved while it runs."""
+    vm = cheap.VM("vm", directory)
+    try:
+        saver = cheap.Control(vm)
+        error, _, _, text = saver.ask("CONTROL_SAVE_BEGIN")
+        check(error == 0, f"a save can begin: {text}")
+        saver.close()
+        check(vm.do("give") == "0" and vm.stat()["excluded_by"].startswith("vhost-user"), "guest RAM is given away")
+        saver = cheap.Control(vm)
+        error, _, _, text = saver.ask("CONTROL_SAVE_BEGIN")
+        check(error == -errno.EBUSY and "vhost-user" in text, f"then it cannot: {error}, {text}")
+        saver.close()
+    finally:
+        vm.close()
+
+
 def body(directory):
     for command, named in PLUGS:
         check_plug(directory, command, named)
     check_refusal(directory)
     check_others(directory)
+    check_given(directory)
 
 
 if __name__ == "__main__":

@@ -913,6 +913,35 @@ static void test_file_cannot_be_written(void **state)
 	}
 }
 
+/* In parts, for who has not the time; what cannot be read stays, and comes later. */
+static void test_returned_in_parts(void **state)
+{
+	const uint64_t part = 256;
+	uint64_t left = 1;
+
+	(void)state;
+	assert_int_equal(ram_return_reclaimed(RAM, part, &left), 0); /* no store */
+	assert_int_equal(left, 0);
+	open_store(STORE_BYTES, false);
+	for (uint64_t i = 0; i < PAGES; i++)
+		put(i, i, i % 2 ? NOISE : SMALL);
+	assert_int_equal(reclaim(), 0);
+	assert_int_equal(ram_return_reclaimed(RAM, part, &left), 0);
+	assert_int_equal(left, PAGES - part);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 3, EIO);
+	assert_int_equal(ram_return_reclaimed(RAM, part, &left), -EIO);
+	assert_int_equal(left, PAGES - 2 * part + 1);
+	while (left)
+		assert_int_equal(ram_return_reclaimed(RAM, part, &left), 0);
+	assert_int_equal(counts().spill_file_bytes_now, 0);
+	for (uint64_t i = 0; i < PAGES; i++) {
+		assert_true(in_memory(i));
+		assert_true(has(i, i, i % 2 ? NOISE : SMALL));
+	}
+	assert_int_equal(t.server.error, 0); /* nobody had to wait for one */
+	check_maps();
+}
+
 /* ---- the store ---------------------------------------------------------------------------------------- */
 
 static struct spill *open_spill(enum spill_kind kind)
@@ -1039,6 +1068,7 @@ int main(void)
 		TEST(test_flush_fails),
 		TEST(test_file_cannot_be_written),
 		TEST(test_file_fails_for_a_while),
+		TEST(test_returned_in_parts),
 		TEST(test_pinned_slot_stays),
 		TEST(test_damaged_slot),
 		TEST(test_changed_slot),

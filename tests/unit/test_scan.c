@@ -4,6 +4,7 @@
  * is base, with an overlay in its middle; block 1 is base.
  */
 #include "activity/scan.h"
+#include "activity/seen.h"
 #include "ram_rig.h"
 
 #include "os/probe.h"
@@ -73,6 +74,13 @@ static int set_up_with(bool can_freeze)
 	assert_int_equal(scan_create(rig.ram, can_freeze ? &freezer : NULL, &scan), 0);
 	scan_set_period(scan, PERIOD_US);
 	return 0;
+}
+
+static void set_activity(uint64_t page, enum activity state)
+{
+	ram_lock(rig.ram);
+	ram_set_activity(rig.ram, rig.blocks[0].ram, page, entry_activity(state, 1));
+	ram_unlock(rig.ram);
 }
 
 static int set_up(void **state)
@@ -445,6 +453,99 @@ static void test_report(void **state)
 	assert_int_equal(r.granularity_pages[SCAN_BASE], os_uffd_open_unserved(OS_UFFD_WP_HUGETLBFS_SHMEM) >= 0 ? 1 : 16);
 }
 
+/* ---- what is written ---------------------------------------------------------------------------------- */
+
+static enum activity state_at(uint64_t page) { return activity_of(entry_at(page)); }
+
+static void write_again(uint64_t page) { rig_write(rig_hva(&rig, 0, page), page + 1); }
+
+static bool sees_writes(void)
+{
+	return os_features_get()->uffd_features & OS_UFFD_WP_ASYNC && os_features_get()->pagemap_scan;
+}
+
+/* Counts twice, and only where it is known: of what was never there at a look nothing is. */
+static void test_written(void **state)
+{
+	const uint64_t read = 32, written = 64, late_read = 96, late_written = 128, never = MASKED_PAGE + 64;
+
+	(void)state;
+	begin();
+	assert_int_equal(report().writes_seen, sees_writes() ? PAGES + 8 - OVERLAY_PAGES : 0);
+	touch(read, 1);
+	write_again(written);
+	finish_pass();
+	assert_int_equal(state_at(read), ACTIVITY_WARM);
+	assert_int_equal(state_at(written), sees_writes() ? ACTIVITY_WARMER : ACTIVITY_WARM);
+	assert_int_equal(report().written, sees_writes() ? 1 : 0);
+	for (unsigned i = 0; i < 3; i++)
+		finish_pass();
+	assert_true(class_at(late_read) >= CLASS_COLD);
+	touch(late_read, 1);
+	write_again(late_written);
+	touch(never, 1);
+	finish_pass();
+	assert_int_equal(state_at(late_read), ACTIVITY_WARM);
+	assert_int_equal(state_at(late_written), sees_writes() ? ACTIVITY_WARMER : ACTIVITY_WARM);
+	assert_int_equal(state_at(never), ACTIVITY_WARM);
+	for (unsigned i = 0; i < 3; i++) { /* read before it is written, and by the kernel */
+		touch(late_read, 1);
+		assert_int_equal(pread(rig.files[0].fd, rig_hva(&rig, 0, late_read), 8, 0), 8);
+		touch(read, 1);
+		finish_pass();
+	}
+	assert_int_equal(class_at(late_read), CLASS_HOT);
+	assert_int_equal(report().written, sees_writes() ? 3 : 0); /* once it is hot it is looked at seldom */
+	write_again(late_read);
+	check_contents();
+}
+
+/* ---- what a save asks -------------------------------------------------------------------------------- */
+
+/* Pages in use are in the table from the beginning, hottest first; what is seen takes the place of that. */
+static void test_seen_by_state(void **state)
+{
+	static const enum activity states[] = { ACTIVITY_HOT, ACTIVITY_WARMER, ACTIVITY_WARM, ACTIVITY_SLACK };
+	enum { STATES = sizeof states / sizeof states[0], APART = 64, TOUCHED = 400 }; /* the kernel maps neighbours */
+	const uint16_t *table;
+	struct seen *seen;
+
+	(void)state;
+	for (uint64_t i = 0; i < STATES; i++)
+		set_activity(i * APART, states[i]);
+	set_activity(STATES * APART, ACTIVITY_COLD);
+	set_activity(TOUCHED, ACTIVITY_SLACK);
+	assert_int_equal(seen_create(rig.ram, &seen), 0);
+	table = os_view_file(seen_fd(seen), (PAGES + 8) * sizeof *table, false);
+	assert_non_null(table);
+	seen_add_states(seen);
+	for (uint64_t i = 0; i < STATES; i++)
+		assert_int_equal(table[i * APART], SEEN_BY_STATE + i);
+	assert_int_equal(table[STATES * APART], 0);
+	assert_int_equal(table[TOUCHED], SEEN_BY_STATE + STATES - 1);
+	seen_begin(seen);
+	touch(TOUCHED, 1);
+	touch(TOUCHED + 100, 1);
+	rest(SEEN_SLICE_US);
+	(void)seen_look(seen);
+	assert_int_equal(table[TOUCHED], 1);
+	assert_int_equal(table[TOUCHED + 100], 1);
+	assert_int_equal(table[0], SEEN_BY_STATE);
+	ram_lock(rig.ram);
+	assert_int_equal(ram_update_private(rig.ram, rig.blocks[0].ram, 0, PAGES), 0);
+	seen_restart(seen);
+	ram_unlock(rig.ram);
+	seen_begin(seen);
+	touch(0, 1);
+	rest(SEEN_SLICE_US);
+	(void)seen_look(seen);
+	assert_int_equal(table[0], 1);
+	assert_int_equal(table[TOUCHED], SEEN_EARLIER | 1);
+	assert_int_equal(table[APART], SEEN_BY_STATE + 1); /* behind what was seen earlier */
+	os_unview_file((void *)(uintptr_t)table, (PAGES + 8) * sizeof *table);
+	seen_destroy(seen);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -460,6 +561,8 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_masked, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_off_and_on, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_report, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_written, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_seen_by_state, set_up, tear_down),
 	};
 
 	alarm(120);

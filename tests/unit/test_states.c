@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* The states of a page: every transition, what the two granularities say about time, sampling, the period. */
+#include "activity/order.h"
 #include "activity/states.h"
 
 #include <setjmp.h>
@@ -220,6 +221,92 @@ static void test_thin(void **state)
 	assert_int_equal(scan_thin(present, SECOND), THIN_MAX);
 }
 
+/* ---- the order of pages ---------------------------------------------------------------------------------- */
+
+#define ORDER_PAGES 3000u
+
+/* What is used less is colder, whatever the other half of the state says; of what is not used, the longer the colder. */
+static void test_heats(void **state)
+{
+	static const enum activity coldest_first[ACTIVITIES] = {
+		ACTIVITY_FROZEN, ACTIVITY_COLDEST, ACTIVITY_COLDER, ACTIVITY_COLD, ACTIVITY_COOL,  ACTIVITY_COOLING,
+		ACTIVITY_NEW,    ACTIVITY_SLACK,   ACTIVITY_WARM,   ACTIVITY_WARMER, ACTIVITY_HOT,
+	};
+	unsigned expected = 0;
+
+	(void)state;
+	for (unsigned i = 0; i < ACTIVITIES; i++)
+		for (unsigned units = LONG_STATES; units--;)
+			assert_int_equal(activity_heat(entry_activity(coldest_first[i], units)), expected++);
+	assert_int_equal(expected, ACTIVITY_HEATS);
+	for (uint64_t word = 0; word < 16; word++) /* states that only a damaged table has */
+		assert_true(activity_heat(word << ENTRY_SHORT_SHIFT | ~ENTRY_ACTIVITY) < ACTIVITY_HEATS);
+}
+
+static void fill_entries(uint64_t *entries, uint64_t pages, uint64_t seed)
+{
+	for (uint64_t i = 0; i < pages; i++) {
+		uint64_t z = (i / 7 + seed) * UINT64_C(0x9e3779b97f4a7c15); /* runs of seven pages */
+
+		entries[i] = entry_activity((unsigned)(z >> 40) % ACTIVITIES, (unsigned)(z >> 50) % LONG_STATES) | ENTRY_OVERLAY;
+	}
+}
+
+/* All pages once, in order, each as it was when the order was made. */
+static void check_order(struct activity_table *tables, size_t count, enum activity_direction direction)
+{
+	static uint64_t was[3][ORDER_PAGES];
+	static bool came[3][ORDER_PAGES];
+	bool hottest_first = direction == ACTIVITY_HOTTEST_FIRST;
+	unsigned heat = hottest_first ? ACTIVITY_HEATS : 0;
+	uint64_t pages = 0, all = 0, last = 0, runs = 0;
+	struct activity_order *order;
+	struct activity_run run;
+
+	memset(came, 0, sizeof came);
+	for (size_t t = 0; t < count; t++) {
+		fill_entries((uint64_t *)(uintptr_t)tables[t].entries, tables[t].pages, t);
+		memcpy(was[t], tables[t].entries, tables[t].pages * sizeof was[t][0]);
+		all += tables[t].pages;
+	}
+	assert_int_equal(activity_order_create(tables, count, direction, &order), 0);
+	for (size_t t = 0; t < count; t++)
+		fill_entries((uint64_t *)(uintptr_t)tables[t].entries, tables[t].pages, 1000 + t);
+	for (; activity_order_next(order, &run); runs++) {
+		unsigned now = activity_heat(was[run.table][run.page]);
+		uint64_t place = run.table * ORDER_PAGES + run.page;
+
+		assert_true(run.pages > 0 && run.table < count && run.page + run.pages <= tables[run.table].pages);
+		assert_true(hottest_first ? now <= heat : now >= heat);
+		assert_true(now != heat || !runs || place > last); /* of one heat in the order of RAM */
+		for (uint64_t i = run.page; i < run.page + run.pages; i++) {
+			assert_false(came[run.table][i]);
+			came[run.table][i] = true;
+			assert_int_equal(activity_heat(was[run.table][i]), now);
+		}
+		heat = now;
+		last = place;
+		pages += run.pages;
+	}
+	assert_int_equal(pages, all);
+	assert_true(runs <= all / 7 + 2 * count); /* runs, and not pages */
+	assert_false(activity_order_next(order, &run));
+	activity_order_destroy(order);
+}
+
+static void test_order(void **state)
+{
+	static uint64_t entries[3][ORDER_PAGES];
+	struct activity_table tables[] = { { entries[0], ORDER_PAGES }, { entries[1], 0 }, { entries[2], 11 } };
+
+	(void)state;
+	for (size_t count = 0; count <= 3; count++) {
+		check_order(tables, count, ACTIVITY_COLDEST_FIRST);
+		check_order(tables, count, ACTIVITY_HOTTEST_FIRST);
+	}
+	activity_order_destroy(NULL);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -233,6 +320,8 @@ int main(void)
 		cmocka_unit_test(test_sampling),
 		cmocka_unit_test(test_period),
 		cmocka_unit_test(test_thin),
+		cmocka_unit_test(test_heats),
+		cmocka_unit_test(test_order),
 	};
 
 	return cmocka_run_group_tests_name("activity", tests, NULL, NULL) ? 1 : 0;

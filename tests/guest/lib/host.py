@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """The host's side of a measurement: page cache, memory figures, accelerator."""
 
+import contextlib
 import ctypes
 import mmap
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import time
@@ -136,6 +138,24 @@ def _add_mapping(figures, mapping):
 
 def _parse_kib_lines(text):
     return {match[1]: int(match[2]) for match in re.finditer(r"^(\w+): +(\d+) kB$", text, re.M)}
+
+
+def stop_process(pid, timeout_s=20):
+    """SIGSTOP, and waits until each thread stands still: until then those that are not stopped go on."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline_s = time.monotonic() + timeout_s
+    while _thread_states(pid) != {"T"}:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"process {pid} does not stop")
+        time.sleep(0.01)
+
+
+def _thread_states(pid):
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return states
 
 
 def cpu_seconds(pid):

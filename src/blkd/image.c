@@ -5,9 +5,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define SECTOR_BYTES 512u
@@ -73,6 +75,7 @@ static bool is_qcow2(int fd)
 
 static int look_at(struct image *image, const char *path, const char *format, char *why)
 {
+	struct statfs fs;
 	struct stat st;
 	off_t end = lseek(image->fd, 0, SEEK_END);
 	int r;
@@ -91,6 +94,7 @@ static int look_at(struct image *image, const char *path, const char *format, ch
 			"%.300s is not made of sectors of 512 bytes (truncate -s %%512 makes it so)",
 			why);
 	image->bytes = (uint64_t)end;
+	image->in_memory = !fstatfs(image->fd, &fs) && fs.f_type == TMPFS_MAGIC;
 	r = lock_image(image->fd, image->readonly);
 	if (r == -EAGAIN || r == -EACCES)
 		return refuse(-EAGAIN, path, "%.300s is in use: somebody else has locked it", why);

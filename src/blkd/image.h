@@ -11,6 +11,7 @@
 struct image {
 	int fd;
 	bool readonly;
+	bool in_memory; /* a file of tmpfs: no disk to wait for */
 	uint64_t bytes; /* whole sectors */
 	char id[21];    /* what a guest sees as its serial number */
 };

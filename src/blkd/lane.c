@@ -286,6 +286,8 @@ _Noreturn void lane_main(int cpu, int control, const struct image *image)
 	if (r)
 		fail("a lane cannot have its windows", r);
 	make_requests(&lane);
+	if (image->in_memory)
+		lane.image_view = os_view_file(image->fd, image->bytes, false);
 	r = make_ring(&lane.ring);
 	if (r)
 		fail("a lane cannot have an io_uring (io_uring_disabled?)", r);

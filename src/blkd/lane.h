@@ -113,6 +113,7 @@ struct request {
 struct lane {
 	int cpu, control;
 	const struct image *image;
+	const uint8_t *image_view; /* of one in memory; for the kernel's eyes only: it may be cut */
 	struct event from_domain;
 	struct io_uring ring;
 	struct window *window;

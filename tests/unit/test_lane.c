@@ -110,12 +110,12 @@ static void end_domain(struct rig *r)
 	assert_true(WIFEXITED(status) && !WEXITSTATUS(status));
 }
 
-static int set_up_image(void **state, bool readonly, unsigned lanes)
+static int set_up_image(void **state, const char *parent, bool readonly, unsigned lanes)
 {
 	struct rig *r = calloc(1, sizeof *r);
 
 	r->lanes = lanes;
-	snprintf(r->dir, sizeof r->dir, "/tmp/test-lane-XXXXXX");
+	snprintf(r->dir, sizeof r->dir, "%s/test-lane-XXXXXX", parent);
 	assert_non_null(mkdtemp(r->dir));
 	snprintf(r->socket, sizeof r->socket, "%s/socket", r->dir);
 	snprintf(r->path, sizeof r->path, "%s/image", r->dir);
@@ -126,11 +126,13 @@ static int set_up_image(void **state, bool readonly, unsigned lanes)
 	return 0;
 }
 
-static int set_up(void **state) { return set_up_image(state, false, 1); }
+static int set_up(void **state) { return set_up_image(state, "/tmp", false, 1); }
 
-static int set_up_readonly(void **state) { return set_up_image(state, true, 1); }
+static int set_up_in_memory(void **state) { return set_up_image(state, "/dev/shm", false, 1); }
 
-static int set_up_two_lanes(void **state) { return set_up_image(state, true, 2); }
+static int set_up_readonly(void **state) { return set_up_image(state, "/tmp", true, 1); }
+
+static int set_up_two_lanes(void **state) { return set_up_image(state, "/tmp", true, 2); }
 
 static int tear_down(void **state)
 {
@@ -841,6 +843,23 @@ static void a_front_end_that_vanishes_harms_nobody(void **state)
 	assert_serves(r);
 }
 
+static void an_image_that_is_cut_fails_what_is_gone(void **state)
+{
+	struct rig *r = *state;
+	struct front_segment segment = { FRONT_DATA, 128u << 10 };
+	uint64_t half = IMAGE_BYTES / 2;
+
+	connect_front(r, false);
+	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, half / SECTOR, &segment, 1), 0);
+	assert_int_equal(truncate(r->path, (off_t)half), 0);
+	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, half / SECTOR, &segment, 1),
+			 VIRTIO_BLK_S_IOERR);
+	assert_int_equal(front_do(&r->front, 0, VIRTIO_BLK_T_IN, half / SECTOR - 16, &segment, 1),
+			 VIRTIO_BLK_S_IOERR);
+	front_disconnect(&r->front);
+	assert_serves(r);
+}
+
 static void an_image_is_locked_as_qemu_does(void **state)
 {
 	struct rig *r = *state;
@@ -857,6 +876,7 @@ static void an_image_is_locked_as_qemu_does(void **state)
 }
 
 #define WRITABLE(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
+#define IN_MEMORY(test) { #test ", of an image in memory", test, set_up_in_memory, tear_down, NULL }
 #define READONLY(test) cmocka_unit_test_setup_teardown(test, set_up_readonly, tear_down)
 
 int main(void)
@@ -886,7 +906,14 @@ int main(void)
 		READONLY(messages_of_no_sense_end_their_connection_only),
 		READONLY(rings_outside_memory_are_refused),
 		WRITABLE(a_front_end_that_vanishes_harms_nobody),
+		WRITABLE(an_image_that_is_cut_fails_what_is_gone),
 		WRITABLE(an_image_is_locked_as_qemu_does),
+		IN_MEMORY(reads_of_all_shapes_are_right),
+		IN_MEMORY(scattered_data_goes_where_it_belongs),
+		IN_MEMORY(discards_zeroes_and_flushes_are_done),
+		IN_MEMORY(a_killed_lane_loses_nothing),
+		IN_MEMORY(data_outside_memory_or_disk_is_an_error),
+		IN_MEMORY(an_image_that_is_cut_fails_what_is_gone),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -120,7 +120,8 @@ class Bench:
         self.result.metric("peak_mapped_guest_pages", self.peak_pages())
         self.result.note(f"Image of {IMAGE_MIB} MiB in memory; the driver sleeps until it is told, as a guest does. The peer "
                          "of a ratio is the better of the two. CPU: user and system time of the processes that serve. "
-                         "Not measured: from inside a guest.")
+                         "An image in memory is read without windows, and written with them from the length on at which "
+                         "they pay; no guest pages mapped: all was copied. Not measured: from inside a guest.")
 
     def compare(self, workload):
         """Throughput of ours over the peer's, by pairs; of the peers, the one that is faster."""

@@ -11,12 +11,12 @@ from common.result import spread
 MEM, BIG_MEM = "1G", "4G"
 ROUNDS = {"full": 9, "quick": 2}
 
-LATENT, SPARE, BIG = "latent", "spare", "latent 4 GiB"
+LATENT, FIRST, SPARE, BIG = "latent", "latent_first", "spare", "latent 4 GiB"
 INCOMING, PRIVATE, DEMAND, REAP = "qemu_incoming", "private_map", "uffd_demand", "reap"
-WAYS = {LATENT: restores.latent, SPARE: restores.spare, INCOMING: restores.qemu_incoming, PRIVATE: restores.private_map,
+WAYS = {LATENT: restores.latent, FIRST: restores.latent_first, SPARE: restores.spare, INCOMING: restores.qemu_incoming, PRIVATE: restores.private_map,
         DEMAND: restores.uffd_demand, REAP: restores.reap, BIG: restores.latent}
 WARM, COLD = "warm", "cold"
-STARTS = {WARM: (LATENT, INCOMING, SPARE, PRIVATE, BIG), COLD: (LATENT, INCOMING, PRIVATE, DEMAND, REAP)}
+STARTS = {WARM: (LATENT, INCOMING, SPARE, PRIVATE, BIG), COLD: (LATENT, INCOMING, PRIVATE, DEMAND, REAP, FIRST)}
 # The contract's: the other way, ours, the page cache.
 RATIOS = ((INCOMING, LATENT, WARM), (INCOMING, LATENT, COLD), (INCOMING, SPARE, WARM), (PRIVATE, LATENT, WARM),
           (PRIVATE, LATENT, COLD), (DEMAND, LATENT, COLD), (REAP, LATENT, COLD))
@@ -44,7 +44,7 @@ class Bench:
     def __init__(self, result, small, big):
         self.result, self.small, self.big = result, small, big
         self.samples = {(way, cache): [] for cache, ways in STARTS.items() for way in ways}
-        self.demanded = None
+        self.demanded = self.learned = None
 
     def record(self):
         """What the ways of papers need."""
@@ -52,6 +52,8 @@ class Bench:
         restores.write_complete_ram(self.small)
         self.demanded, right = self.small.record()
         self.result.check(right, "memory of the guest that was watched is right")
+        self.learned = restores.learn(self.small)
+        restores.learn(self.big)
 
     def run_round(self, cache, number):
         if cache == WARM:
@@ -80,7 +82,7 @@ class Bench:
         result = self.result
         for other, ours, cache in RATIOS:
             result.ratio(f"{other}_over_{ours}_{cache}", self.answers(other, cache), self.answers(ours, cache))
-        for ours, cache in ((LATENT, WARM), (LATENT, COLD), (SPARE, WARM)):
+        for ours, cache in ((LATENT, WARM), (LATENT, COLD), (FIRST, COLD), (SPARE, WARM)):
             result.metric(f"{ours}_{cache}_ms", common.median(self.answers(ours, cache)))
         result.metric("time_4g_over_1g", common.median(
             [big / small for big, small in zip(self.answers(BIG, WARM), self.answers(LATENT, WARM))]))
@@ -93,7 +95,8 @@ class Bench:
 First answer: from the start of the command to the second line that the guest prints by itself; it prints one each
 millisecond, and the host sleeps in the kernel until they come. Checked: from the same start until the guest has read
 and verified the {restores.HELD_MIB} MiB that it holds, by a command sent after the answer (after cold starts it is
-checked, too). Latent's time has its checks and the making of an overlay disk in it; the others' disks are made
+checked, too). latent: a snapshot that has been restored on this host before, so that what that asked for beside the
+active set is known; latent_first: one that has not. Latent's time has its checks and the making of an overlay disk in it; the others' disks are made
 beforehand. All have one command line, without -kernel. spare: `latent spare take` of a machine that waits.
 qemu_incoming: migrate-incoming fd: of a whole migration. The others load the device state alone, and have RAM in one
 complete file: private_map maps it MAP_PRIVATE; uffd_demand reads a page for each userfault; reap does, too, but first
@@ -115,11 +118,14 @@ cache (mincore); QEMU itself stays there.""")
             self.result.metric("active_set_pages", len(active))
             rows += [["in the snapshot's active set", len(active)],
                      ["asked for and in it", len(self.demanded & active)],
-                     ["of these not zero", len(needed & active)]]
+                     ["of these not zero", len(needed & active)],
+                     ["learned by the first restore", len(self.learned)],
+                     ["asked for and in one of the two", len(self.demanded & (active | self.learned))]]
+            self.result.metric("active_set_recall_learned", len(self.demanded & (active | self.learned)) / len(self.demanded))
         if self.result.env["accel"] == "tcg":
             self.result.note("""\
 Under TCG a guest's code is read when QEMU translates it, and not when it runs. So the save of a running guest does not
-see the pages that its code is in, and QEMU, started anew, asks for all of them.""")
+see the pages that its code is in, and QEMU, started anew, asks for all of them. The first restore learns which they are.""")
         self.result.table("The first second of a guest", ["", "pages"], rows)
 
 

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from . import guests as common
 from .guests import GuestError, host, vm
+from lib.latent import run_dir
 
 BEAT_PORT = "org.latent.beat"
 # The guest prints a rising number each millisecond, and has a working set: 2,000 pages in ten places of what it
@@ -32,6 +34,7 @@ HELD_MIB = 150  # random, checked; with the kernel and the files that are read a
 FILL = f"""find /usr/lib -type f | sort | xargs cat 2> /dev/null | head -c {140 << 20} > /dev/null
 latent-guest mem hold m {HELD_MIB} 13 random"""
 ANSWER_TIMEOUT_S = 60
+LEARN_TIMEOUT_S = 20
 PAGE_BYTES = host.PAGE_BYTES
 READY_BYTES = 512 << 20
 LAZY_RAM = vm.BUILD_DIR / "bench/lazy_ram.so"
@@ -200,13 +203,8 @@ class Saved:
 
     def active_set(self):
         """Numbers of the pages that the snapshot says a guest needs first, or None."""
-        try:
-            data = (self.snapshot / "active").read_bytes()
-        except FileNotFoundError:
-            return None
-        n_pages = ACTIVE_HEADER.unpack_from(data)[3]
-        records = data[ACTIVE_HEADER.size:ACTIVE_HEADER.size + n_pages * ACTIVE_RECORD.size]
-        return {page for page, _, _ in ACTIVE_RECORD.iter_unpack(records)}
+        path = self.snapshot / "active"
+        return listed_pages(path) if path.exists() else None
 
     def record(self):
         """The pages that a guest on demand asks for until a second after its first answer; they are packed, too.
@@ -265,6 +263,14 @@ HEADER, BLOCK_BYTES, RECORD, WORD = struct.Struct("=8sIIIIQQ"), 72, struct.Struc
 ACTIVE_HEADER, ACTIVE_RECORD = struct.Struct("=QIIQQ"), struct.Struct("=QII")
 
 
+def listed_pages(path):
+    """Of a file as src/snapshot/active.h says."""
+    data = path.read_bytes()
+    n_pages = ACTIVE_HEADER.unpack_from(data)[3]
+    records = data[ACTIVE_HEADER.size:ACTIVE_HEADER.size + n_pages * ACTIVE_RECORD.size]
+    return {page for page, _, _ in ACTIVE_RECORD.iter_unpack(records)}
+
+
 def write_complete_ram(saved):
     """Guest RAM as one file, from a snapshot's `pages` and what they refer to (docs/snapshot.md)."""
     data = (saved.snapshot / "pages").read_bytes()
@@ -310,6 +316,42 @@ def write_packed(ram, pages, path):
 def latent(saved, guest):
     guest.begin([common.latent_command(), "restore", "--name", guest.name, "--disks", guest.dir, saved.snapshot, "--",
                  guest.qemu, *guest.qemu_arguments()])
+
+
+def latent_first(saved, guest):
+    """As on a host on which the snapshot has never been restored: nothing has been learned."""
+    guest.helpers.append(NothingLearned())
+    latent(saved, guest)
+
+
+class NothingLearned:
+    def __init__(self):
+        self.path, self.aside = learned_dir(), learned_dir().with_name(".learned-aside")
+        self.path.rename(self.aside)
+
+    def close(self):
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.aside.rename(self.path)
+
+
+def learned_dir():
+    return run_dir() / ".learned"
+
+
+def learn(saved):
+    """A first restore, by which the next ones know what is asked for; returns the numbers of those pages."""
+    before = set(learned_lists())
+    with started(latent, saved, "learn"):
+        deadline_s = time.monotonic() + LEARN_TIMEOUT_S
+        while not (new := set(learned_lists()) - before):
+            if time.monotonic() > deadline_s:
+                raise GuestError("the first restore has learned nothing")
+            time.sleep(0.1)
+    return listed_pages(new.pop())
+
+
+def learned_lists():
+    return [path for path in learned_dir().glob("*") if not path.name.startswith(".")]
 
 
 def latent_clones(saved, guests):

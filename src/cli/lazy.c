@@ -125,6 +125,7 @@ static int take(const int fds[PAGER_FDS], struct agent_restore *restore, struct 
 
 	restore->active = 1;
 	restore->active_fd = -1; /* the pager has it, and loads in that order */
+	restore->learned_fd = restore->learn_dir_fd = -1;
 	restore->ram_fd = fds[PAGER_FD_CACHE];
 	restore->pages_fd = fds[PAGER_FD_PAGES];
 	restore->state_fd = with_own_position(fds[PAGER_FD_STATE]);

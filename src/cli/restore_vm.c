@@ -6,6 +6,7 @@
  */
 #include "cli/cli.h"
 #include "cli/lazy.h"
+#include "cli/learned.h"
 #include "cli/overlay.h"
 #include "cli/restore.h"
 #include "os/os.h"
@@ -153,11 +154,12 @@ static int open_file(struct restore *r, const char *name, uint64_t bytes, int32_
 }
 
 /* What will be read from its beginning to its end comes from storage while QEMU starts. */
-static void read_ahead(const struct restore *r)
+static void read_ahead(struct restore *r)
 {
 	(void)posix_fadvise(r->vm.agent.pages_fd, 0, 0, POSIX_FADV_WILLNEED);
 	(void)posix_fadvise(r->vm.agent.state_fd, 0, 0, POSIX_FADV_WILLNEED);
 	(void)posix_fadvise(r->vm.agent.active_fd, 0, 0, POSIX_FADV_WILLNEED); /* -1: there is none */
+	learned_open(&r->vm.agent);
 }
 
 /* For this VM alone, with a connection of its own. */

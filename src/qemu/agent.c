@@ -192,6 +192,8 @@ __attribute__((constructor)) static void load(void)
 		keep_from_children(c->restore.pages_fd);
 		keep_from_children(c->restore.state_fd);
 		keep_from_children(c->restore.active_fd);
+		keep_from_children(c->restore.learned_fd);
+		keep_from_children(c->restore.learn_dir_fd);
 		for (uint32_t i = 0; i < c->restore.volumes && i < AGENT_RESTORE_VOLUMES; i++)
 			keep_from_children(c->restore.volume_fd[i]);
 	}

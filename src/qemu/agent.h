@@ -9,6 +9,7 @@
  *   faults.c   its other thread, from the first restore or save on: serves faults
  *   layout.c   blocks of guest RAM, told to other processes
  *   lazy.c     its end of a source that cannot be mapped
+ *   learner.c  what a restored guest asks for first
  *   pause.c    the guest stopped and continued, over a QMP connection of its own
  *   scanner.c  its thread that looks at what the guest uses, from the first request for that on
  *   reclaimer.c its thread that gives cold memory back to the host, from the first request for that on
@@ -191,6 +192,13 @@ bool restorer_is_filling(void);
 bool restorer_uses(const struct agent *agent, const struct stat *file);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
+
+/* learner.c: pages of a restored block that the guest has to bring by itself (`may`: a byte each, by malloc; taken),
+ * and which of the snapshot the first of them is. From the thread that fills it. */
+void learner_watch(struct ram_block *block, uint64_t ram_page, uint8_t *may);
+/* From the service thread: looks at what the guest asks for in its first second, and writes it down at the end of that.
+ * To be called again after so many microseconds at the latest. */
+uint64_t learner_tick(struct agent *agent);
 
 /* resume.c, from the service thread: goes on where restorer_load_state has ended. */
 void resume_restored(struct agent *agent, struct pause *pause);

@@ -20,6 +20,7 @@
 #include "snapshot/image.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -33,6 +34,7 @@
 #define MAP_PAGES 16u         /* a run as long as this is mapped at once */
 #define WATCHED_GAP_PAGES 64u /* zeros within a range of masked pages: each costs a fault that is served here */
 #define CHUNK_PAGES 256u
+#define AHEAD_GAP_PAGES 8u /* are read along with those around them */
 #define SAMPLES 128u
 
 struct fill {
@@ -113,7 +115,10 @@ static struct stretch stretch_at(const struct fill *f, uint64_t page)
 
 static int read_stretch(struct fill *f, const struct stretch *s)
 {
-	return os_read_all(s->fd, f->block->hva + os_bytes(s->page), os_bytes(s->pages), os_bytes(s->file_page));
+	int r = os_read_all(s->fd, f->block->hva + os_bytes(s->page), os_bytes(s->pages), os_bytes(s->file_page));
+
+	memset(f->copied + s->page, !r, s->pages * sizeof *f->copied);
+	return r;
 }
 
 static bool is_lazy(const struct fill *f, const struct stretch *s)
@@ -369,7 +374,6 @@ static int copy_written(struct fill *f, const struct stretch *s)
 			part.file_page += i;
 			part.pages = n;
 			r = read_stretch(f, &part);
-			memset(f->copied + part.page, !r, n * sizeof *f->copied);
 		}
 		n += !n;
 	}
@@ -419,6 +423,60 @@ static int use_active(struct fill *f, const struct snapshot_image *image)
 	}
 	r = any ? copy_cold(f, cold_ram, cold_volume) : 0;
 	return r ? r : copy_all_written(f);
+}
+
+/* ---- what an earlier restore has learned --------------------------------------------------------- */
+
+/* From storage, all at once, while the rest is done: runs of pages that are asked for, and what is between them. */
+static void read_ahead(const struct fill *f, const struct active_set *learned)
+{
+	for (uint64_t i = 0, n; i < learned->count; i += n) {
+		const struct active_page *p = &learned->list[i];
+		uint64_t first = p->page - f->ram_page, last = first;
+		struct stretch s;
+
+		n = 1;
+		if (!is_ours(f, p) || f->copied[first] || f->table[first].kind == SNAPSHOT_WORD)
+			continue;
+		s = stretch_at(f, first);
+		while (i + n < learned->count && p[n].page > last + f->ram_page && p[n].page - f->ram_page - last <= AHEAD_GAP_PAGES &&
+		       p[n].page - f->ram_page < first + s.pages)
+			last = p[n++].page - f->ram_page;
+		(void)posix_fadvise(s.fd, (off_t)os_bytes(s.file_page), (off_t)os_bytes(last + 1 - first), POSIX_FADV_WILLNEED);
+	}
+}
+
+/* They are in use, too. A list that is damaged is made anew. */
+static void use_learned(struct fill *f, const struct snapshot_image *image)
+{
+	struct agent_restore *restore = &f->agent->config.restore;
+	struct active_set learned = { 0 };
+	char why[SNAPSHOT_WHY_BYTES];
+
+	if (restore->learned_fd >= 0 && active_read(restore->learned_fd, image, &learned, why))
+		restore->learned_fd = -1;
+	for (uint64_t i = 0; i < learned.count; i++) {
+		uint64_t page = learned.list[i].page - f->ram_page;
+
+		if (is_ours(f, &learned.list[i]) && f->table[page].kind != SNAPSHOT_WORD && !f->use[page])
+			f->use[page] = IN_USE;
+	}
+	read_ahead(f, &learned);
+	active_free(&learned);
+}
+
+/* Pages that nothing has brought: who finds them in the page table knows that the guest has asked for them. (A spare's
+ * are all brought before it runs.) */
+static void let_learn(const struct fill *f)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+	bool learns = f->masks && restore->learned_fd < 0 && restore->learn_dir_fd >= 0 && restore->then != RESTORE_THEN_WAIT;
+	uint8_t *may = learns ? malloc(f->pages) : NULL;
+
+	for (uint64_t page = 0; may && page < f->pages; page++)
+		may[page] = f->table[page].kind != SNAPSHOT_WORD && !f->use[page] && !f->copied[page];
+	if (may)
+		learner_watch(f->block, f->ram_page, may);
 }
 
 /* Pages of one use. Of what a first touch makes (masked pages, a pager's) nothing is brought: that would be waited
@@ -561,11 +619,14 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 		return -ENOMEM;
 	attach(f);
 	r = after(use_active(f, image));
+	use_learned(f, image);
 	if (!r)
 		r = after(fill(f));
 	stat_add(&f->agent->stats->pages_never_masked, count_zero(f));
 	if (!r && !f->agent->config.restore.pager.active)
 		touch_active(f);
+	if (!r)
+		let_learn(f);
 	return r;
 }
 

@@ -600,10 +600,13 @@ static void serve(struct service *s)
 			[POLL_KEEPER] = { .fd = resume_poll_fd(s->agent), .events = POLLIN },
 			[POLL_REST] = { .fd = resume_rest_fd(s->agent), .events = POLLIN },
 		};
-		uint64_t saver_us = saver_tick(), now = os_now_us(), wait_us = now < next_us ? next_us - now + 1000 : 0;
+		uint64_t saver_us = saver_tick(), learner_us = learner_tick(s->agent), now = os_now_us();
+		uint64_t wait_us = now < next_us ? next_us - now + 1000 : 0;
 
 		if (wait_us > saver_us)
 			wait_us = saver_us;
+		if (wait_us > learner_us)
+			wait_us = learner_us;
 		for (size_t i = 0; i < CLIENTS; i++)
 			p[POLL_CLIENTS + i] = (struct pollfd){ .fd = s->clients[i], .events = POLLIN };
 		(void)poll(p, POLL_CLIENTS + CLIENTS, (int)(wait_us / 1000));

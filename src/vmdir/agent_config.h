@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define AGENT_CONFIG_MAGIC 0x4147544cu /* "LTGA" */
-#define AGENT_CONFIG_VERSION 4u
+#define AGENT_CONFIG_VERSION 5u
 #define AGENT_SHARE_THRESHOLD 0.1 /* the default */
 #define AGENT_CONFIG_ENV "LATENT_AGENT_FD"
 #define AGENT_HELLO_ENV "LATENT_HELLO_FD"
@@ -26,6 +26,7 @@
 #define AGENT_RESTORE_VOLUMES 32
 #define AGENT_RESTORE_OVERLAYS 16
 #define AGENT_OVERLAY_BYTES 160
+#define AGENT_LEARN_BYTES 80
 
 /* When the device state is there, */
 enum agent_restore_then {
@@ -40,6 +41,10 @@ struct agent_restore {
 	uint32_t active;
 	int32_t pages_fd, ram_fd, state_fd;
 	int32_t active_fd; /* -1: the snapshot has none */
+	/* What an earlier restore of it on this host asked for beside the active set: a list as in snapshot/active.h.
+	 * -1: nothing is known; then it is what this one asks for, and becomes that file of learn_dir_fd (-1: it is not). */
+	int32_t learned_fd, learn_dir_fd;
+	char learn_name[AGENT_LEARN_BYTES];
 	uint32_t volumes;
 	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
 	struct agent_pager {

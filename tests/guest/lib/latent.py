@@ -53,7 +53,7 @@ def run_dir():
 def vm_dirs():
     """Names of the VMs' directories, dead or alive."""
     return sorted(path.name for path in run_dir().iterdir()
-                  if path.is_dir() and path.name not in ("volumes", ".pagers"))
+                  if path.is_dir() and path.name not in ("volumes", ".pagers", ".learned"))
 
 
 def end_all_vms():

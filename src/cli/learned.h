@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: BSD-2-Clause-Patent */
+/*
+ * What restores of a snapshot on this host asked for in their first second, beside its active set: the first one's agent
+ * writes it (qemu/learner.c), the next ones bring it before the guest runs (qemu/restorer.c). REAP (Ustiugov et al.,
+ * ASPLOS 2021) records a working set so.
+ *
+ *   ROOT/.learned/ID   a list as in snapshot/active.h; ID names the snapshot's file `pages`, in this state
+ */
+#ifndef LATENT_CLI_LEARNED_H
+#define LATENT_CLI_LEARNED_H
+
+#include "vmdir/agent_config.h"
+
+/* Of the snapshot whose `pages` are open. A help and never needed: what cannot be is left out, without a word. */
+void learned_open(struct agent_restore *restore);
+
+#endif

@@ -1,0 +1,131 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""What the first restore of a snapshot asks for, the next ones bring before the guest runs."""
+
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+
+from lib import case, host, latent
+from lib.vm import VM
+
+HELD_MIB = 32
+MEM = "256M"
+LIST_PAGES = 4096  # LEARN_PAGES of src/qemu/learner.c
+HEADER, RECORD = struct.Struct("=QIIQQ"), struct.Struct("=QII")  # src/snapshot/active.h
+PRESENT = 1 << 63
+
+
+def records(path):
+    data = path.read_bytes()
+    n_pages = HEADER.unpack_from(data)[3]
+    return [RECORD.unpack_from(data, HEADER.size + i * RECORD.size)[0] for i in range(n_pages)]
+
+
+def lists():
+    """Those that are complete."""
+    return [path for path in (latent.run_dir() / ".learned").glob("*") if not path.name.startswith(".")]
+
+
+def digests(snapshot):
+    return {path: latent.sha256(path) for path in sorted(snapshot.rglob("*")) if path.is_file()}
+
+
+def share_there(guest, pages):
+    """Of these pages of guest RAM, how many are in QEMU's page table."""
+    words = latent.pagemap_words
+    first = guest.ram_hva() // host.PAGE_BYTES
+    with open(f"/proc/{guest.pid}/pagemap", "rb", buffering=0) as pagemap:
+        return sum(bool(words(pagemap, (first + page) * host.PAGE_BYTES, (first + page + 1) * host.PAGE_BYTES)[0] & PRESENT)
+                   for page in pages) / len(pages)
+
+
+def restore(guest, snapshot, *options):
+    for name in ("ram", "active"):
+        host.drop_from_page_cache(snapshot / name, may_remain_pages=1 << 60)
+    guest.restore(snapshot, *options)
+    guest.wait_status("paused" if "--paused" in options else "running", timeout_s=60)
+
+
+def check(test, guest, nonce, what):
+    test.check_equal(guest.sh("cat /run/nonce"), nonce, f"{what}: it is the saved guest")
+    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"{what}: every page of its memory is right")
+
+
+def learn(test, guest, snapshot, nonce, what):
+    """One restore; the list that it leaves."""
+    restore(guest, snapshot)
+    check(test, guest, nonce, what)
+    latent.wait_for(f"{what}: a list", lists)
+    guest.kill9()
+    [path] = lists()
+    pages, active = records(path), set(records(snapshot / "active"))
+    test.check(0 < len(pages) <= LIST_PAGES and len(set(pages)) == len(pages) and not active & set(pages),
+               f"{what}: {len(pages)} pages, each once, none of the active set's {len(active)}")
+    return path, pages
+
+
+def body(test):
+    test.need_latent()
+    latent.private_run_dir()
+    # On the file system of the VMs' disks: these become part of the snapshot.
+    directory = Path(tempfile.mkdtemp(prefix="latent-learned-"))
+    snapshot = directory / "snapshot"
+    try:
+        with VM("learns", latent=[], mem=MEM) as guest:
+            guest.sh(f"latent-guest mem hold m {HELD_MIB} 11 mixed", timeout=60)
+            nonce = guest.sh("head -c 16 /dev/urandom | sha256sum | tee /run/nonce")
+            latent.run("save", guest.name, snapshot)
+            guest.kill9()
+            before = digests(snapshot)
+            path, pages = learn(test, guest, snapshot, nonce, "the first")
+            used(test, guest, snapshot, nonce, path, pages)
+            damaged(test, guest, snapshot, nonce, path)
+            test.check(digests(snapshot) == before, "the snapshot is what it was, byte by byte")
+    finally:
+        latent.end_all_vms()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def used(test, guest, snapshot, nonce, path, pages):
+    """A guest that has not run yet has them; without the list it does not."""
+    restore(guest, snapshot, "--paused")
+    share = share_there(guest, pages)
+    test.check(share >= 0.99, f"{share:.0%} of them are there before the guest runs")
+    guest.qmp("cont")
+    check(test, guest, nonce, "with the list")
+    guest.kill9()
+    list_before = path.read_bytes()
+    path.rename(path.parent / ".aside")
+    restore(guest, snapshot, "--paused")
+    share = share_there(guest, pages)
+    test.check(share < 0.5, f"without the list {share:.0%} of them are")
+    guest.kill9()
+    test.check_equal(lists(), [], "a guest that has not run has asked for nothing")
+    (path.parent / ".aside").rename(path)
+    test.check(path.read_bytes() == list_before, "a list that is there is not made again")
+
+
+def damaged(test, guest, snapshot, nonce, path):
+    """Nothing depends on it, and the next restore makes it anew."""
+    good = path.read_bytes()
+    for what, data in (("cut", good[:len(good) // 2]), ("a page of another snapshot", good[:-16] + b"\xff" * 16),
+                       ("empty", b"")):
+        path.write_bytes(data)
+        restore(guest, snapshot)
+        check(test, guest, nonce, what)
+        latent.wait_for(f"{what}: it is made anew", lambda: path.read_bytes() != data)
+        guest.kill9()
+        test.check(len(records(path)) > 0, f"{what}: and is whole")
+    path.unlink()
+    os.mkfifo(path)  # nobody waits for a writer
+    restore(guest, snapshot)
+    check(test, guest, nonce, "a pipe in its place")
+    latent.wait_for("a pipe in its place: a list is made", path.is_file)
+    guest.kill9()
+
+
+case.main("What the first restore asks for is remembered, and brought before the guest runs by those that come after it.",
+          body, timeout_s=300)

@@ -313,3 +313,20 @@ static void say(const char *format, va_list args)
 	if (write(STDERR_FILENO, line, used + 1) < 0)
 		return;
 }
+
+int cli_find_program(const char *name, const char *installed, char ret_path[PATH_MAX])
+{
+	ssize_t n = readlink("/proc/self/exe", ret_path, PATH_MAX - 1);
+	char *slash;
+
+	ret_path[n > 0 ? n : 0] = '\0';
+	slash = strrchr(ret_path, '/');
+	if (slash)
+		snprintf(slash + 1, (size_t)(PATH_MAX - (slash + 1 - ret_path)), "%s", name);
+	if (slash && !access(ret_path, X_OK))
+		return CLI_OK;
+	snprintf(ret_path, PATH_MAX, "%s", installed);
+	if (!access(ret_path, X_OK))
+		return CLI_OK;
+	return cli_fail(CLI_SYSTEM, "%s is neither beside latent nor at %s", name, installed);
+}

@@ -6,6 +6,7 @@
 #ifndef LATENT_CLI_CLI_H
 #define LATENT_CLI_CLI_H
 
+#include <limits.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -39,7 +40,7 @@ struct cli_command {
 
 extern const struct cli_command cli_run, cli_ps, cli_stat, cli_detach, cli_doctor, cli_save, cli_restore, cli_info,
 	cli_verify, cli_flatten, cli_spare, cli_stop_rest, cli_scan, cli_heat, cli_top, cli_reclaim, cli_migrate,
-	cli_receive;
+	cli_receive, cli_blkd;
 
 /* ---- options -------------------------------------------------------------------------------- */
 
@@ -113,5 +114,9 @@ const char *cli_age(uint64_t since_unix_s, char text[CLI_SIZE_TEXT]);
 
 /* Where the agent is: $LATENT_AGENT, else beside this program, else where it was installed. */
 int cli_agent_path(char *ret_path, size_t bytes);
+
+/* A program of Latent's own: beside this one, else where it was installed. An exit status, after the sentence was
+ * printed. */
+int cli_find_program(const char *name, const char *installed, char ret_path[PATH_MAX]);
 
 #endif

@@ -24,27 +24,10 @@ bool lazy_is_url(const char *source)
 	return !strncmp(source, "http://", 7) || !strncmp(source, "https://", 8) || !strncmp(source, "s3://", 5);
 }
 
-/* Beside this program, else where it was installed. */
-static int find_program(char path[PATH_MAX])
-{
-	ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - sizeof PAGER_PROGRAM);
-	char *slash;
-
-	path[n > 0 ? n : 0] = '\0';
-	slash = strrchr(path, '/');
-	if (slash)
-		memcpy(slash + 1, PAGER_PROGRAM, sizeof PAGER_PROGRAM);
-	if (slash && !access(path, X_OK))
-		return CLI_OK;
-	snprintf(path, PATH_MAX, "%s", LATENT_PAGER_PATH);
-	return access(path, X_OK) ? cli_fail(CLI_SYSTEM, PAGER_PROGRAM ", which loads such snapshots, is neither beside latent nor "
-					     "at " LATENT_PAGER_PATH) : CLI_OK;
-}
-
 static int place(const char *source, struct agent_pager *pager)
 {
 	char root[VMDIR_PATH_BYTES], why[VMDIR_WHY_BYTES], program[PATH_MAX];
-	int status = find_program(program);
+	int status = cli_find_program(PAGER_PROGRAM, LATENT_PAGER_PATH, program);
 
 	if (status)
 		return status;

@@ -46,17 +46,21 @@ static void forget_oldest(int dir_fd)
 		free(entries);
 }
 
-void learned_open(struct agent_restore *restore)
+void learned_open(struct agent_restore *restore, bool learns)
 {
 	struct stat st;
+	int dir_fd = fstat(restore->pages_fd, &st) ? -1 : open_dir();
 
-	restore->learned_fd = -1;
-	restore->learn_dir_fd = fstat(restore->pages_fd, &st) ? -1 : open_dir();
-	if (restore->learn_dir_fd < 0)
+	restore->learned_fd = restore->learn_dir_fd = -1;
+	if (dir_fd < 0)
 		return;
 	snprintf(restore->learn_name, sizeof restore->learn_name, "%jx-%jx-%jx-%jx.%09ld", (uintmax_t)st.st_dev,
 		 (uintmax_t)st.st_ino, (uintmax_t)st.st_size, (uintmax_t)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
-	restore->learned_fd = openat(restore->learn_dir_fd, restore->learn_name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
+	restore->learned_fd = openat(dir_fd, restore->learn_name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
 	if (restore->learned_fd < 0)
-		forget_oldest(restore->learn_dir_fd);
+		forget_oldest(dir_fd);
+	if (learns)
+		restore->learn_dir_fd = dir_fd;
+	else
+		close(dir_fd);
 }

@@ -11,7 +11,10 @@
 
 #include "vmdir/agent_config.h"
 
-/* Of the snapshot whose `pages` are open. A help and never needed: what cannot be is left out, without a word. */
-void learned_open(struct agent_restore *restore);
+#include <stdbool.h>
+
+/* Of the snapshot whose `pages` are open; `learns`: this VM may be the first one. A help and never needed: what cannot
+ * be is left out, without a word. */
+void learned_open(struct agent_restore *restore, bool learns);
 
 #endif

@@ -5,8 +5,10 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-	&cli_run, &cli_ps, &cli_top, &cli_stat, &cli_save, &cli_restore, &cli_spare, &cli_info, &cli_verify, &cli_flatten,
-	&cli_detach, &cli_stop_rest, &cli_scan, &cli_reclaim, &cli_heat, &cli_migrate, &cli_receive, &cli_doctor,
+	&cli_run,   &cli_ps,      &cli_top,    &cli_stat,    &cli_save,    &cli_restore,
+	&cli_spare, &cli_info,    &cli_verify, &cli_flatten, &cli_detach,  &cli_stop_rest,
+	&cli_scan,  &cli_reclaim, &cli_heat,   &cli_migrate, &cli_receive, &cli_blkd,
+	&cli_doctor,
 };
 #define COMMANDS (sizeof commands / sizeof commands[0])
 

@@ -159,7 +159,7 @@ static void read_ahead(struct restore *r)
 	(void)posix_fadvise(r->vm.agent.pages_fd, 0, 0, POSIX_FADV_WILLNEED);
 	(void)posix_fadvise(r->vm.agent.state_fd, 0, 0, POSIX_FADV_WILLNEED);
 	(void)posix_fadvise(r->vm.agent.active_fd, 0, 0, POSIX_FADV_WILLNEED); /* -1: there is none */
-	learned_open(&r->vm.agent);
+	learned_open(&r->vm.agent, r->request->number <= 1); /* one clone is enough */
 }
 
 /* For this VM alone, with a connection of its own. */

@@ -3,6 +3,7 @@
  * latent run: prepares guest RAM and the run directory, and becomes QEMU. Everything up to execv can
  * fail and leaves nothing behind then; afterwards the directory is the agent's.
  */
+#include "cli/blk_domain.h"
 #include "cli/cli.h"
 #include "cli/preflight.h"
 #include "cli/qemu_args.h"
@@ -35,6 +36,7 @@
 #define MAX_RUN_PAGES 65536
 #define MAX_CONFIG_BYTES (1 << 20)
 #define WHY_BYTES 512
+#define BLK_DEVICE "vhost-user-blk-pci"
 
 enum {
 	OPT_NAME,
@@ -44,6 +46,7 @@ enum {
 	OPT_TRUST,
 	OPT_NO_OVERLAYS,
 	OPT_VMGENID,
+	OPT_BLK_DOMAIN,
 	OPT_SCAN
 };
 
@@ -60,6 +63,9 @@ static const struct cli_option options[] = {
 	[OPT_NO_OVERLAYS] = { "no-overlays", CLI_FLAG, NULL, "plain RAM: map no images" },
 	[OPT_VMGENID] = { "vmgenid", CLI_FLAG, NULL,
 			  "give the VM a generation ID, which is new for each clone of it" },
+	[OPT_BLK_DOMAIN] = { "blk-domain", CLI_VALUE, "IMAGE",
+			     "one more disk, served by a process of its own (see latent blkd); RAM "
+			     "stays plain" },
 	[OPT_SCAN] = { "scan-period", CLI_VALUE, "TIME",
 		       "look which memory is in use, once in this time: 10s (default: not until latent "
 		       "scan)" },
@@ -82,6 +88,7 @@ struct launch {
 	double share_threshold;
 	uint64_t min_run_pages, budget_maps, scan_period_us;
 	bool trust_images, no_overlays, vmgenid;
+	const char *blk_image; /* of a block domain, or NULL */
 
 	const struct run_restore *restore; /* NULL: it boots */
 
@@ -96,7 +103,7 @@ struct launch {
 	struct vmdir dir;
 
 	/* All of these go to the VMM. */
-	int ram_fd, qmp_agent_fd, qmp_vmm_fd, monitor_fd, config_fd;
+	int ram_fd, qmp_agent_fd, qmp_vmm_fd, monitor_fd, config_fd, blk_fd;
 
 	char **vmm_argv;
 	size_t vmm_argc, machine_argc; /* machine: the words that say what the VM is, without how it is run */
@@ -110,6 +117,7 @@ static int find_vmm(struct launch *launch);
 static int check_vmm(struct launch *launch);
 static int claim(struct launch *launch);
 static int claim_derived(struct launch *launch, char *why);
+static int start_blk_domain(struct launch *launch);
 static int prepare(struct launch *launch);
 static int make_descriptors(struct launch *launch);
 static const char *why_no_overlays(const struct launch *launch);
@@ -138,7 +146,7 @@ static const struct launch no_launch = {
 static int launch_vmm(struct launch *launch)
 {
 	static int (*const steps[])(struct launch *) = {
-		plan, find_vmm, check_vmm, claim, prepare, become_vmm,
+		plan, find_vmm, check_vmm, claim, start_blk_domain, prepare, become_vmm,
 	};
 	int status = CLI_OK;
 
@@ -242,6 +250,9 @@ static int parse_option(struct launch *launch, int option, const char *value)
 		return CLI_OK;
 	case OPT_SCAN:
 		return cli_parse_period("run", "scan-period", value, &launch->scan_period_us);
+	case OPT_BLK_DOMAIN:
+		launch->blk_image = value;
+		return CLI_OK;
 	case OPT_VMGENID:
 		launch->vmgenid = true;
 		return CLI_OK;
@@ -249,6 +260,17 @@ static int parse_option(struct launch *launch, int option, const char *value)
 		launch->no_overlays = true;
 		return CLI_OK;
 	}
+}
+
+/* As if the user had added the device himself. */
+static void exclude_overlays(struct launch *launch)
+{
+	const struct compat_rule *rule = compat_find(COMPAT_DEVICE, BLK_DEVICE, NULL, NULL);
+
+	if (!launch->plan.excludes)
+		compat_sentence(rule, BLK_DEVICE, launch->plan.excluded_by,
+				sizeof launch->plan.excluded_by);
+	launch->plan.excludes |= rule->excludes;
 }
 
 static int plan(struct launch *launch)
@@ -264,6 +286,8 @@ static int plan(struct launch *launch)
 	if (launch->plan.missing[0])
 		return cli_fail(CLI_NO_IMAGE, "there is no image %s: make it (qemu-img create), or correct the path",
 				launch->plan.missing);
+	if (launch->blk_image)
+		exclude_overlays(launch);
 	return CLI_OK;
 }
 
@@ -347,6 +371,17 @@ static int claim_derived(struct launch *launch, char *why)
 		return r;
 	snprintf(name, sizeof name, "%.48s-%d", vmdir_name_ok(guest) ? guest : "vm", (int)getpid());
 	return vmdir_claim(launch->root, name, &launch->dir, why);
+}
+
+static int start_blk_domain(struct launch *launch)
+{
+	char socket[VMDIR_PATH_BYTES];
+	int r = launch->blk_image ? vmdir_path(launch->root, launch->dir.name, BLK_DOMAIN_SOCKET, socket)
+				  : 0;
+
+	if (r)
+		return cli_fail(CLI_RUN_DIR, "%s: %s", launch->dir.path, strerror(-r));
+	return launch->blk_image ? blk_domain_start(launch->blk_image, socket, &launch->blk_fd) : CLI_OK;
 }
 
 static int prepare(struct launch *launch)
@@ -579,10 +614,24 @@ static char *make_word(const struct launch *launch, const char *word)
 	return run_expand(word, launch->dir.name, launch->dir.path, launch->restore->number);
 }
 
+static int add_blk_device(struct launch *launch)
+{
+	char *dir = props_escape(launch->dir.path);
+	int r = dir ? 0 : -ENOMEM;
+
+	if (!r)
+		r = add_option(launch, "-chardev",
+			       "socket,id=latent-blk,path=%s/" BLK_DOMAIN_SOCKET ",reconnect=1", dir);
+	if (!r)
+		r = add_option(launch, "-device", BLK_DEVICE ",chardev=latent-blk");
+	free(dir);
+	return r;
+}
+
 /* The user's line as it is, and behind it guest RAM and the monitors. */
 static int make_argv(struct launch *launch)
 {
-	static const size_t own_words = 17;
+	static const size_t own_words = 21;
 	size_t count = (size_t)launch->argc;
 	int r;
 
@@ -595,6 +644,8 @@ static int make_argv(struct launch *launch)
 			return -ENOMEM;
 	}
 	r = launch->vmgenid ? add_option(launch, "-device", "vmgenid") : 0;
+	if (!r && launch->blk_image)
+		r = add_blk_device(launch);
 	launch->machine_argc = launch->vmm_argc;
 	if (r)
 		return r;

@@ -7,7 +7,7 @@
 /* Looked through in a signal handler, so without a lock. */
 static struct {
 	_Atomic uintptr_t from, to;
-} guarded[64];
+} guarded[4096];
 #define GUARDED (sizeof guarded / sizeof guarded[0])
 
 int os_guard_view(void *view, size_t bytes)

@@ -127,7 +127,7 @@ void os_expect_random(int fd);
 /*
  * guard.c: views of files that others may cut, of which nothing but statistics and advice is read.
  * os_absorb_fault, for a SIGBUS handler (async-signal-safe): true if `addr` lies in a guarded view,
- * which is zeroed private memory from then on. -ENOSPC: 64 are guarded already.
+ * which is zeroed private memory from then on. -ENOSPC: 4096 are guarded already.
  */
 int os_guard_view(void *view, size_t bytes);
 void os_unguard_view(void *view);

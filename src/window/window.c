@@ -324,6 +324,9 @@ static int map_run(struct window *w, struct slot *s, const struct latent_request
 			      r->writes_guest);
 	if (error)
 		return error;
+	/* Reads bring 16 pages with a fault, writes one: those are brought by one call, in half the time. */
+	if (r->writes_guest)
+		os_populate_read(s->hva + at, bytes);
 	place_segments(r, run, s->hva + at + within_page(run));
 	w->stats.maps++;
 	w->stats.window_bytes += run->bytes;

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
-"""tests/guest/two_guests.py and save_short.py on real KVM: Debian guests under Latent in a nested machine.
+"""tests/guest/two_guests.py, save_short.py and activity_short.py on real KVM: Debian guests in a nested machine.
 
 What it needs is copied into a Debian 12 machine (Linux 6.1: no PAGEMAP_SCAN, the fallbacks run)
 that an emulated processor with SVM runs; its kvm_amd runs the guests.
@@ -18,7 +18,8 @@ BUILD = Path(os.environ.get("LATENT_BUILD") or SOURCE / "build")
 COMMANDS = ("LATENT_BUILD=/share/build build/latent doctor || true; "
             "{ build/tests/test_os && build/tests/test_ram || exit 3; } && "
             "export LATENT_BUILD=/share/build && "
-            "python3 -B tests/guest/two_guests.py && python3 -B tests/guest/save_short.py")
+            "python3 -B tests/guest/two_guests.py && python3 -B tests/guest/save_short.py && "
+            "python3 -B tests/guest/activity_short.py")
 
 
 def make_share(share):

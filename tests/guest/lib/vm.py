@@ -192,7 +192,7 @@ class VM:
         ]
 
     def _kernel_arguments(self):
-        words = f"console=ttyS0 loglevel=6 panic=-1 mitigations=off {self.append}".strip()
+        words = f"console=ttyS0 loglevel=6 panic=-1 mitigations=off no_timer_check {self.append}".strip()
         return ["-kernel", str(images_dir() / "vmlinuz"), "-initrd", str(images_dir() / "initrd.img"),
                 "-append", words]
 

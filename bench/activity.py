@@ -96,6 +96,7 @@ class Bench:
         gib = vm.parse_bytes(MEM) / (1 << 30)
         self.result.metric(f"cpu_percent_per_gib_10s{suffix}", figures["pass_cpu_ns_now"] / 1e9 / 10 / gib * 100)
         self.result.metric(f"hold_max_cpu_us{suffix}", figures["hold_max_cpu_us"])
+        self.result.metric(f"hold_max_us{suffix}", figures["hold_max_us"])
         grains = {source["source"]: source.get("granularity_pages_now", "") for source in figures["sources"]}
         names = {"base": "zap", "clean": "zap-frozen", "copy": "none"}
         self.result.table(f"Pages by area and state{suffix.replace('_', ', ')}",

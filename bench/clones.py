@@ -25,6 +25,7 @@ def run(result):
         result.say(f"a guest of {MEM} boots, is filled and saved")
         with common.running(saved.guest):
             saved.save(whole=True)
+            restores.learn(saved)
             for number in range(rounds):
                 for way in in_turn(number):
                     result.say(f"round {number + 1} of {rounds}: {N_CLONES} clones, {way}")

@@ -320,16 +320,20 @@ def latent(saved, guest):
 
 def latent_first(saved, guest):
     """As on a host on which the snapshot has never been restored: nothing has been learned."""
-    guest.helpers.append(NothingLearned())
+    guest.helpers.append(NothingLearned(guest))
     latent(saved, guest)
 
 
 class NothingLearned:
-    def __init__(self):
+    """What was learned before is there again when the guest has ended, which may learn until then."""
+
+    def __init__(self, guest):
+        self.guest = guest
         self.path, self.aside = learned_dir(), learned_dir().with_name(".learned-aside")
         self.path.rename(self.aside)
 
     def close(self):
+        self.guest.kill9()
         shutil.rmtree(self.path, ignore_errors=True)
         self.aside.rename(self.path)
 

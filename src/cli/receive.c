@@ -190,7 +190,7 @@ static _Noreturn void become(struct command *c, const struct manifest *m, const 
 	if (setsid() < 0 || null < 0 || dup2(null, STDIN_FILENO) < 0 || dup2(c->log_fd, STDOUT_FILENO) < 0 ||
 	    dup2(c->log_fd, STDERR_FILENO) < 0)
 		_exit(CLI_SYSTEM);
-	vm.agent.report_fd = vm.agent.overlays_fd = -1;
+	vm.agent.report_fd = vm.agent.overlays_fd = vm.agent.learned_fd = vm.agent.learn_dir_fd = -1;
 	if (!vm.argc)
 		vm.argv = make_line(c, m, &vm.argc);
 	if (!vm.argv)

@@ -174,7 +174,7 @@ static int open_lazily(struct restore *r, const char *source)
 
 static int open_files(struct restore *r)
 {
-	char path[PATH_MAX];
+	char path[PATH_MAX], why[SNAPSHOT_WHY_BYTES];
 	int status;
 
 	if (lazy_is_url(r->dir) && !r->request->number)
@@ -194,9 +194,12 @@ static int open_files(struct restore *r)
 		status = open_file(r, SNAPSHOT_STATE, r->manifest->state_bytes, &r->vm.agent.state_fd);
 	/* There need not be any. */
 	r->vm.agent.active_fd = openat(r->dir_fd, SNAPSHOT_ACTIVE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
-	if (!status)
-		read_ahead(r);
-	return status;
+	if (status)
+		return status;
+	read_ahead(r);
+	if (manifest_check_state(r->manifest, r->vm.agent.state_fd, why))
+		return cli_fail(CLI_NO_IMAGE, "%s/%s", r->dir, why);
+	return CLI_OK;
 }
 
 static int check_contents(const struct manifest_volume *v, int fd, const char *name)

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define PAGE_BYTES 4096
 
@@ -231,12 +232,14 @@ static int verify_ram(struct reader *r)
 
 static int verify_state(struct reader *r)
 {
-	struct stat st;
+	int fd = openat(r->dir_fd, SNAPSHOT_STATE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), result;
+	char why[SNAPSHOT_WHY_BYTES];
 
-	if (fstatat(r->dir_fd, SNAPSHOT_STATE, &st, AT_SYMLINK_NOFOLLOW) || (uint64_t)st.st_size != r->manifest.state_bytes)
-		return cli_fail(CLI_NO_IMAGE, SNAPSHOT_STATE " is missing, or not of %ju bytes",
-				(uintmax_t)r->manifest.state_bytes);
-	return CLI_OK;
+	if (fd < 0)
+		return cli_fail(CLI_NO_IMAGE, SNAPSHOT_STATE " cannot be opened: %s", strerror(errno));
+	result = manifest_check_state(&r->manifest, fd, why);
+	close(fd);
+	return result ? cli_fail(CLI_NO_IMAGE, "%s", why) : CLI_OK;
 }
 
 static int verify_layer(struct reader *r, const struct manifest_layer *layer)
@@ -299,13 +302,14 @@ static int compare_active(struct reader *r, int fd, char why[SNAPSHOT_WHY_BYTES]
 	struct active_set set = { 0 };
 	int result = active_read(fd, &r->image, &set, why), file;
 
-	for (uint64_t i = 0; !result && set.contents_offset && i < set.count; i++) {
+	for (uint64_t i = 0; !result && set.digest && i < set.count; i++) {
 		uint64_t number = set.list[i].page, at;
 
 		if (!reader_locate(r, number, &file, &at) || reader_fd(r, file) < 0)
 			continue; /* no contents, or a file of which it was said that it is missing */
 		if (os_read_all(fd, copy, sizeof copy, set.contents_offset + i * PAGE_BYTES) ||
-		    os_read_all(reader_fd(r, file), page, sizeof page, at * PAGE_BYTES) || memcmp(copy, page, sizeof page)) {
+		    os_read_all(reader_fd(r, file), page, sizeof page, at * PAGE_BYTES) || memcmp(copy, page, sizeof page) ||
+		    XXH3_64bits(copy, sizeof copy) != set.digest[i]) {
 			snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_ACTIVE ": the copy of page %ju is not what the page is",
 				 (uintmax_t)number);
 			result = -EBADMSG;

@@ -14,16 +14,16 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #define LOOK_FIRST_US 50000u /* after the guest runs; each later look comes after twice the time: */
 #define LOOKS 5u             /* 0.05, 0.1, 0.2, 0.4, 0.8 s */
 #define LOOK_PAGES 8192u     /* the range lock is held for so many at once */
-#define LEARN_PAGES 4096u    /* the first so many: 16 MiB that each restore brings */
 
 struct part {
 	struct ram_block *block;
-	uint64_t ram_page;
+	uint64_t pages, ram_page;
 	uint8_t *may;
 };
 
@@ -34,19 +34,41 @@ static struct {
 	/* Of the service thread: */
 	unsigned looks;
 	uint64_t count;
-	struct active_page list[LEARN_PAGES];
+	struct active_page list[ACTIVE_LEARNED_PAGES];
 } learner = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
-void learner_watch(struct ram_block *block, uint64_t ram_page, uint8_t *may)
+static void note_there(void *ctx, uint8_t *hva, uint64_t pages)
 {
-	bool room;
+	const struct part *part = ctx;
+
+	memset(part->may + ((uint64_t)(hva - part->block->hva) >> OS_PAGE_SHIFT), 0, pages);
+}
+
+/* What is in the page table before the guest runs has not been asked for: the kernel has mapped it around others. */
+static int leave_out_present(struct ram *ram, struct part *part)
+{
+	struct os_pagemap *pagemap = NULL;
+	int r = os_pagemap_open(&pagemap);
+
+	ram_lock(ram);
+	if (!r)
+		r = os_pagemap_present_runs(pagemap, part->block->hva, part->pages, note_there, part);
+	ram_unlock(ram);
+	os_pagemap_close(pagemap);
+	return r;
+}
+
+void learner_watch(struct agent *a, struct ram_block *block, uint64_t ram_page, uint8_t *may)
+{
+	struct part part = { block, block->pages, ram_page, may };
+	bool taken = !leave_out_present(a->ram, &part);
 
 	pthread_mutex_lock(&learner.lock);
-	room = learner.parts < RAM_BLOCKS;
-	if (room)
-		learner.part[learner.parts++] = (struct part){ block, ram_page, may };
+	taken = taken && learner.parts < RAM_BLOCKS && !learner.looks;
+	if (taken)
+		learner.part[learner.parts++] = part;
 	pthread_mutex_unlock(&learner.lock);
-	if (!room)
+	if (!taken)
 		free(may);
 }
 
@@ -55,7 +77,7 @@ static void note_present(void *ctx, uint8_t *hva, uint64_t pages)
 	const struct part *part = ctx;
 	uint64_t page = (uint64_t)(hva - part->block->hva) >> OS_PAGE_SHIFT;
 
-	for (uint64_t end = page + pages; page < end && learner.count < LEARN_PAGES; page++) {
+	for (uint64_t end = page + pages; page < end && learner.count < ACTIVE_LEARNED_PAGES; page++) {
 		if (part->may[page])
 			learner.list[learner.count++] = (struct active_page){ part->ram_page + page, 0, learner.looks };
 		part->may[page] = 0;
@@ -63,11 +85,11 @@ static void note_present(void *ctx, uint8_t *hva, uint64_t pages)
 }
 
 /* [range lock] */
-static bool is_there(const struct agent *a, const struct ram_block *block)
+static bool is_there(const struct agent *a, const struct part *part)
 {
 	for (unsigned i = 0; i < RAM_BLOCKS; i++)
-		if (ram_block_at(a->ram, i) == block)
-			return true;
+		if (ram_block_at(a->ram, i) == part->block)
+			return part->block->pages == part->pages;
 	return false;
 }
 
@@ -78,7 +100,7 @@ static void look(struct agent *a, struct os_pagemap *pagemap, struct part *part)
 
 	for (uint64_t page = 0; there; page += LOOK_PAGES) {
 		ram_lock(a->ram);
-		there = is_there(a, b) && page < b->pages;
+		there = is_there(a, part) && page < b->pages;
 		if (there)
 			(void)os_pagemap_present_runs(pagemap, b->hva + os_bytes(page),
 						      b->pages - page < LOOK_PAGES ? b->pages - page : LOOK_PAGES, note_present,
@@ -94,6 +116,7 @@ static void write_list(const struct agent_restore *restore)
 	int fd;
 
 	snprintf(name, sizeof name, ".new-%d", (int)getpid());
+	(void)unlinkat(restore->learn_dir_fd, name, 0); /* of one that was killed */
 	fd = openat(restore->learn_dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return;
@@ -101,6 +124,23 @@ static void write_list(const struct agent_restore *restore)
 	    renameat(restore->learn_dir_fd, name, restore->learn_dir_fd, restore->learn_name))
 		(void)unlinkat(restore->learn_dir_fd, name, 0);
 	close(fd);
+}
+
+/* [lock] */
+static void end(struct agent_restore *restore)
+{
+	if (learner.count)
+		write_list(restore);
+	while (learner.parts)
+		free(learner.part[--learner.parts].may);
+	close(restore->learn_dir_fd);
+	restore->learn_dir_fd = -1;
+}
+
+/* [lock] When the next look is due. */
+static uint64_t look_us(uint64_t resumed_us)
+{
+	return resumed_us + ((uint64_t)LOOK_FIRST_US << learner.looks);
 }
 
 /* [lock] */
@@ -118,20 +158,17 @@ static void look_at_all(struct agent *a)
 
 uint64_t learner_tick(struct agent *a)
 {
-	uint64_t resumed_us = stat_get(&a->stats->restore_us[RESTORE_RESUMED]), next_us, now = os_now_us();
+	uint64_t resumed_us = stat_get(&a->stats->restore_us[RESTORE_RESUMED]), next_us = UINT64_MAX, now = os_now_us();
 
+	if (!resumed_us || a->config.restore.learn_dir_fd < 0)
+		return UINT64_MAX;
 	pthread_mutex_lock(&learner.lock);
-	next_us = resumed_us + ((uint64_t)LOOK_FIRST_US << learner.looks);
-	if (resumed_us && learner.parts && now >= next_us) {
+	if (learner.parts && now >= look_us(resumed_us))
 		look_at_all(a);
-		next_us = resumed_us + ((uint64_t)LOOK_FIRST_US << learner.looks);
-		if (learner.looks == LOOKS) {
-			write_list(&a->config.restore);
-			while (learner.parts)
-				free(learner.part[--learner.parts].may);
-		}
-	}
-	next_us = !learner.parts || !resumed_us ? UINT64_MAX : now < next_us ? next_us - now : 0;
+	if (!learner.parts || learner.looks == LOOKS)
+		end(&a->config.restore);
+	else
+		next_us = look_us(resumed_us);
 	pthread_mutex_unlock(&learner.lock);
-	return next_us;
+	return next_us == UINT64_MAX ? next_us : now < next_us ? next_us - now : 0;
 }

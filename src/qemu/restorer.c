@@ -29,6 +29,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define GAP_PAGES 32u         /* zeros between stored pages that are mapped along, as the snapshot's holes */
 #define MAP_PAGES 16u         /* a run as long as this is mapped at once */
@@ -328,11 +329,12 @@ static bool is_ours(const struct fill *f, const struct active_page *p)
 	return p->page >= f->ram_page && p->page - f->ram_page < f->pages;
 }
 
-/* All that is in use and whose file is cold, from one piece of storage. */
+/* All that is in use and whose file is cold, from one piece of storage. What is damaged there is left to its file. */
 static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT_RESTORE_VOLUMES])
 {
 	uint8_t *chunk = malloc(os_bytes(CHUNK_PAGES));
 	int fd = f->agent->config.restore.active_fd, r = chunk ? 0 : -ENOMEM;
+	uint64_t wrong = 0;
 
 	for (uint64_t at = 0; !r && at < f->active.count; at += CHUNK_PAGES) {
 		uint64_t n = f->active.count - at < CHUNK_PAGES ? f->active.count - at : CHUNK_PAGES;
@@ -346,10 +348,17 @@ static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT
 				continue;
 			if (f->table[page].kind != SNAPSHOT_VOLUME ? !cold_ram : !cold_volume[f->table[page].volume])
 				continue;
+			if (XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) != f->active.digest[at + i]) {
+				wrong++;
+				continue;
+			}
 			memcpy(f->block->hva + os_bytes(page), chunk + os_bytes(i), OS_PAGE_BYTES);
 			f->copied[page] = true;
 		}
 	}
+	if (wrong)
+		agent_say("%llu pages of the snapshot's active set are not what was saved, and come from elsewhere",
+			  (unsigned long long)wrong);
 	free(chunk);
 	return r;
 }
@@ -414,7 +423,7 @@ static int use_active(struct fill *f, const struct snapshot_image *image)
 		if (is_ours(f, &f->active.list[i]))
 			f->use[f->active.list[i].page - f->ram_page] =
 				f->active.list[i].flags & ACTIVE_WRITTEN ? IN_USE_WRITTEN : IN_USE;
-	if (!f->active.contents_offset)
+	if (!f->active.digest)
 		return copy_all_written(f);
 	any = cold_ram = is_cold(f, image, restore->ram_fd, SNAPSHOT_DATA, 0);
 	for (uint32_t i = 0; i < image->volumes; i++) {
@@ -446,37 +455,37 @@ static void read_ahead(const struct fill *f, const struct active_set *learned)
 	}
 }
 
-/* They are in use, too. A list that is damaged is made anew. */
-static void use_learned(struct fill *f, const struct snapshot_image *image)
+/* They are in use, too. false: there is no list, or it is damaged and will be made anew. */
+static bool use_learned(struct fill *f, const struct snapshot_image *image)
 {
-	struct agent_restore *restore = &f->agent->config.restore;
+	int fd = f->agent->config.restore.learned_fd;
 	struct active_set learned = { 0 };
 	char why[SNAPSHOT_WHY_BYTES];
+	bool right = fd >= 0 && !active_read(fd, image, &learned, why) && learned.count <= ACTIVE_LEARNED_PAGES;
 
-	if (restore->learned_fd >= 0 && active_read(restore->learned_fd, image, &learned, why))
-		restore->learned_fd = -1;
-	for (uint64_t i = 0; i < learned.count; i++) {
+	for (uint64_t i = 0; right && i < learned.count; i++) {
 		uint64_t page = learned.list[i].page - f->ram_page;
 
 		if (is_ours(f, &learned.list[i]) && f->table[page].kind != SNAPSHOT_WORD && !f->use[page])
 			f->use[page] = IN_USE;
 	}
-	read_ahead(f, &learned);
+	if (right)
+		read_ahead(f, &learned);
 	active_free(&learned);
+	return right;
 }
 
-/* Pages that nothing has brought: who finds them in the page table knows that the guest has asked for them. (A spare's
- * are all brought before it runs.) */
+/* Pages that nothing brings before the guest runs. (Of a spare there are none.) */
 static void let_learn(const struct fill *f)
 {
 	const struct agent_restore *restore = &f->agent->config.restore;
-	bool learns = f->masks && restore->learned_fd < 0 && restore->learn_dir_fd >= 0 && restore->then != RESTORE_THEN_WAIT;
+	bool learns = f->masks && restore->learn_dir_fd >= 0 && restore->then != RESTORE_THEN_WAIT;
 	uint8_t *may = learns ? malloc(f->pages) : NULL;
 
 	for (uint64_t page = 0; may && page < f->pages; page++)
 		may[page] = f->table[page].kind != SNAPSHOT_WORD && !f->use[page] && !f->copied[page];
 	if (may)
-		learner_watch(f->block, f->ram_page, may);
+		learner_watch(f->agent, f->block, f->ram_page, may);
 }
 
 /* Pages of one use. Of what a first touch makes (masked pages, a pager's) nothing is brought: that would be waited
@@ -609,6 +618,7 @@ static int after(int r)
 static int fill_block(struct fill *f, const struct snapshot_image *image)
 {
 	int r = check_places(f, image);
+	bool learned;
 
 	if (r)
 		return r;
@@ -619,13 +629,13 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 		return -ENOMEM;
 	attach(f);
 	r = after(use_active(f, image));
-	use_learned(f, image);
+	learned = use_learned(f, image);
 	if (!r)
 		r = after(fill(f));
 	stat_add(&f->agent->stats->pages_never_masked, count_zero(f));
 	if (!r && !f->agent->config.restore.pager.active)
 		touch_active(f);
-	if (!r)
+	if (!r && !learned)
 		let_learn(f);
 	return r;
 }

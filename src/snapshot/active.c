@@ -22,9 +22,9 @@ static uint64_t list_end(uint64_t count)
 	return sizeof(struct active_header) + count * sizeof(struct active_page);
 }
 
-uint64_t active_contents_offset(uint64_t count)
+static uint64_t contents_offset(uint64_t count)
 {
-	return (list_end(count) + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1);
+	return (list_end(count) + count * sizeof(uint64_t) + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1);
 }
 
 static int write_list(int fd, const struct active_page *list, uint64_t count)
@@ -55,15 +55,20 @@ static int write_contents(int fd, const struct active_page *list, uint64_t count
 			  int ram_fd, const int volume_fd[SNAPSHOT_VOLUMES])
 {
 	uint8_t *chunk = malloc(os_bytes(CHUNK_PAGES));
+	uint64_t digest[CHUNK_PAGES];
 	int r = chunk ? 0 : -ENOMEM;
 
 	for (uint64_t at = 0; !r && at < count; at += CHUNK_PAGES) {
 		uint64_t n = count - at < CHUNK_PAGES ? count - at : CHUNK_PAGES;
 
-		for (uint64_t i = 0; !r && i < n; i++)
+		for (uint64_t i = 0; !r && i < n; i++) {
 			r = read_page(image, list[at + i].page, ram_fd, volume_fd, chunk + os_bytes(i));
+			digest[i] = XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES);
+		}
 		if (!r)
-			r = os_write_all(fd, chunk, os_bytes(n), active_contents_offset(count) + os_bytes(at));
+			r = os_write_all(fd, digest, n * sizeof digest[0], list_end(count) + at * sizeof digest[0]);
+		if (!r)
+			r = os_write_all(fd, chunk, os_bytes(n), contents_offset(count) + os_bytes(at));
 	}
 	free(chunk);
 	return r;
@@ -77,7 +82,7 @@ int active_write(int fd, const struct active_page *list, uint64_t count, const s
 	if (ram_fd < 0)
 		return r;
 	if (!r) /* without contents, too, it is as long as it says */
-		r = ftruncate(fd, (off_t)(active_contents_offset(count) + os_bytes(count))) ? -errno : 0;
+		r = ftruncate(fd, (off_t)(contents_offset(count) + os_bytes(count))) ? -errno : 0;
 	return r ? r : write_contents(fd, list, count, image, ram_fd, volume_fd);
 }
 
@@ -91,7 +96,7 @@ static int check_header(const struct active_header *h, uint64_t file_bytes, cons
 {
 	if (h->magic != ACTIVE_MAGIC || h->version != ACTIVE_VERSION || h->page_bytes != OS_PAGE_BYTES)
 		return refuse(why, "not of this version of the format");
-	if (h->pages > image->pages || (file_bytes != active_contents_offset(h->pages) + os_bytes(h->pages) &&
+	if (h->pages > image->pages || (file_bytes != contents_offset(h->pages) + os_bytes(h->pages) &&
 					file_bytes != list_end(h->pages)))
 		return refuse(why, "its length is not what its pages need");
 	return 0;
@@ -115,6 +120,13 @@ static int check_list(const struct active_set *set, const struct snapshot_image 
 	return r;
 }
 
+static int read_digests(int fd, struct active_set *set)
+{
+	set->contents_offset = contents_offset(set->count);
+	set->digest = malloc(set->count * sizeof *set->digest + 1);
+	return set->digest ? os_read_all(fd, set->digest, set->count * sizeof *set->digest, list_end(set->count)) : -ENOMEM;
+}
+
 int active_read(int fd, const struct snapshot_image *image, struct active_set *ret_set, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct active_set set = { 0 };
@@ -128,10 +140,10 @@ int active_read(int fd, const struct snapshot_image *image, struct active_set *r
 	if (r)
 		return r;
 	set.count = h.pages;
-	if ((uint64_t)st.st_size != list_end(h.pages))
-		set.contents_offset = active_contents_offset(h.pages);
 	set.list = malloc(h.pages * sizeof *set.list + 1);
 	r = set.list ? os_read_all(fd, set.list, h.pages * sizeof *set.list, sizeof h) : -ENOMEM;
+	if (!r && (uint64_t)st.st_size != list_end(h.pages))
+		r = read_digests(fd, &set);
 	if (!r && XXH3_64bits(set.list, h.pages * sizeof *set.list) != h.checksum)
 		r = refuse(why, "the checksum is wrong: the file is damaged");
 	if (!r)
@@ -146,5 +158,6 @@ int active_read(int fd, const struct snapshot_image *image, struct active_set *r
 void active_free(struct active_set *set)
 {
 	free(set->list);
+	free(set->digest);
 	*set = (struct active_set){ 0 };
 }

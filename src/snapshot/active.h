@@ -11,8 +11,9 @@
 
 #define SNAPSHOT_ACTIVE "active"
 #define ACTIVE_MAGIC 0x455649544341544cull /* "LTACTIVE" */
-#define ACTIVE_VERSION 1u
+#define ACTIVE_VERSION 2u
 #define ACTIVE_WRITTEN 1u
+#define ACTIVE_LEARNED_PAGES 4096u /* 16 MiB: of a list that an earlier restore has made, which each restore brings */
 #define ACTIVE_MAX_PAGES 65536u /* 256 MiB: more is no working set that somebody waits for */
 
 struct active_header {
@@ -22,7 +23,8 @@ struct active_header {
 	uint64_t checksum; /* XXH3-64 of the records */
 };
 
-/* Behind the header; behind them, from the next multiple of the page size, the contents in the same order. */
+/* Behind the header; behind them, if contents follow, the XXH3-64 of each page's contents (8 bytes); behind these, from
+ * the next multiple of the page size, the contents, all in the same order. */
 struct active_page {
 	uint64_t page;  /* its number in `pages` */
 	uint32_t flags; /* ACTIVE_WRITTEN */
@@ -32,11 +34,9 @@ struct active_page {
 struct active_set {
 	struct active_page *list;
 	uint64_t count;
-	uint64_t contents_offset; /* bytes; 0: there are no copies of the contents */
+	uint64_t *digest; /* of each page's contents, which are compared with it by whoever uses them; NULL: there are none */
+	uint64_t contents_offset; /* bytes */
 };
-
-/* Where contents begin behind so many records. */
-uint64_t active_contents_offset(uint64_t count);
 
 /* All of it, into an empty file. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1: the list alone; `volume_fd`: of the image's volumes.
  * 0 or a negative errno. */

@@ -16,6 +16,7 @@
 
 #define FORMAT_NAME "latent-snapshot"
 #define SAMPLES 1024u
+#define CHUNK_BYTES 65536u
 
 /* ---- fingerprints --------------------------------------------------------------------------- */
 
@@ -78,6 +79,48 @@ int manifest_compare(int fd, const struct manifest_volume *v, struct manifest_vo
 	return r ? r : ret_now->bytes == v->bytes && ret_now->fingerprint == v->fingerprint ? 0 : -ESTALE;
 }
 
+static int digest(int fd, uint64_t bytes, uint64_t *ret_digest)
+{
+	uint8_t *chunk = malloc(CHUNK_BYTES);
+	XXH3_state_t *state = XXH3_createState();
+	int r = chunk && state ? 0 : -ENOMEM;
+
+	if (!r)
+		XXH3_64bits_reset(state);
+	for (uint64_t at = 0, n; !r && at < bytes; at += n) {
+		n = bytes - at < CHUNK_BYTES ? bytes - at : CHUNK_BYTES;
+		r = os_read_all(fd, chunk, n, at);
+		if (!r)
+			XXH3_64bits_update(state, chunk, n);
+	}
+	if (!r)
+		*ret_digest = XXH3_64bits_digest(state);
+	XXH3_freeState(state);
+	free(chunk);
+	return r;
+}
+
+int manifest_check_state(const struct manifest *m, int fd, char why[SNAPSHOT_WHY_BYTES])
+{
+	uint64_t found = 0;
+	struct stat st;
+	int r = fstat(fd, &st) ? -errno : 0;
+
+	if (!r && (!S_ISREG(st.st_mode) || (uint64_t)st.st_size != m->state_bytes)) {
+		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_STATE " is not a file of %ju bytes, as the manifest says",
+			 (uintmax_t)m->state_bytes);
+		return -EBADMSG;
+	}
+	if (!r)
+		r = digest(fd, m->state_bytes, &found);
+	if (r)
+		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_STATE " cannot be read: %s", strerror(-r));
+	else if (found != m->state_digest)
+		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_STATE " is not what was saved: expected is a file with the digest %016jx",
+			 (uintmax_t)m->state_digest);
+	return r || found != m->state_digest ? -EBADMSG : 0;
+}
+
 /* ---- writing -------------------------------------------------------------------------------- */
 
 static void add_text(struct json_object *json, const char *key, const char *text)
@@ -90,15 +133,21 @@ static void add_number(struct json_object *json, const char *key, uint64_t numbe
 	json_object_object_add(json, key, json_object_new_uint64(number));
 }
 
+static void add_digest(struct json_object *json, const char *key, uint64_t digest)
+{
+	char text[24];
+
+	snprintf(text, sizeof text, "%016jx", (uintmax_t)digest);
+	add_text(json, key, text);
+}
+
 static struct json_object *volume_to_json(const struct manifest_volume *v)
 {
 	struct json_object *json = json_object_new_object();
-	char text[24];
 
 	add_text(json, "path", v->path);
 	add_number(json, "bytes", v->bytes);
-	snprintf(text, sizeof text, "%016jx", (uintmax_t)v->fingerprint);
-	add_text(json, "fingerprint", text);
+	add_digest(json, "fingerprint", v->fingerprint);
 	add_number(json, "dev", v->dev);
 	add_number(json, "ino", v->ino);
 	add_number(json, "mtime_ns", v->mtime_ns);
@@ -146,6 +195,7 @@ static struct json_object *to_json(const struct manifest *m)
 	add_number(json, "created_unix_s", m->created_unix_s);
 	add_number(json, "ram_bytes", m->ram_bytes);
 	add_number(json, "state_bytes", m->state_bytes);
+	add_digest(json, "state_digest", m->state_digest);
 	if (m->packed_bytes)
 		add_number(json, "packed_bytes", m->packed_bytes);
 	if (m->parent.path[0])
@@ -270,16 +320,23 @@ static uint64_t take_number(struct reading *d, struct json_object *json, const c
 	return d->r ? 0 : (uint64_t)number;
 }
 
-static void take_volume(struct reading *d, struct json_object *json, struct manifest_volume *v)
+static uint64_t take_digest(struct reading *d, struct json_object *json, const char *key)
 {
 	char text[24] = "", *end;
+	uint64_t digest;
 
+	take_text(d, json, key, text, sizeof text);
+	digest = strtoull(text, &end, 16);
+	if (!d->r && (strlen(text) != 16 || *end))
+		wrong(d, SNAPSHOT_MANIFEST ": \"%s\" is not 16 hexadecimal digits", key);
+	return digest;
+}
+
+static void take_volume(struct reading *d, struct json_object *json, struct manifest_volume *v)
+{
 	take_text(d, json, "path", v->path, sizeof v->path);
 	v->bytes = take_number(d, json, "bytes", INT64_MAX);
-	take_text(d, json, "fingerprint", text, sizeof text);
-	v->fingerprint = strtoull(text, &end, 16);
-	if (!d->r && (strlen(text) != 16 || *end))
-		wrong(d, SNAPSHOT_MANIFEST ": \"fingerprint\" is not 16 hexadecimal digits");
+	v->fingerprint = take_digest(d, json, "fingerprint");
 	v->dev = take_number(d, json, "dev", INT64_MAX);
 	v->ino = take_number(d, json, "ino", INT64_MAX);
 	v->mtime_ns = take_number(d, json, "mtime_ns", INT64_MAX);
@@ -380,6 +437,7 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	m->created_unix_s = take_number(d, json, "created_unix_s", INT64_MAX);
 	m->ram_bytes = take_number(d, json, "ram_bytes", INT64_MAX);
 	m->state_bytes = take_number(d, json, "state_bytes", 1ull << 32);
+	m->state_digest = take_digest(d, json, "state_digest");
 	if (json_object_object_get_ex(json, "packed_bytes", NULL))
 		m->packed_bytes = take_number(d, json, "packed_bytes", INT64_MAX);
 	take_parent(d, json, &m->parent);

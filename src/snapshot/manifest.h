@@ -55,6 +55,7 @@ struct manifest_parent {
 struct manifest {
 	char name[64], qemu_version[64];
 	uint64_t created_unix_s, ram_bytes, state_bytes;
+	uint64_t state_digest; /* XXH3-64 of `state` */
 	uint64_t packed_bytes; /* of `ram.zst`; 0: there is a plain `ram` */
 	struct manifest_parent parent;
 	uint32_t volumes, disks;
@@ -76,6 +77,9 @@ int manifest_write(const struct manifest *manifest, int dir_fd);
 int manifest_read(int dir_fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
 /* The same of the file itself. */
 int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_WHY_BYTES]);
+
+/* `state`, all of it. -EBADMSG: `why` says what is wrong with it. */
+int manifest_check_state(const struct manifest *manifest, int fd, char why[SNAPSHOT_WHY_BYTES]);
 
 /*
  * What a file is known by, but for its path. The fingerprint is the XXH3-64 over the size and up to 1,024 pages,

@@ -25,6 +25,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 struct save {
 	const struct save_options *options;
@@ -315,6 +316,7 @@ static int write_state(struct save *s)
 
 	if (state == MAP_FAILED)
 		return fail(s, -errno, "the device state cannot be read");
+	s->manifest.state_digest = XXH3_64bits(state, bytes);
 	fd = r = maker_create(&s->maker, SNAPSHOT_STATE, s->why);
 	if (fd >= 0) {
 		r = os_write_all(fd, state, bytes, 0);

@@ -36,7 +36,7 @@ enum agent_restore_then {
 };
 
 /* What guest RAM begins with, and the state that its devices get; see snapshot/format.h. All descriptors are
- * read-only and inherited. */
+ * inherited, and read-only, but directories and sockets. */
 struct agent_restore {
 	uint32_t active;
 	int32_t pages_fd, ram_fd, state_fd;

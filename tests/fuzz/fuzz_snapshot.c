@@ -3,12 +3,14 @@
  * A snapshot's files that somebody hostile has made. What is believed of them is within bounds, and what is
  * refused is refused with a sentence.
  *
- * Input: the first byte chooses the manifest (its text follows) or the metadata of pages (a valid file of two
- * blocks, patched: place (2 bytes), length (1 byte), contents; with an odd first byte the checksum is made right).
+ * Input: the first byte chooses the manifest (2: its text follows), the list of pages in use (4; 8: contents follow in the
+ * file) or the metadata of pages. Of the latter two a valid file is patched: place (2 bytes), length (1 byte), contents;
+ * a place behind its end cuts the file; with an odd first byte the checksum is made right.
  */
 #include "fuzz.h"
 
 #include "os/os.h"
+#include "snapshot/active.h"
 #include "snapshot/image.h"
 #include "snapshot/manifest.h"
 
@@ -20,6 +22,8 @@
 #include <xxhash.h>
 
 #define FILE_BYTES (40 + 2 * 72 + 48 * 16)
+#define ACTIVE_PAGES 3u
+#define ACTIVE_BYTES (32 + ACTIVE_PAGES * 16)
 
 static const struct fuzz_token tokens[] = {
 	FUZZ_TEXT("\xff\xff\xff\xff\xff\xff\xff\xff"),
@@ -98,26 +102,70 @@ static void make_pages(uint8_t file[FILE_BYTES])
 	close(fd);
 }
 
+/* The length that the file has then. */
+static size_t patch(struct fuzz_reader *in, uint8_t *file, size_t file_bytes)
+{
+	size_t length = file_bytes;
+
+	while (in->at < in->end) {
+		size_t at = fuzz_number(in, 2) % (file_bytes + 64), n = fuzz_byte(in);
+		const uint8_t *bytes = fuzz_bytes(in, &n);
+
+		if (at >= file_bytes)
+			length = file_bytes - (at - file_bytes);
+		else
+			memcpy(file + at, bytes, n < file_bytes - at ? n : file_bytes - at);
+	}
+	return length;
+}
+
+static void check_active(struct fuzz_reader *in, bool repair, bool contents)
+{
+	struct active_page list[ACTIVE_PAGES] = { { 7, ACTIVE_WRITTEN, 1 }, { 47, 0, 1 }, { 0, 0, 2 } };
+	struct snapshot_image image = { .pages = 48 };
+	struct active_set set = { 0 };
+	char why[SNAPSHOT_WHY_BYTES] = "";
+	uint8_t file[ACTIVE_BYTES];
+	uint64_t seen = 0;
+	int fd = os_memfd_create("active", 0, false);
+	size_t length;
+
+	fuzz_require(!active_write(fd, list, ACTIVE_PAGES, &image, -1, NULL) && pread(fd, file, sizeof file, 0) == sizeof file);
+	length = patch(in, file, sizeof file);
+	if (repair) {
+		uint64_t sum = XXH3_64bits(file + 32, sizeof file - 32);
+
+		memcpy(file + 24, &sum, sizeof sum);
+	}
+	fuzz_require(!ftruncate(fd, 0) && !os_write_all(fd, file, length, 0));
+	if (contents)
+		fuzz_require(!ftruncate(fd, (off_t)os_bytes(1 + ACTIVE_PAGES)));
+	if (active_read(fd, &image, &set, why)) {
+		fuzz_require(!set.list && !set.digest);
+		close(fd);
+		return;
+	}
+	fuzz_require(set.count <= image.pages && !set.digest == !contents);
+	for (uint64_t i = 0; i < set.count; i++) {
+		fuzz_require(set.list[i].page < image.pages && !(seen & 1ull << set.list[i].page));
+		seen |= 1ull << set.list[i].page;
+	}
+	active_free(&set);
+	close(fd);
+}
+
 static void check_pages(struct fuzz_reader *in, bool repair)
 {
 	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct snapshot_image image = { 0 };
 	struct snapshot_counts counts;
 	uint8_t file[FILE_BYTES];
-	size_t length = FILE_BYTES;
 	uint64_t bad, pages = 0;
+	size_t length;
 	int fd;
 
 	make_pages(file);
-	while (in->at < in->end) {
-		size_t at = fuzz_number(in, 2) % (FILE_BYTES + 64), n = fuzz_byte(in);
-		const uint8_t *bytes = fuzz_bytes(in, &n);
-
-		if (at >= FILE_BYTES)
-			length = FILE_BYTES - (at - FILE_BYTES);
-		else
-			memcpy(file + at, bytes, n < FILE_BYTES - at ? n : FILE_BYTES - at);
-	}
+	length = patch(in, file, FILE_BYTES);
 	if (repair) {
 		uint64_t sum = XXH3_64bits(file + 40, FILE_BYTES - 40);
 
@@ -160,6 +208,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 		return 0;
 	if (data[0] & 2)
 		check_manifest(data + 1, bytes - 1);
+	else if (data[0] & 4)
+		check_active(&in, data[0] & 1, data[0] & 8);
 	else
 		check_pages(&in, data[0] & 1);
 	return 0;

@@ -48,7 +48,9 @@ def check_scores(test, guest, areas, what, sources=("base",)):
             break
     test.say(f"{figures['passes']} passes:")
     say_counts(test, counts)
-    for source, kind, score in told_scores(scores, sources):
+    told = told_scores(scores, sources)
+    test.check_equal({kind for _, kind, _ in told}, {"hot", "cold"}, f"{what}: there is enough of both to be judged")
+    for source, kind, score in told:
         test.check(is_enough(score), f"{what}, {source}, {kind}: {score}")
     return figures
 

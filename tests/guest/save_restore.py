@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -25,6 +26,7 @@ KEEP_JOURNAL = ("i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i $(echo $i
                 "sync /root/journal; echo $i > /run/synced.new; mv /run/synced.new /run/synced; done")
 STEPS_BEFORE = ["checks", "overlays", "exec", "ram", "state"]  # before the guest runs
 KIND_DATA = 1  # src/snapshot/format.h
+ACTIVE_PAGES = 64  # of the active set, at its end, that are damaged
 NO_IMAGE, REFUSED = 66, 65
 
 
@@ -232,6 +234,12 @@ def copy_snapshot(good, bad):
     shutil.copytree(good, bad, copy_function=lambda a, b: subprocess.run(["cp", "--sparse=always", a, b], check=True))
 
 
+def flip_bit(path, at):
+    with open(path, "r+b") as file:
+        byte = os.pread(file.fileno(), 1, at)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
+
+
 def damaged(test, directory):
     """A snapshot that is not what it was is refused before anything is mapped or run."""
     good = directory / "after"
@@ -266,12 +274,14 @@ def damaged(test, directory):
             file.write(b"\0" * 512)
         refused(test, guest, bad, "a disk that has changed", "disk0")
         copy()
-        with open(bad / "ram", "r+b") as file:
+        flip_bit(bad / "state", 1000)
+        refused(test, guest, bad, "a bit of the device state", "state", "digest")
+        answer = latent.command("verify", bad)
+        test.check(answer.returncode == NO_IMAGE and "state" in answer.stderr, f"verify, too: {answer.stderr.strip()}")
+        copy()
+        with open(bad / "ram", "rb") as file:
             data = os.lseek(file.fileno(), 1 << 20, os.SEEK_DATA)
-            file.seek(data)
-            byte = file.read(1)[0]
-            file.seek(data)
-            file.write(bytes([byte ^ 1]))
+        flip_bit(bad / "ram", data)
         answer = latent.command("verify", bad)
         test.check(answer.returncode == NO_IMAGE and "page" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
         active_damaged(test, guest, directory / "load0", bad)
@@ -281,18 +291,29 @@ def damaged(test, directory):
 def active_damaged(test, guest, good, bad):
     """It is a help: one that is not what it should be is found by verify, and a restore does without."""
     copy_snapshot(good, bad)
-    with open(bad / "active", "r+b") as file:
-        file.seek(-100, os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(-100, os.SEEK_END)
-        file.write(bytes([byte ^ 1]))
+    data = bytearray((bad / "active").read_bytes())
+    for at in range(len(data) - 100, len(data) - ACTIVE_PAGES * 4096, -4096):  # a bit of many pages
+        data[at] ^= 1
+    (bad / "active").write_bytes(data)
     answer = latent.command("verify", bad)
     test.check(answer.returncode == NO_IMAGE and "the copy of page" in answer.stderr, f"a wrong copy: {answer.stderr.strip()}")
+    cold_restore(test, guest, bad)
     copy_snapshot(good, bad)
     os.truncate(bad / "active", 8192)
     guest.restore(bad)
     test.check(guest.sh("echo runs").strip() == "runs", "a damaged active set: the guest runs")
     test.check("active set is not used" in guest.qemu_log.read_text(), "and it is said")
+    guest.kill9()
+
+
+def cold_restore(test, guest, bad):
+    """Nothing of the snapshot is in memory, so that the copies are used, but for the wrong ones."""
+    for name in ("ram", "active"):
+        host.drop_from_page_cache(bad / name)
+    guest.restore(bad)
+    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), "a wrong copy: the guest's memory is right")
+    said = re.search(r"(\d+) pages of the snapshot's active set are not what was saved", guest.qemu_log.read_text())
+    test.check(said and int(said[1]) > 0, f"and it is said: {said and said[0]}")
     guest.kill9()
 
 

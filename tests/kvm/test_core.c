@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /*
  * The core library, and the scan for what is in use, under running vCPUs: they read and write guest RAM at native speed, through
- * KVM's own faults, and check every word, while reads are shortcut, overlays mapped, privatized and
+ * KVM's own faults, and check what they read (three words of most pages, each word of one in eight), while reads are shortcut, overlays mapped, privatized and
  * settled, pages discarded, zapped and given back beneath them. Before that, what they use is told from what they do not,
  * and what they write from what they read.
  *

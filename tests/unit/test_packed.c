@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define PAGES 500u
 
@@ -229,7 +230,13 @@ static void pages_in_use(void **state)
 		assert_int_equal(active_read(fd, &s.image, &set, why), 0);
 		assert_int_equal(set.count, 2);
 		assert_memory_equal(set.list, list, sizeof list);
-		assert_int_equal(set.contents_offset, alone ? 0 : active_contents_offset(2));
+		assert_int_equal(set.contents_offset, alone ? 0 : os_bytes(1));
+		for (int i = 0; !alone && i < 2; i++) {
+			uint8_t page[OS_PAGE_BYTES];
+
+			assert_int_equal(os_read_all(fd, page, sizeof page, set.contents_offset + os_bytes(i)), 0);
+			assert_int_equal(XXH3_64bits(page, sizeof page), set.digest[i]);
+		}
 		active_free(&set);
 		assert_int_equal(fstat(fd, &st), 0);
 		assert_int_equal(st.st_size, alone ? sizeof(struct active_header) + sizeof list : os_bytes(3));

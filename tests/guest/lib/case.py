@@ -24,6 +24,7 @@ import time
 import traceback
 
 from . import vm
+from .agent import CommandFailed
 from .vm import Skip
 
 EXIT_PASSED, EXIT_FAILED, EXIT_NOT_SO, EXIT_LOST, EXIT_SKIPPED = 0, 1, 3, 4, 77
@@ -109,7 +110,8 @@ def _run(test, body):
         return EXIT_SKIPPED
     except (Exception, Timeout) as error:
         _report_failure(error)
-        return EXIT_NOT_SO if isinstance(error, Failed) else EXIT_LOST if isinstance(error, vm.EmulatorError) else EXIT_FAILED
+        # A command that fails in the guest has found something wrong there (its memory, two files that differ).
+        return EXIT_NOT_SO if isinstance(error, (Failed, CommandFailed)) else EXIT_LOST if isinstance(error, vm.EmulatorError) else EXIT_FAILED
     finally:
         signal.alarm(0)
     print(f"passed: {test.n_checks} checks in {time.monotonic() - test.started_s:.1f} s")

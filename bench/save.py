@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from common import guests as common
 from common import restores
 from common.guests import GuestError, vm
+from common.result import spread
 
 MEM = "1G"
 BIG_MEM = "4G"
@@ -17,6 +19,7 @@ HELD_MIB = 150  # random, checked; with what the guest reads about 370 MiB are i
 READ_SOME = "find /usr/lib -type f | sort | head -3000 | xargs cat > /dev/null"
 CHURN = "latent-guest mem churn m 0 {} 30 {}"
 CHURN_PAGES_PER_S = 5000
+WRITE = "latent-guest mem touch m 0 {} 1 0 w"
 PAIRS = {"full": 7, "quick": 3}
 
 
@@ -28,6 +31,7 @@ def run(result):
         for guest in guests:
             fill(guest)
         pauses, totals, last = measure(result, plain, latent, pairs)
+        measure_after_resume(result, plain, latent, pairs)
         second = saves_of_a_restored_vm(result, latent, last, pairs)
     big_pauses = big(result, pairs)
     result.ratio("qemu_pause_over_latent_pause", *pauses)
@@ -54,6 +58,45 @@ def under_load(guest, work):
     answer = work()
     load.kill()
     return answer
+
+
+def written_in_a_second(guest):
+    """Pages that the guest writes in a second, as fast as it can."""
+    return int(guest.sh(WRITE.format(HELD_MIB * 256)).split("=")[1])
+
+
+# ---- after the resume ----
+
+def measure_after_resume(result, plain, latent, pairs):
+    """Of both sides: the share of its throughput that a guest has in the second after it goes on."""
+    result.say("the second after the resume")
+    shares = {"QEMU": [], "Latent": []}
+    for number in range(pairs):
+        before = written_in_a_second(plain)
+        save_plain(plain, plain.dir / "state")
+        shares["QEMU"].append(written_in_a_second(plain) / before)
+        before = written_in_a_second(latent)
+        shares["Latent"].append(written_beside(latent, latent.dir / f"after{number}") / before)
+    result.table("What a guest writes in the second after it goes on, of what it writes otherwise", ["", "median (lowest-highest)"],
+                 [[side, spread(found, 2)] for side, found in shares.items()])
+    for side, found in shares.items():
+        result.metric(f"{side.lower()}_throughput_after_resume", common.median(found))
+
+
+def written_in_a_second(guest):
+    """Pages, as fast as it can."""
+    return int(guest.sh(WRITE.format(HELD_MIB * 256)).split("=")[1])
+
+
+def written_beside(guest, snapshot):
+    """The writer of the save works meanwhile."""
+    guest.monitor.events.clear()
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(save_latent, guest, snapshot)
+        guest.monitor.wait_event("RESUME")
+        written = written_in_a_second(guest)
+        job.result()
+    return written
 
 
 # ---- the sides ----

@@ -142,6 +142,22 @@ static const char *do_zap(struct input *in)
 	return model_zap(in->m, p.block, p.page, p.pages);
 }
 
+static const char *do_zap_clean(struct input *in)
+{
+	struct part p = next_part(in);
+
+	trace(in, "zap clean", &p);
+	return model_zap_clean(in->m, p.block, p.page, p.pages);
+}
+
+static const char *do_settle_copies(struct input *in)
+{
+	struct part p = next_part(in);
+
+	trace(in, "settle copies", &p);
+	return model_settle_copies(in->m, p.block, p.page, p.pages);
+}
+
 static const char *do_rewrite(struct input *in)
 {
 	trace(in, "rewrite", NULL);
@@ -181,10 +197,13 @@ static const char *do_arm_hole(struct input *in)
 	return NULL;
 }
 
-/* The number of an operation in an input is its place here, modulo the number of places. */
+/* The number of an operation in an input is its place here, modulo the number of places. (What comes later takes the place
+ * of a second mention, so that old inputs say what they said.) */
 static const char *(*const operations[])(struct input *) = {
 	do_overlay, do_return, do_discard, do_settle, do_privatize, do_detach, do_reconcile, do_write,
 	do_read, do_zap, do_rewrite, do_replug, do_advise, do_arm, do_arm_hole, do_wild_overlay,
+	do_overlay, do_return, do_discard, do_settle_copies, do_privatize, do_detach, do_reconcile, do_write,
+	do_read, do_zap_clean, do_rewrite, do_replug, do_settle_copies, do_arm, do_arm_hole, do_zap_clean,
 };
 #define OPERATIONS (sizeof operations / sizeof operations[0])
 

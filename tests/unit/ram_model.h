@@ -506,6 +506,29 @@ static RIG_UNUSED const char *model_settle(struct model *m, unsigned block, uint
 	return model_finish_settle(m, r, settled);
 }
 
+/* Of overlays only what the guest has written; where mappings are short, less of it. */
+static RIG_UNUSED const char *model_settle_copies(struct model *m, unsigned block, uint64_t page, uint64_t pages)
+{
+	uint64_t settled = 0;
+	struct ram_counts c;
+	const char *why;
+	int r;
+
+	model_keep_all(m);
+	for (uint64_t i = page; i < page + pages; i++)
+		if (m->pages[block][i].written)
+			model_goal_settle(m, block, i);
+	ram_get_counts(m->rig.ram, &c);
+	m->keep_allowed = c.maps + c.other_maps + 2 * pages > c.budget_maps; /* each copy may need two more */
+	ram_lock(m->rig.ram);
+	r = ram_settle_copies(m->rig.ram, m->rig.blocks[block].ram, page, pages, &settled);
+	ram_unlock(m->rig.ram);
+	why = model_compare_result(m, r, 0);
+	if (!why && !m->keep_allowed)
+		why = model_check_reached(m, r);
+	return why ? why : model_check_settled(m, settled);
+}
+
 static RIG_UNUSED const char *model_detach(struct model *m, unsigned file)
 {
 	uint64_t settled = 0;
@@ -564,6 +587,21 @@ static RIG_UNUSED const char *model_zap(struct model *m, unsigned block, uint64_
 		    madvise(rig_hva(&m->rig, block, i), OS_PAGE_BYTES, MADV_DONTNEED))
 			return rig_wrong(&m->rig, "zap failed: %d", errno);
 	return model_compare(m, false);
+}
+
+/* The same of overlays: private copies stay. */
+static RIG_UNUSED const char *model_zap_clean(struct model *m, unsigned block, uint64_t page, uint64_t pages)
+{
+	struct ram_block *b = m->rig.blocks[block].ram;
+	int r;
+
+	model_keep_all(m);
+	ram_lock(m->rig.ram);
+	r = ram_update_private(m->rig.ram, b, page, pages);
+	if (!r)
+		r = ram_zap_clean(m->rig.ram, b, page, pages);
+	ram_unlock(m->rig.ram);
+	return model_compare_result(m, r, 0);
 }
 
 /* Somebody rewrites a file, which is allowed once nobody maps its pages. */

@@ -5,6 +5,7 @@
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -33,6 +34,26 @@ sync
 """
 COMMIT_BYTES_PER_S = 6 << 20  # slow enough for reads to meet it
 OPEN_MAX_S = 20  # far below the kernel's lease-break-time, 45 s
+
+
+TAGGED_PAGES = 2048
+TAG = struct.Struct("=QQ")  # version and number of a page, over and over
+REWRITES = 3
+READ_TAGGED = f"""
+import mmap, os, struct
+disk, buffer, last = os.open("/dev/vdb", os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 65536), False
+while not last:
+    last, seen, passes = os.path.exists("/run/end"), set(), globals().get("passes", 0) + 1
+    for first in range(0, {TAGGED_PAGES}, 16):
+        os.preadv(disk, [buffer], first * 4096)
+        for number in range(first, first + 16):
+            page = buffer[(number - first) * 4096:(number - first + 1) * 4096]
+            tags = [page[:16]] if page == page[:16] * 256 else [page[i:i + 16] for i in range(0, 4096, 16)]
+            for version, of in map(struct.Struct("=QQ").unpack, tags):
+                assert of == number and version <= {REWRITES}, (version, of, number)
+                seen.add(version)
+print(passes, *sorted(seen))
+"""
 
 
 class DataDisk:
@@ -147,6 +168,34 @@ def detach_all(test, guest):
     latent.check_hashes(test, guest, "/usr/lib/", what="after everything was detached")
 
 
+def write_tagged(path, version):
+    with open(path, "r+b") as file:
+        for number in range(TAGGED_PAGES):
+            file.write(TAG.pack(version, number) * 256)
+
+
+def is_mapped(guest, path):
+    one = latent.volume(latent.stat(guest), path)
+    return one and one["state"] == "leased" and one["pages_mapped_now"] > 0
+
+
+def read_while_rewritten(test, directory):
+    """The guest reads the very image that changes: each page is what it was or what it becomes, never another one's."""
+    path = directory / "tagged.raw"
+    path.touch()
+    write_tagged(path, 0)
+    with VM("reads", latent=EVERYTHING, extra=latent.extra_disk(path, "tagged")) as guest:
+        guest.put(READ_TAGGED.encode(), "/run/read.py")
+        reader = guest.sh_start("python3 /run/read.py")
+        for version in range(1, REWRITES + 1):
+            latent.wait_for("it is leased and mapped", lambda: is_mapped(guest, path))
+            write_tagged(path, version)
+        guest.sh("touch /run/end")
+        passes, *versions = map(int, reader.wait(120).split())
+        test.check_equal(versions, [REWRITES], f"{passes} times read beside {REWRITES} writers: at last all is new")
+        guest.shutdown()
+
+
 def others_change_images(test, directory):
     disks = [DataDisk(directory, name) for name in ("rewritten", "cut", "detached")]
     with start_with_disks(test, disks) as guest:
@@ -256,6 +305,7 @@ def body(test):
     directory = Path(tempfile.mkdtemp(prefix="latent-leases-"))
     try:
         others_change_images(test, directory)
+        read_while_rewritten(test, directory)
         written_from_the_start(test, directory)
         second_vm_writes(test, directory)
         block_commit(test, directory)

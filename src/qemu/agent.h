@@ -203,7 +203,7 @@ bool restorer_uses(const struct agent *agent, const struct stat *file);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
 
-/* learner.c: pages of a restored block that the guest has to bring by itself (`may`: a byte each, by malloc; taken),
+/* learner.c: pages of a restored block that the guest has to bring by itself (`may`: 1, else 0, for each, by malloc; taken),
  * and which of the snapshot the first of them is. From the thread that fills it. */
 void learner_watch(struct agent *agent, struct ram_block *block, uint64_t ram_page, uint8_t *may);
 /* From the service thread: looks at what the guest asks for in its first second, and writes it down at the end of that.

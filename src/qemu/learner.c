@@ -14,17 +14,18 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #define LOOK_FIRST_US 50000u /* after the guest runs; each later look comes after twice the time: */
 #define LOOKS 5u             /* 0.05, 0.1, 0.2, 0.4, 0.8 s */
 #define LOOK_PAGES 8192u     /* the range lock is held for so many at once */
 
+enum may { NOT, ASKED_FOR, NEAR }; /* NEAR: it was in the page table before the guest ran */
+
 struct part {
 	struct ram_block *block;
 	uint64_t pages, ram_page;
-	uint8_t *may;
+	uint8_t *may; /* enum may of each page: as what it may come into the list */
 };
 
 static struct {
@@ -40,12 +41,15 @@ static struct {
 static void note_there(void *ctx, uint8_t *hva, uint64_t pages)
 {
 	const struct part *part = ctx;
+	uint8_t *may = part->may + ((uint64_t)(hva - part->block->hva) >> OS_PAGE_SHIFT);
 
-	memset(part->may + ((uint64_t)(hva - part->block->hva) >> OS_PAGE_SHIFT), 0, pages);
+	for (uint64_t i = 0; i < pages; i++)
+		may[i] = may[i] ? NEAR : NOT;
 }
 
-/* What is in the page table before the guest runs has not been asked for: the kernel has mapped it around others. */
-static int leave_out_present(struct ram *ram, struct part *part)
+/* What is in the page table before the guest runs is there because the kernel has mapped it around the active set:
+ * nobody will see whether it is asked for. */
+static int mark_present(struct ram *ram, struct part *part)
 {
 	struct os_pagemap *pagemap = NULL;
 	int r = os_pagemap_open(&pagemap);
@@ -61,7 +65,7 @@ static int leave_out_present(struct ram *ram, struct part *part)
 void learner_watch(struct agent *a, struct ram_block *block, uint64_t ram_page, uint8_t *may)
 {
 	struct part part = { block, block->pages, ram_page, may };
-	bool taken = !leave_out_present(a->ram, &part);
+	bool taken = !mark_present(a->ram, &part);
 
 	pthread_mutex_lock(&learner.lock);
 	taken = taken && learner.parts < RAM_BLOCKS && !learner.looks;
@@ -72,16 +76,22 @@ void learner_watch(struct agent *a, struct ram_block *block, uint64_t ram_page, 
 		free(may);
 }
 
+/* Those of the pages that may come into the list as this do so. */
+static void list(const struct part *part, uint64_t page, uint64_t pages, enum may as)
+{
+	for (uint64_t end = page + pages; page < end && learner.count < ACTIVE_LEARNED_PAGES; page++) {
+		if (part->may[page] != as)
+			continue;
+		learner.list[learner.count++] = (struct active_page){ part->ram_page + page, 0, learner.looks };
+		part->may[page] = NOT;
+	}
+}
+
 static void note_present(void *ctx, uint8_t *hva, uint64_t pages)
 {
 	const struct part *part = ctx;
-	uint64_t page = (uint64_t)(hva - part->block->hva) >> OS_PAGE_SHIFT;
 
-	for (uint64_t end = page + pages; page < end && learner.count < ACTIVE_LEARNED_PAGES; page++) {
-		if (part->may[page])
-			learner.list[learner.count++] = (struct active_page){ part->ram_page + page, 0, learner.looks };
-		part->may[page] = 0;
-	}
+	list(part, (uint64_t)(hva - part->block->hva) >> OS_PAGE_SHIFT, pages, ASKED_FOR);
 }
 
 /* [range lock] */
@@ -129,6 +139,8 @@ static void write_list(const struct agent_restore *restore)
 /* [lock] */
 static void end(struct agent_restore *restore)
 {
+	for (unsigned i = 0; i < learner.parts; i++)
+		list(&learner.part[i], 0, learner.part[i].pages, NEAR); /* where there is room */
 	if (learner.count)
 		write_list(restore);
 	while (learner.parts)

@@ -7,18 +7,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define SKIPPED 256u /* pages that are looked at at once */
+
 struct activity_order {
 	enum activity_direction direction;
 	size_t tables;
 	uint64_t *first; /* where a table's pages begin in `heats`; one more: where they end */
-	uint8_t *heats;
+	uint8_t *heats;  /* of each page, and one more; 0: it is not wanted */
 	uint64_t left[ACTIVITY_HEATS]; /* pages of this heat that have not come */
 	unsigned heat;                 /* that comes now, */
 	size_t table;                  /* from here on */
 	uint64_t at;
 };
 
-_Static_assert(ACTIVITY_HEATS == ACTIVITIES * LONG_STATES && ACTIVITY_HEATS <= UINT8_MAX,
+_Static_assert(ACTIVITY_HEATS == ACTIVITIES * LONG_STATES && ACTIVITY_HEATS < UINT8_MAX,
 	       "heats are bytes");
 
 static const uint8_t by_state[ACTIVITIES] = {
@@ -32,12 +34,26 @@ unsigned activity_heat(uint64_t entry)
 	return by_state[activity_of(entry)] * LONG_STATES + (LONG_STATES - 1 - entry_long(entry));
 }
 
+/* The first page from `page` on that is wanted, or the end. Mostly nothing is. */
+static uint64_t next_wanted(const struct activity_table *table, uint64_t page)
+{
+	static const uint8_t none[SKIPPED];
+
+	if (!table->wanted)
+		return page;
+	while (page + SKIPPED <= table->pages && !memcmp(table->wanted + page, none, SKIPPED))
+		page += SKIPPED;
+	while (page < table->pages && !table->wanted[page])
+		page++;
+	return page;
+}
+
 static void take_heats(struct activity_order *o, const struct activity_table *table, uint64_t first)
 {
-	for (uint64_t i = 0; i < table->pages; i++) {
+	for (uint64_t i = next_wanted(table, 0); i < table->pages; i = next_wanted(table, i + 1)) {
 		unsigned heat = activity_heat(__atomic_load_n(&table->entries[i], __ATOMIC_RELAXED));
 
-		o->heats[first + i] = (uint8_t)heat;
+		o->heats[first + i] = (uint8_t)(heat + 1);
 		o->left[heat]++;
 	}
 }
@@ -61,7 +77,7 @@ int activity_order_create(const struct activity_table *tables, size_t count,
 	o->first = calloc(count + 1, sizeof *o->first);
 	for (size_t i = 0; o->first && i < count; i++)
 		o->first[i + 1] = o->first[i] + tables[i].pages;
-	o->heats = o->first ? malloc(o->first[count] + 1) : NULL;
+	o->heats = o->first ? calloc(o->first[count] + 1, 1) : NULL;
 	if (!o->heats) {
 		activity_order_destroy(o);
 		return -ENOMEM;
@@ -96,7 +112,7 @@ static bool next_heat(struct activity_order *o)
 /* One of this heat is there, from `at` on. */
 static uint64_t find(const struct activity_order *o)
 {
-	const uint8_t *found = memchr(o->heats + o->at, (int)o->heat, o->first[o->tables] - o->at);
+	const uint8_t *found = memchr(o->heats + o->at, (int)o->heat + 1, o->first[o->tables] - o->at);
 
 	return (uint64_t)(found - o->heats);
 }
@@ -110,7 +126,7 @@ bool activity_order_next(struct activity_order *o, struct activity_run *ret_run)
 	begin = o->at = find(o);
 	while (o->first[o->table + 1] <= begin)
 		o->table++;
-	while (o->at < o->first[o->table + 1] && o->heats[o->at] == o->heat)
+	while (o->at < o->first[o->table + 1] && o->heats[o->at] == o->heat + 1)
 		o->at++;
 	o->left[o->heat] -= o->at - begin;
 	*ret_run = (struct activity_run){ o->table, begin - o->first[o->table], o->at - begin };

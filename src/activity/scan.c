@@ -73,12 +73,15 @@ struct scan {
 	pthread_mutex_t lock; /* protects the next three */
 	struct scan_report report;
 	uint64_t shortest_us, migration_pass_us;
-	bool yielded; /* under the range lock */
+	enum scan_other other; /* under the range lock, */
+	bool anew;             /* as this: `other` has changed */
 
 	/* Of the thread that steps. */
 	uint64_t pass;                                   /* its number, from 1 */
 	bool runs;                                       /* it is under way */
 	uint64_t asked_us, period_us, begun_us, next_us; /* next: when there is more to do */
+	uint64_t paced_us;                               /* the migration's pass that the period was made for */
+	uint64_t present[ACTIVITIES];                    /* as the last pass has counted them */
 	uint64_t units, units_done;
 	unsigned slot;              /* of the next unit's block, */
 	uint64_t page;              /* and its first page */
@@ -118,7 +121,8 @@ static void begin_single(struct scan *s)
 	ram_unlock(s->ram);
 }
 
-static void release_block(struct scan *s, unsigned slot)
+/* Only as long as this is so: older kernels let one userfaultfd end the registrations of another. */
+static void release_block(struct scan *s, unsigned slot, enum scan_other other)
 {
 	uint64_t pages = 1;
 
@@ -126,7 +130,7 @@ static void release_block(struct scan *s, unsigned slot)
 		const struct ram_block *b;
 
 		ram_lock(s->ram);
-		b = ram_block_at(s->ram, slot);
+		b = s->other == other ? ram_block_at(s->ram, slot) : NULL;
 		pages = b && page < b->pages ? b->pages - page : 0;
 		pages = pages < UNIT_PAGES ? pages : UNIT_PAGES;
 		ram_not_single(s->ram, ram_block_at(s->ram, slot), page, pages);
@@ -134,10 +138,15 @@ static void release_block(struct scan *s, unsigned slot)
 	}
 }
 
-static void end_single(struct scan *s)
+static void release(struct scan *s, enum scan_other other)
 {
 	for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
-		release_block(s, slot);
+		release_block(s, slot, other);
+}
+
+static void end_single(struct scan *s)
+{
+	release(s, SCAN_ALONE);
 	ram_lock(s->ram);
 	ram_single_by(s->ram, -1, false);
 	ram_unlock(s->ram);
@@ -146,14 +155,17 @@ static void end_single(struct scan *s)
 	s->uffd = -1;
 }
 
-void scan_yield(struct scan *s, bool yield)
+void scan_yield(struct scan *s, enum scan_other other)
 {
+	enum scan_other was;
+
 	ram_lock(s->ram);
-	s->yielded = yield;
+	was = s->other;
+	s->anew = s->anew || was != other;
+	s->other = other;
 	ram_unlock(s->ram);
-	if (yield)
-		for (unsigned slot = 0; slot < RAM_BLOCKS; slot++)
-			release_block(s, slot);
+	if (was == SCAN_ALONE)
+		release(s, other);
 }
 
 /* ---- life --------------------------------------------------------------------------------------- */
@@ -229,13 +241,18 @@ static enum scan_source source_of(const struct scan *s, const struct ram_range *
 	return copy || !s->freezer.freeze ? SCAN_NOTHING : SCAN_CLEAN;
 }
 
+static bool is_looked_at(const struct scan *s, enum scan_source source)
+{
+	return source == SCAN_BASE || (source == SCAN_CLEAN && s->other == SCAN_ALONE);
+}
+
 /* `sample`: of the unit, in the pass before; NULL: there was none. `i`: the page's place in the unit. */
 static enum seen_use see(const struct scan *s, enum activity now, unsigned i,
 			 const struct unit_sample *sample)
 {
 	const struct unit_page *u = &s->unit[i];
 
-	if (!sample)
+	if (!sample || !is_looked_at(s, u->source))
 		return SEEN_NOTHING;
 	if (!u->present)
 		return SEEN_UNUSED;
@@ -278,10 +295,10 @@ static void look_at_range(struct scan *s, struct ram_block *b, uint64_t first,
 		u->present = flags & OS_PAGE_PRESENT;
 		u->copy = u->present && is_copy(range, flags);
 		u->source = source_of(s, range, is_copy(range, flags));
-		u->sees_writes = s->async && range->source == ENTRY_BASE;
+		u->sees_writes = s->async && range->source == ENTRY_BASE && s->other == SCAN_ALONE;
 		u->protected = u->sees_writes && flags & OS_PAGE_PROTECTED;
 		after = look_at_page(s, (unsigned)(page - first), before, sample);
-		u->due = u->source != SCAN_NOTHING && u->present && s->due[activity_of(after)];
+		u->due = is_looked_at(s, u->source) && u->present && s->due[activity_of(after)];
 		if (after != before)
 			ram_set_activity(s->ram, b, page, after);
 	}
@@ -348,7 +365,8 @@ static void protect_run(struct scan *s, struct ram_block *b, uint64_t first, uin
 /* Takes what is due out of the page table, or notes it, so that the next look tells. */
 static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t pages)
 {
-	int single = ram_single(s->ram, b, first, pages), r = 0;
+	bool alone = s->other == SCAN_ALONE;
+	int single = alone ? ram_single(s->ram, b, first, pages) : 0, r = 0;
 	uint64_t at, run;
 
 	if (single && single != -EOPNOTSUPP)
@@ -360,7 +378,7 @@ static int sample(struct scan *s, struct ram_block *b, uint64_t first, uint64_t 
 	}
 	for (at = 0; next_due(s, pages, SCAN_CLEAN, &at, &run); at += run)
 		add_frozen(s, b, first + at, run, false);
-	for (at = 0; s->freezer.freeze && next_copies(s, pages, &at, &run); at += run)
+	for (at = 0; alone && s->freezer.freeze && next_copies(s, pages, &at, &run); at += run)
 		add_frozen(s, b, first + at, run, true);
 	return r;
 }
@@ -600,10 +618,11 @@ static enum slice_end do_slice(struct scan *s)
 	ram_lock(s->ram);
 	begin_us = os_now_us();
 	begin_ns = cpu_ns();
-	if (s->yielded || ram_is_held(s->ram))
+	if (s->anew || s->other == SCAN_YIELDS || (s->other == SCAN_ALONE && ram_is_held(s->ram)))
 		end = SLICE_HELD;
 	else
 		end = do_units_and_frozen(s, begin_us);
+	s->anew = false;
 	begin_ns = cpu_ns() - begin_ns;
 	note_hold(&s->tally, os_now_us() - begin_us, begin_ns / 1000);
 	ram_unlock(s->ram);
@@ -696,25 +715,32 @@ static void report_pass(struct scan *s)
 	to->paused = false;
 }
 
+/* With the lock of the report. */
+static void set_period(struct scan *s, uint64_t period_us)
+{
+	s->period_us = period_us;
+	if (s->report.period_us) /* else it was turned off meanwhile */
+		s->report.period_us = period_us;
+}
+
 static void end_pass(struct scan *s)
 {
-	struct scan_activity activity = {
-		.shortest_us = s->asked_us,
-		.period_us = s->period_us,
-		.looked = s->tally.looked,
-		.changed = s->tally.changed,
-	};
+	struct scan_activity activity = { .shortest_us = s->asked_us, .period_us = s->asked_us };
 
+	if (s->pass > COUNTING_PASS + 1) {
+		activity.period_us = s->period_us;
+		activity.looked = s->tally.looked;
+		activity.changed = s->tally.changed;
+	}
 	s->runs = false;
+	memcpy(s->present, s->tally.present, sizeof s->present);
 	pthread_mutex_lock(&s->lock);
 	activity.migration_pass_us = s->migration_pass_us;
 	if (s->pass > COUNTING_PASS)
 		report_pass(s);
-	s->period_us = s->pass > COUNTING_PASS + 1 ? scan_next_period_us(&activity) : s->asked_us;
-	if (s->report.period_us) /* else it was turned off meanwhile */
-		s->report.period_us = s->period_us;
+	set_period(s, scan_next_period_us(&activity));
 	s->thin_before = s->thin;
-	s->report.thin = s->thin = scan_thin(s->tally.present, s->period_us);
+	s->report.thin = s->thin = scan_thin(s->present, s->period_us);
 	pthread_mutex_unlock(&s->lock);
 }
 
@@ -748,30 +774,60 @@ static uint64_t rest_us(const struct scan *s, uint64_t units_done)
 
 /* Looks of another period, or from before a time in which nobody looked, do not go with those to come:
  * it is all new. */
-static void change_period(struct scan *s, uint64_t shortest_us)
+static void begin_anew(struct scan *s)
 {
 	s->runs = false;
 	s->frozen_count = 0;
 	s->pass = 0;
+	s->next_us = 0;
+}
+
+static void change_period(struct scan *s, uint64_t shortest_us)
+{
+	begin_anew(s);
 	if (!s->asked_us)
 		begin_single(s);
 	else if (!shortest_us)
 		end_single(s);
 	s->period_us = s->asked_us = shortest_us;
+}
+
+/* The pass that is under way is as far as it is, and goes on at another pace. What it samples may become less, never
+ * more: the next look takes it for what this pass has sampled throughout. */
+static void change_pace(struct scan *s, uint64_t migration_pass_us)
+{
+	const struct scan_activity activity = { .shortest_us = s->asked_us, .period_us = s->asked_us,
+						.migration_pass_us = migration_pass_us };
+	uint64_t done, units = s->units ? s->units : 1;
+	unsigned thin;
+
+	s->paced_us = migration_pass_us;
+	if (!migration_pass_us)
+		begin_anew(s); /* nobody may take looks of such a pace for those that were asked for */
+	done = s->runs ? s->units_done : 0;
+	pthread_mutex_lock(&s->lock);
+	set_period(s, scan_next_period_us(&activity));
+	thin = scan_thin(s->present, s->period_us);
+	s->report.thin = s->thin = thin > s->thin ? thin : s->thin;
+	pthread_mutex_unlock(&s->lock);
+	s->begun_us = os_now_us() - (uint64_t)((double)s->period_us * (double)done / (double)units);
 	s->next_us = 0;
 }
 
 uint64_t scan_step(struct scan *s)
 {
-	uint64_t shortest_us, rest, now = os_now_us();
+	uint64_t shortest_us, migration_pass_us, rest, now = os_now_us();
 
 	pthread_mutex_lock(&s->lock);
 	shortest_us = s->shortest_us;
+	migration_pass_us = s->migration_pass_us;
 	pthread_mutex_unlock(&s->lock);
 	if (s->asked_us != shortest_us)
 		change_period(s, shortest_us);
 	if (!shortest_us)
 		return UINT64_MAX;
+	if (s->paced_us != migration_pass_us)
+		change_pace(s, migration_pass_us);
 	if (now < s->next_us)
 		return s->next_us - now;
 	if (!s->runs)

@@ -79,11 +79,19 @@ void scan_destroy(struct scan *scan); /* NULL is allowed; nobody steps */
  * (scan_next_period_us); all pages are new then. 0: no more, and states stay as they are. Takes effect at the next
  * scan_step, and waits for nothing. */
 void scan_set_period(struct scan *scan, uint64_t period_us);
-/* The time that the next pass of a migration will take; 0: there is none any more. */
+/* The time that the pass of a migration that begins now will take; 0: not known, or there is none any more. The pass of
+ * the scan that is under way goes on at the pace that is right from now on. */
 void scan_set_migration_pass(struct scan *scan, uint64_t pass_us);
-/* Somebody else needs guest RAM registered with a userfaultfd of his own: the scan has none, and stands still, until
- * it is told so. Takes the range lock. */
-void scan_yield(struct scan *scan, bool yield);
+
+/* Who else needs guest RAM registered with a userfaultfd of his own: of the scan nothing is registered then. */
+enum scan_other {
+	SCAN_ALONE,  /* nobody */
+	SCAN_YIELDS, /* a save: the scan stands still */
+	SCAN_BESIDE, /* a migration, whose write-protection lets pages of base come alone: they are looked at, and nothing
+		      * else is. Pages of files keep their states */
+};
+/* From any to any. What was sampled before tells nothing afterwards. Takes the range lock. */
+void scan_yield(struct scan *scan, enum scan_other other);
 
 /* Does what is due. Returns the microseconds until there is more; UINT64_MAX: it is off. */
 uint64_t scan_step(struct scan *scan);

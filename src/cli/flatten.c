@@ -86,7 +86,7 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	r = progress_take_faults();
 	if (r)
 		return r;
-	progress_begin(&progress);
+	progress_begin_writing(&progress);
 	r = snapshot_flatten(argv[1], argv[2], &progress, &result, why);
 	progress_end();
 	if (r)

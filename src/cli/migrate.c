@@ -10,15 +10,12 @@
 
 #include <errno.h>
 #include <json-c/json.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #define DOWNTIME_MS 50
 #define DOWNTIME_MAX_MS 60000
-#define SHOW_MS 200
 
 enum { OPT_TLS, OPT_PLAIN, OPT_HOST, OPT_DOWNTIME, OPT_RATE, OPT_NO_POSTCOPY, OPT_RESUME, OPT_JSON };
 
@@ -45,26 +42,20 @@ const struct cli_command mover_migrate = {
 };
 
 static struct send_progress progress;
-static _Atomic bool shown_enough;
 
-static void on_interrupt(int signal)
-{
-	(void)signal;
-	progress.stop = true;
-}
-
-static void show(void)
+static void show(void *ctx)
 {
 	static const char *const names[] = { "looking at it", "the other host prepares", "passes", "switch", "the rest", "done" };
 	char sent[CLI_SIZE_TEXT], left[CLI_SIZE_TEXT];
 
+	(void)ctx;
 	fprintf(stderr, "\r\033[K%s: pass %ju, sent %s, left %s ",
 		progress.cut ? "the link is cut; trying again" : names[progress.phase], (uintmax_t)progress.pass,
 		cli_size(progress.bytes_sent, sent), cli_size(os_bytes(progress.pages_left), left));
 }
 
 /* For `latent stat`. */
-static void tell(int fd)
+static void tell(void *fd)
 {
 	static const enum moving_phase phases[] = { MOVING_PREPARES, MOVING_PREPARES, MOVING_PASSES, MOVING_SWITCHES, MOVING_REST,
 						    MOVING_REST };
@@ -74,25 +65,7 @@ static void tell(int fd)
 		.volumes = progress.volume, .contents = progress.data, .left = progress.pages_left, .wanted = progress.wanted,
 	};
 
-	moving_say(fd, &moving);
-}
-
-static void *show_all(void *arg)
-{
-	const char *run_dir = arg;
-	bool terminal = isatty(STDERR_FILENO);
-	int fd = moving_begin(run_dir);
-
-	while (!shown_enough) {
-		if (terminal)
-			show();
-		tell(fd);
-		usleep(SHOW_MS * 1000);
-	}
-	if (terminal)
-		fprintf(stderr, "\r\033[K");
-	moving_end(run_dir, fd);
-	return NULL;
+	moving_say(*(int *)fd, &moving);
 }
 
 static int parse(struct cli_parser *parser, struct send_options *send, bool *ret_plain, bool *ret_json)
@@ -159,6 +132,7 @@ static void print_json(const struct send_options *send, const struct send_result
 	add(json, "state_bytes", result->state_bytes);
 	add(json, "pages_words", result->told.words);
 	add(json, "pages_on_volumes", result->told.volume);
+	add(json, "pages_same", result->told.same - result->told.lacked);
 	add(json, "pages_sent", result->told.data);
 	add(json, "pages_sent_of_volumes", result->told.contents_instead);
 	add(json, "pages_missing", result->pages_missing);
@@ -170,13 +144,15 @@ static void print_json(const struct send_options *send, const struct send_result
 
 static void print_text(const struct send_options *send, const struct send_result *result)
 {
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT];
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT];
 
 	printf("%s runs there; it stood for %.1f ms\n", send->name, (double)result->downtime_us / 1000);
 	printf("  sent %s in %.2f s and %ju passes\n", cli_size(result->bytes_sent, a), (double)result->total_us / 1e6,
 	       (uintmax_t)result->passes);
-	printf("  RAM told as words %s, as places on images %s, as contents %s; after the switch %s\n",
+	printf("  RAM told as words %s, as places on images %s, as the same content %s, as contents %s; "
+	       "after the switch %s\n",
 	       cli_size(os_bytes(result->told.words), a), cli_size(os_bytes(result->told.volume), b),
+	       cli_size(os_bytes(result->told.same - result->told.lacked), e),
 	       cli_size(os_bytes(result->told.data), c), cli_size(os_bytes(result->pages_missing), d));
 }
 
@@ -196,28 +172,23 @@ static int end(const struct send_options *send, const struct send_result *result
 
 static int move(struct vm_view *view, struct send_options *send, bool json)
 {
-	struct sigaction action = { .sa_handler = on_interrupt };
 	static char run_dir[VMDIR_PATH_BYTES], known[VMDIR_PATH_BYTES]; /* as long as the options are */
 	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct send_result result;
 	enum send_end where;
-	pthread_t thread;
-	bool shown;
-	int r;
+	int r, fd;
 
 	snprintf(run_dir, sizeof run_dir, "%.180s/%.63s", view->root, view->name);
 	snprintf(known, sizeof known, "%.200s/" MOVER_DIGESTS, view->root);
 	send->run_dir = run_dir;
 	send->known_dir = known;
 	send->cwd = view->stats.cwd;
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-	signal(SIGPIPE, SIG_IGN);
-	shown = !pthread_create(&thread, NULL, show_all, run_dir);
+	progress_take_signals(&progress.stop);
+	fd = moving_begin(run_dir);
+	progress_begin(show, tell, &fd);
 	r = migrate_send(send, &progress, &result, &where, why);
-	shown_enough = true;
-	if (shown)
-		pthread_join(thread, NULL);
+	progress_end();
+	moving_end(run_dir, fd);
 	return end(send, &result, where, r, why[0] ? why : strerror(-r), json);
 }
 

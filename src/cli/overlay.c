@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
-/* QEMU: docs/interop/qcow2.txt for the header. */
 #include "cli/overlay.h"
 
 #include "cli/capture.h"
+#include "cli/qcow2.h"
 #include "os/os.h"
 
 #include <endian.h>
@@ -16,18 +16,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define BACKING_MAX 1023 /* bytes of a name, as qcow2 has it */
 #define TEMPLATE_MAX (16u << 20)
 #define BLOCK 4096u
 #define QEMU_IMG_S 30
-
-/* The beginning of the file, in big endian. */
-struct qcow2_header {
-	uint32_t magic, version;
-	uint64_t backing_offset;
-	uint32_t backing_bytes, cluster_bits;
-	uint64_t bytes;
-} __attribute__((packed));
 
 /* qemu-img is not to open what lies beneath: QEMU is told on its command line where that is. */
 static int make_by_qemu_img(const char *path, const char *backing, const char *format, uint64_t bytes)
@@ -46,11 +37,11 @@ static int make_by_qemu_img(const char *path, const char *backing, const char *f
 /* The longest name that there can be keeps the place for every other. */
 static int make_template(const char *path, const char *format, uint64_t bytes)
 {
-	char partial[PATH_MAX], backing[BACKING_MAX + 1];
+	char partial[PATH_MAX], backing[QCOW2_BACKING_MAX + 1];
 	int r;
 
-	memset(backing, 'x', BACKING_MAX);
-	backing[BACKING_MAX] = '\0';
+	memset(backing, 'x', QCOW2_BACKING_MAX);
+	backing[QCOW2_BACKING_MAX] = '\0';
 	snprintf(partial, sizeof partial, "%.4000s.%d", path, (int)getpid());
 	r = make_by_qemu_img(partial, backing, format, bytes);
 	if (!r && rename(partial, path))
@@ -78,9 +69,9 @@ static uint8_t *read_template(const char *path, uint64_t bytes, size_t *ret_byte
 	close(fd);
 	if (good) {
 		memcpy(&header, image, sizeof header);
-		good = header.magic == htobe32(0x514649fb) && be64toh(header.bytes) == bytes &&
-		       be32toh(header.backing_bytes) == BACKING_MAX &&
-		       be64toh(header.backing_offset) <= (uint64_t)st.st_size - BACKING_MAX;
+		good = header.magic == htobe32(QCOW2_MAGIC) && be64toh(header.bytes) == bytes &&
+		       be32toh(header.backing_bytes) == QCOW2_BACKING_MAX &&
+		       be64toh(header.backing_offset) <= (uint64_t)st.st_size - QCOW2_BACKING_MAX;
 	}
 	if (!good) {
 		free(image);
@@ -92,13 +83,13 @@ static uint8_t *read_template(const char *path, uint64_t bytes, size_t *ret_byte
 
 static void name_backing(uint8_t *image, const char *backing)
 {
-	size_t bytes = strnlen(backing, BACKING_MAX);
+	size_t bytes = strnlen(backing, QCOW2_BACKING_MAX);
 	struct qcow2_header header;
 	uint8_t *name;
 
 	memcpy(&header, image, sizeof header);
 	name = image + be64toh(header.backing_offset);
-	memset(name, 0, BACKING_MAX);
+	memset(name, 0, QCOW2_BACKING_MAX);
 	memcpy(name, backing, bytes);
 	header.backing_bytes = htobe32((uint32_t)bytes);
 	memcpy(image, &header, sizeof header);
@@ -138,7 +129,7 @@ int overlay_make(const char *root, const char *path, const char *backing, const 
 	size_t size;
 	int r;
 
-	if (strlen(backing) > BACKING_MAX)
+	if (strlen(backing) > QCOW2_BACKING_MAX)
 		return -ENAMETOOLONG;
 	snprintf(template, sizeof template, "%.3900s/.overlay-%ju-%.15s", root, (uintmax_t)bytes, format);
 	image = read_template(template, bytes, &size);

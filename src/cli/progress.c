@@ -12,21 +12,66 @@
 
 #define PROGRESS_MS 200
 
+static _Atomic bool *stop;
+
 static struct {
-	struct source_progress *progress;
+	void (*show)(void *), (*tell)(void *);
+	void *ctx;
 	_Atomic bool done;
-	bool shown;
+	bool runs;
 	pthread_t thread;
 } shown;
 
 static void on_interrupt(int signal)
 {
 	(void)signal;
-	shown.progress->stop = true;
+	*stop = true;
 }
 
-static void show(const struct source_progress *p)
+void progress_take_signals(_Atomic bool *to_stop)
 {
+	struct sigaction action = { .sa_handler = on_interrupt };
+
+	stop = to_stop;
+	sigaction(SIGINT, &action, NULL);
+	sigaction(SIGTERM, &action, NULL);
+	signal(SIGPIPE, SIG_IGN);
+}
+
+static void *show_all(void *arg)
+{
+	(void)arg;
+	while (!shown.done) {
+		if (shown.show)
+			shown.show(shown.ctx);
+		if (shown.tell)
+			shown.tell(shown.ctx);
+		usleep(PROGRESS_MS * 1000);
+	}
+	if (shown.show)
+		fprintf(stderr, "\r\033[K");
+	return NULL;
+}
+
+void progress_begin(void (*show)(void *ctx), void (*tell)(void *ctx), void *ctx)
+{
+	shown.show = isatty(STDERR_FILENO) ? show : NULL;
+	shown.tell = tell;
+	shown.ctx = ctx;
+	shown.done = false;
+	shown.runs = (shown.show || shown.tell) && !pthread_create(&shown.thread, NULL, show_all, NULL);
+}
+
+void progress_end(void)
+{
+	shown.done = true;
+	if (shown.runs)
+		pthread_join(shown.thread, NULL);
+}
+
+static void show_writing(void *ctx)
+{
+	const struct source_progress *p = ctx;
 	uint64_t all = p->pages_all, done = p->pages_done, load = p->load_all;
 	char size[CLI_SIZE_TEXT];
 
@@ -38,34 +83,10 @@ static void show(const struct source_progress *p)
 			cli_size(p->bytes_written, size));
 }
 
-static void *show_all(void *arg)
+void progress_begin_writing(struct source_progress *progress)
 {
-	(void)arg;
-	while (!shown.done) {
-		show(shown.progress);
-		usleep(PROGRESS_MS * 1000);
-	}
-	fprintf(stderr, "\r\033[K");
-	return NULL;
-}
-
-void progress_begin(struct source_progress *progress)
-{
-	struct sigaction action = { .sa_handler = on_interrupt };
-
-	shown.progress = progress;
-	shown.done = false;
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-	signal(SIGPIPE, SIG_IGN);
-	shown.shown = isatty(STDERR_FILENO) && !pthread_create(&shown.thread, NULL, show_all, NULL);
-}
-
-void progress_end(void)
-{
-	shown.done = true;
-	if (shown.shown)
-		pthread_join(shown.thread, NULL);
+	progress_take_signals(&progress->stop);
+	progress_begin(show_writing, NULL, progress);
 }
 
 int progress_take_faults(void)

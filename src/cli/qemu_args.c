@@ -2,10 +2,12 @@
 /* QEMU: softmmu/vl.c (qemu_init, lookup_opt, parse_memory_options), util/cutils.c (do_strtosz). */
 #include "cli/qemu_args.h"
 
+#include "cli/qcow2.h"
 #include "vmdir/compat.h"
 #include "vmdir/props.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -20,6 +22,7 @@
 #define MICROVM_BLOCK "microvm.ram"
 #define KEY_TEXT 64
 #define VALUE_TEXT 1024
+#define LAYERS_MAX 64 /* of a chain of images that are looked at */
 
 struct scan {
 	struct qemu_plan plan;
@@ -67,8 +70,9 @@ static int take_option(struct scan *scan, const char *option, const char *value)
 static int take_config(struct scan *scan, const char *path);
 static int take_config_text(struct scan *scan, const char *text, const char *path);
 static int take_file(struct scan *scan, const char *path);
-static int take_image(struct scan *scan, const char *path);
+static int take_image(struct scan *scan, const char *path, bool layered);
 static int take_incoming(struct scan *scan, const char *uri);
+static bool is_layered(const struct props *props);
 static const struct group *find_group(const char *name);
 static int parse_size(struct scan *scan, const char *text, bool legacy, uint64_t *ret_bytes);
 static void look_up(struct scan *scan, enum compat_subject subject, const char *name,
@@ -104,7 +108,7 @@ static int scan_words(struct scan *scan, int argc, const char *const *argv)
 		const char *option = argv[i], *value = "";
 
 		if (option[0] != '-') {
-			r = take_image(scan, option);
+			r = take_image(scan, option, true);
 			continue;
 		}
 		option += option[1] == '-' ? 2 : 1;
@@ -138,7 +142,7 @@ static int take_option(struct scan *scan, const char *option, const char *value)
 		return take_incoming(scan, value);
 	for (size_t i = 0; i < sizeof disks / sizeof disks[0]; i++)
 		if (!strcmp(option, disks[i]))
-			return take_image(scan, value);
+			return take_image(scan, value, true);
 
 	group = find_group(!strcmp(option, "m") ? "memory" : !strcmp(option, "M") ? "machine" : option);
 	if (!group)
@@ -236,6 +240,19 @@ static int take_overcommit(struct scan *scan, const struct props *props)
 	return 0;
 }
 
+/* Does QEMU look for what the image itself names as lying beneath it? */
+static bool is_layered(const struct props *props)
+{
+	const char *format = props_get(props, "format");
+
+	if (!format)
+		format = props_get(props, "driver");
+	for (size_t i = 0; i < props->count; i++)
+		if (!strncmp(props->items[i].key, "backing", strlen("backing")))
+			return false;
+	return !format || !strcmp(format, "qcow2");
+}
+
 /* Drivers nest: driver=qcow2,file.driver=nvme. A file may be a URI: nvme://0000:01:00.0/1. */
 static int take_block(struct scan *scan, const struct props *props)
 {
@@ -247,8 +264,10 @@ static int take_block(struct scan *scan, const struct props *props)
 			snprintf(scan->plan.aio, sizeof scan->plan.aio, "%s", props->items[i].value);
 		else if (!strcmp(key, "driver"))
 			look_up(scan, COMPAT_BLOCKDEV, props->items[i].value, NULL);
-		else if (!strcmp(key, "file") || !strcmp(key, "filename"))
+		else if (!strcmp(key, "file"))
 			take_file(scan, props->items[i].value);
+		else if (!strcmp(key, "filename"))
+			take_image(scan, props->items[i].value, is_layered(props));
 	}
 	return 0;
 }
@@ -258,7 +277,7 @@ static int take_drive(struct scan *scan, const struct props *props)
 	const char *path = props_get(props, "file");
 
 	if (path)
-		(void)take_image(scan, path);
+		(void)take_image(scan, path, is_layered(props));
 	return take_block(scan, props);
 }
 
@@ -356,14 +375,42 @@ static int take_file(struct scan *scan, const char *path)
 	return 0;
 }
 
-/* A file by its path, not by a protocol or a descriptor's number: it should be there. */
-static int take_image(struct scan *scan, const char *path)
+static bool is_missing(const char *path)
+{
+	return access(path, F_OK) && errno == ENOENT;
+}
+
+/* Something lies beneath the image, by what the image says, that is not there. */
+static void find_missing_layer(struct scan *scan, const char *path)
+{
+	char layers[2][PATH_MAX];
+
+	snprintf(layers[0], PATH_MAX, "%s", path);
+	for (unsigned depth = 0; depth < LAYERS_MAX; depth++) {
+		const char *image = layers[depth % 2];
+		char *beneath = layers[(depth + 1) % 2];
+
+		if (!qcow2_backing(image, beneath))
+			return;
+		if (!is_missing(beneath))
+			continue;
+		snprintf(scan->plan.missing, sizeof scan->plan.missing, "%s", beneath);
+		snprintf(scan->plan.missing_of, sizeof scan->plan.missing_of, "%s", image);
+		return;
+	}
+}
+
+/* A file by its path, not by a protocol or a descriptor's number: it should be there, and so what lies beneath it. */
+static int take_image(struct scan *scan, const char *path, bool layered)
 {
 	static const char fdset[] = "/dev/fdset/";
 
-	if (*path && !path[strcspn(path, ":")] && strncmp(path, fdset, sizeof fdset - 1) && !scan->plan.missing[0] &&
-	    access(path, F_OK) && errno == ENOENT)
-		snprintf(scan->plan.missing, sizeof scan->plan.missing, "%s", path);
+	if (*path && !path[strcspn(path, ":")] && strncmp(path, fdset, sizeof fdset - 1) && !scan->plan.missing[0]) {
+		if (is_missing(path))
+			snprintf(scan->plan.missing, sizeof scan->plan.missing, "%s", path);
+		else if (layered)
+			find_missing_layer(scan, path);
+	}
 	return take_file(scan, path);
 }
 

@@ -16,6 +16,7 @@ struct qemu_plan {
 	char block_name[64];   /* stock QEMU's name for the RAM block */
 	char guest_name[64];   /* -name, cut; or empty */
 	char missing[256];     /* an image that is not there, cut; or empty */
+	char missing_of[256];  /* the image whose backing file it is, cut; or empty */
 	char aio[16];          /* what a drive uses instead of threads, or empty */
 	unsigned excludes;     /* enum of vmdir/compat.h: COMPAT_OVERLAYS, COMPAT_MASKS */
 	char excluded_by[160]; /* the sentence for it, or empty */

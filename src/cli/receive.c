@@ -19,7 +19,6 @@
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <poll.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,14 +30,14 @@
 #define VOLUMES_MAX 64
 #define END_MS 5000
 #define LOG "log"
-#define SHOW_MS 200
 
-enum { OPT_LISTEN, OPT_NAME, OPT_VOLUME, OPT_TLS, OPT_PLAIN, OPT_RESUME, OPT_JSON };
+enum { OPT_LISTEN, OPT_NAME, OPT_VOLUME, OPT_HAVE, OPT_TLS, OPT_PLAIN, OPT_RESUME, OPT_JSON };
 
 static const struct cli_option options[] = {
 	[OPT_LISTEN] = { "listen", CLI_VALUE, "ADDRESS", "tcp:HOST:PORT or unix:PATH (default: tcp:0.0.0.0:4848)" },
 	[OPT_NAME] = { "name", CLI_VALUE, "NAME", "what it is called here (default: as there)" },
 	[OPT_VOLUME] = { "volume", CLI_VALUE, "PATH=PATH", "a file that has the first path there has the second one here" },
+	[OPT_HAVE] = { "have", CLI_VALUE, "SNAPSHOT", "what RAM has in common with this snapshot is not received" },
 	[OPT_TLS] = { "tls", CLI_VALUE, "DIR", "prove who is who by the keys in DIR, and encrypt" },
 	[OPT_PLAIN] = { "plain", CLI_FLAG, NULL, "over TCP without keys: whoever reaches it can start a VM here" },
 	[OPT_RESUME] = { "resume", CLI_VALUE, "NAME", "go on with a VM that came here by a command that was killed" },
@@ -62,7 +61,8 @@ struct command {
 		const char *there, *here;
 		size_t there_bytes;
 	} volume[VOLUMES_MAX];
-	unsigned volumes;
+	unsigned volumes, snapshots;
+	const char *snapshot[HAVE_MAX]; /* directories */
 	bool plain, json;
 	int argc;
 	char **argv;
@@ -70,16 +70,10 @@ struct command {
 	int log_fd;
 	char run_dir[VMDIR_PATH_BYTES]; /* the VM's; written before `has_vm` is set */
 	_Atomic bool has_vm;
+	int moving_fd; /* of who tells `latent stat`; below 0: not yet */
 };
 
 static struct receive_progress progress;
-static _Atomic bool shown_enough;
-
-static void on_interrupt(int signal)
-{
-	(void)signal;
-	progress.stop = true;
-}
 
 /* ---- the VMM ---------------------------------------------------------------------------------------- */
 
@@ -259,6 +253,14 @@ static int add_volume(struct command *c, const char *value)
 	return CLI_OK;
 }
 
+static int add_snapshot(struct command *c, const char *dir)
+{
+	if (c->snapshots == HAVE_MAX)
+		return cli_fail(CLI_USAGE, "receive: --have may be given %u times", HAVE_MAX);
+	c->snapshot[c->snapshots++] = dir;
+	return CLI_OK;
+}
+
 static int parse(struct cli_parser *parser, struct command *c)
 {
 	int option;
@@ -272,7 +274,8 @@ static int parse(struct cli_parser *parser, struct command *c)
 			c->keys_dir = parser->value;
 		else if (option == OPT_RESUME)
 			c->resume = parser->value;
-		else if (option == OPT_VOLUME && add_volume(c, parser->value))
+		else if ((option == OPT_VOLUME && add_volume(c, parser->value)) ||
+			 (option == OPT_HAVE && add_snapshot(c, parser->value)))
 			return CLI_WRONG;
 		c->plain = c->plain || option == OPT_PLAIN;
 		c->json = c->json || option == OPT_JSON;
@@ -315,6 +318,7 @@ static void print(const struct command *c, const struct receive_result *r)
 	json_object_object_add(json, "load_us", json_object_new_uint64(r->load_us));
 	json_object_object_add(json, "pages_words", json_object_new_uint64(r->words));
 	json_object_object_add(json, "pages_on_volumes", json_object_new_uint64(r->volume));
+	json_object_object_add(json, "pages_same", json_object_new_uint64(r->same));
 	json_object_object_add(json, "pages_received", json_object_new_uint64(r->data));
 	json_object_object_add(json, "pages_missing", json_object_new_uint64(r->pages_missing));
 	json_object_object_add(json, "pages_wanted", json_object_new_uint64(r->pages_wanted));
@@ -342,18 +346,21 @@ static void print_log(const struct command *c)
 		fprintf(stderr, "%s%s", text, text[strlen(text) - 1] == '\n' ? "" : "\n");
 }
 
-static void show(void)
+static void show(void *ctx)
 {
 	static const char *const names[] = { "waiting", "the VM is prepared", "passes", "switch", "the rest", "done" };
 	char received[CLI_SIZE_TEXT], missing[CLI_SIZE_TEXT];
 
+	(void)ctx;
+	if (progress.phase <= RECEIVE_LISTENING)
+		return;
 	fprintf(stderr, "\r\033[K%s: received %s, missing %s ",
 		progress.cut ? "the link is cut; the other host is waited for" : names[progress.phase],
 		cli_size(progress.bytes_received, received), cli_size(os_bytes(progress.pages_missing), missing));
 }
 
-/* For `latent stat`. */
-static void tell(int fd)
+/* For `latent stat`, as soon as the VM has a directory. */
+static void tell(void *ctx)
 {
 	static const enum moving_phase phases[] = { MOVING_PREPARES, MOVING_PREPARES, MOVING_PASSES, MOVING_SWITCHES, MOVING_REST,
 						    MOVING_REST };
@@ -363,27 +370,11 @@ static void tell(int fd)
 		.contents = progress.data, .left = progress.pages_missing, .wanted = progress.wanted,
 	};
 
-	moving_say(fd, &moving);
-}
+	struct command *c = ctx;
 
-static void *show_all(void *arg)
-{
-	struct command *c = arg;
-	bool terminal = isatty(STDERR_FILENO);
-	int fd = -1;
-
-	while (!shown_enough) {
-		if (terminal && progress.phase > RECEIVE_LISTENING)
-			show();
-		if (fd < 0 && c->has_vm && progress.phase > RECEIVE_PREPARING)
-			fd = moving_begin(c->run_dir);
-		tell(fd);
-		usleep(SHOW_MS * 1000);
-	}
-	if (terminal)
-		fprintf(stderr, "\r\033[K");
-	moving_end(c->run_dir, fd);
-	return NULL;
+	if (c->moving_fd < 0 && c->has_vm && progress.phase > RECEIVE_PREPARING)
+		c->moving_fd = moving_begin(c->run_dir);
+	moving_say(c->moving_fd, &moving);
 }
 
 /* The VM is no child of ours. */
@@ -413,19 +404,18 @@ static int say_kept(const struct command *c, const struct receive_result *result
 			result->runs ? "runs here" : "was given to this host", why, name);
 }
 
-static int wait_for_vm(struct command *c, int listener, struct link_keys *keys)
+static int wait_for_vm(struct command *c, int listener, struct link_keys *keys, struct have *have)
 {
-	struct receive_options receive = { .listener = listener, .keys = keys, .known_dir = c->known_dir, .find = find,
-					   .start = start, .end = end, .ctx = c };
+	struct receive_options receive = { .listener = listener, .keys = keys, .known_dir = c->known_dir, .have = have,
+					   .find = find, .start = start, .end = end, .ctx = c };
 	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct receive_result result = { 0 };
-	pthread_t thread;
-	bool shown = !pthread_create(&thread, NULL, show_all, c);
-	int r = c->resume ? go_on(c, &receive, &result, why) : migrate_receive(&receive, &progress, &result, why);
+	int r;
 
-	shown_enough = true;
-	if (shown)
-		pthread_join(thread, NULL);
+	progress_begin(show, tell, c);
+	r = c->resume ? go_on(c, &receive, &result, why) : migrate_receive(&receive, &progress, &result, why);
+	progress_end();
+	moving_end(c->run_dir, c->moving_fd);
 	if (!c->resume && (result.runs || result.kept))
 		keep_log(c, c->name ? c->name : result.name);
 	if (!r) {
@@ -444,16 +434,17 @@ static int wait_for_vm(struct command *c, int listener, struct link_keys *keys)
 int receive_run(const struct cli_command *command, int argc, char **argv)
 {
 	struct cli_parser parser = { .command = command, .argc = argc, .argv = argv, .stop_at_operand = true };
-	struct command c = { .listen = "tcp:0.0.0.0:4848" };
-	struct sigaction action = { .sa_handler = on_interrupt };
+	struct command c = { .listen = "tcp:0.0.0.0:4848", .moving_fd = -1 };
 	struct link_keys *keys = NULL;
+	struct have *have = NULL;
 	char why[VMDIR_WHY_BYTES];
 	int status = parse(&parser, &c), listener;
 
 	if (status != CLI_END)
 		return cli_end_status(status);
-	if (c.resume && (c.name || c.volumes || c.argc))
-		return cli_fail(CLI_USAGE, "receive: --resume goes with no --name, --volume and command line: the VM is here");
+	if (c.resume && (c.name || c.volumes || c.snapshots || c.argc))
+		return cli_fail(CLI_USAGE, "receive: --resume goes with no --name, --volume, --have and command line: "
+				"the VM is here");
 	if (c.resume && !vmdir_name_ok(c.resume))
 		return cli_fail(CLI_USAGE, "receive: '%.80s' is no name for a VM", c.resume);
 	if (!c.keys_dir && !c.plain && strncmp(c.listen, "unix:", 5))
@@ -467,14 +458,15 @@ int receive_run(const struct cli_command *command, int argc, char **argv)
 	c.log_fd = os_memfd_create("latent-log", 0, false);
 	if (c.keys_dir && link_keys_load(c.keys_dir, true, &keys, why))
 		return cli_fail(CLI_USAGE, "%s", why);
+	if (c.snapshots && have_open(c.snapshot, c.snapshots, &have, why))
+		return cli_fail(CLI_USAGE, "receive: %s", why);
 	listener = link_listen(c.listen, why);
 	if (listener < 0)
 		return cli_fail(CLI_SYSTEM, "%s", why);
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-	signal(SIGPIPE, SIG_IGN);
+	progress_take_signals(&progress.stop);
 	say_address(&c, listener);
-	status = wait_for_vm(&c, listener, keys);
+	status = wait_for_vm(&c, listener, keys, have);
+	have_close(have);
 	link_keys_free(keys);
 	close(listener);
 	if (!strncmp(c.listen, "unix:", 5))

@@ -23,6 +23,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define AHEAD_BYTES (64u << 20) /* of each file */
+
 struct restore {
 	const char *dir;
 	const struct restore_request *request;
@@ -153,12 +155,21 @@ static int open_file(struct restore *r, const char *name, uint64_t bytes, int32_
 	return CLI_OK;
 }
 
+/* A file may say that it is as long as it likes, and QEMU waits until storage has been asked for it. */
+static void expect(int fd)
+{
+	struct stat st;
+
+	if (!fstat(fd, &st))
+		os_expect_read(fd, 0, (uint64_t)st.st_size < AHEAD_BYTES ? (uint64_t)st.st_size : AHEAD_BYTES);
+}
+
 /* What will be read from its beginning to its end comes from storage while QEMU starts. */
 static void read_ahead(struct restore *r)
 {
-	(void)posix_fadvise(r->vm.agent.pages_fd, 0, 0, POSIX_FADV_WILLNEED);
-	(void)posix_fadvise(r->vm.agent.state_fd, 0, 0, POSIX_FADV_WILLNEED);
-	(void)posix_fadvise(r->vm.agent.active_fd, 0, 0, POSIX_FADV_WILLNEED); /* -1: there is none */
+	expect(r->vm.agent.state_fd); /* first: it is checked here */
+	expect(r->vm.agent.pages_fd);
+	expect(r->vm.agent.active_fd); /* -1: there is none */
 	learned_open(&r->vm.agent, r->request->number <= 1); /* one clone is enough */
 }
 

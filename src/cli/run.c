@@ -283,6 +283,10 @@ static int plan(struct launch *launch)
 		return cli_fail(CLI_REFUSED, "%s", why);
 	if (r)
 		return cli_fail(CLI_SYSTEM, "QEMU's command line cannot be read: %s", strerror(-r));
+	if (launch->plan.missing_of[0])
+		return cli_fail(CLI_NO_IMAGE, "there is no image %s, the backing file of %s: put it there, or name another "
+					      "one (qemu-img rebase -u)",
+				launch->plan.missing, launch->plan.missing_of);
 	if (launch->plan.missing[0])
 		return cli_fail(CLI_NO_IMAGE, "there is no image %s: make it (qemu-img create), or correct the path",
 				launch->plan.missing);

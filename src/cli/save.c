@@ -153,7 +153,7 @@ static int save_vm(struct vm_view *view, const struct save_options *options_give
 	save.run_dir = run_dir;
 	save.cwd = view->stats.cwd;
 	save.cwd_left = has_left(view);
-	progress_begin(&progress);
+	progress_begin_writing(&progress);
 	r = snapshot_save(&save, &progress, &result, why);
 	progress_end();
 	if (r)
@@ -185,7 +185,7 @@ static void print_text(const struct save_options *save, const struct save_result
 	       cli_size(result->active_written_pages * PAGE_BYTES, b));
 	if (result->load_us)
 		printf("  before that, what it runs from was loaded in %.1f s\n", (double)result->load_us / 1e6);
-	printf("  device state %s, disks %u; written in %.1f s, %ju pages first for the guest\n",
+	printf("  device state %s, disks %u; written in %.1f s, %ju times the guest waited for a page\n",
 	       cli_size(result->state_bytes, a), result->disks, (double)result->write_us / 1e6,
 	       (uintmax_t)result->source.faults);
 }
@@ -195,6 +195,23 @@ static void add(struct json_object *json, const char *key, uint64_t number)
 	json_object_object_add(json, key, json_object_new_uint64(number));
 }
 
+/* [{"step":, "us": since the guest stood}] */
+static struct json_object *pause_to_json(const struct save_result *result)
+{
+	static const char *const names[SAVE_PAUSE_STEPS] = { "stopped", "disks", "devices", "ram",
+							     "resumed" };
+	struct json_object *steps = json_object_new_array();
+
+	for (int i = 0; i < SAVE_PAUSE_STEPS; i++) {
+		struct json_object *step = json_object_new_object();
+
+		json_object_object_add(step, "step", json_object_new_string(names[i]));
+		json_object_object_add(step, "us", json_object_new_uint64(result->pause_step_us[i]));
+		json_object_array_add(steps, step);
+	}
+	return steps;
+}
+
 static void print_json(const struct save_options *save, const struct save_result *result)
 {
 	struct json_object *json = json_object_new_object(), *disks = json_object_new_array();
@@ -202,6 +219,7 @@ static void print_json(const struct save_options *save, const struct save_result
 	json_object_object_add(json, "name", json_object_new_string(save->name));
 	json_object_object_add(json, "dir", json_object_new_string(save->dir));
 	add(json, "pause_us", result->pause_us);
+	json_object_object_add(json, "pause_steps", pause_to_json(result));
 	add(json, "point_us", result->point_us);
 	add(json, "load_us", result->load_us);
 	add(json, "write_us", result->write_us);

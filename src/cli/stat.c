@@ -52,6 +52,7 @@ static const struct {
 	[MISS_DETACHED] = { "detached", "detached" },
 	[MISS_EXCLUDED] = { "excluded", "a device needs plain RAM" },
 	[MISS_END_OF_FILE] = { "end_of_file", "beyond the last whole page" },
+	[MISS_KERNEL_IO] = { "kernel_io", "read by io_uring or Linux AIO" },
 	[MISS_BUFFER] = { "buffer", "not into guest RAM: metadata, compressed, encrypted" },
 	[MISS_FAILED] = { "failed", "mapping or storage failed" },
 };
@@ -289,7 +290,7 @@ static void print_vm(const struct vm_view *view)
 	if (!stats->overlays_allowed && stats->pid)
 		printf("maps no images: %s\n", stats->excluded_by);
 	if (stats->other_io)
-		printf("drives use io_uring or Linux AIO: what they read is copied, and not counted here\n");
+		printf("drives use io_uring or Linux AIO: what they read is copied\n");
 	if (stats->message[0])
 		printf("last message, %s ago: %s\n", cli_age(stats->message_unix_s, a), stats->message);
 	stat_print_moving(view);

@@ -893,6 +893,8 @@ bool ram_find_unreadable(struct ram *ram, struct ram_block **ret_block, uint64_t
 struct reconcile {
 	struct ram *ram;
 	struct ram_block *block;
+	uint64_t source_bits; /* that are set still */
+	int uffd;             /* with unwatch_slice */
 };
 
 static void found_private(void *ctx, uint8_t *hva, uint64_t pages)
@@ -904,40 +906,39 @@ static void found_private(void *ctx, uint8_t *hva, uint64_t pages)
 		set_private(c->ram, c->block, page + i, RAM_LOST_COPIED);
 }
 
-static int reconcile_slice(struct ram *ram, size_t slot, uint64_t page, bool *ret_more)
+/* Calls `look` for all of guest RAM, a slice at a time, each under the lock, until it fails. */
+static int for_slices(struct reconcile *c, int (*look)(struct reconcile *c, uint64_t page, uint64_t pages))
 {
-	struct reconcile c = { .ram = ram };
-	uint64_t pages;
 	int r = 0;
 
-	ram_lock(ram);
-	c.block = ram->blocks[slot];
-	*ret_more = c.block && page < c.block->pages;
-	if (*ret_more) {
-		pages = c.block->pages - page;
-		if (pages > RECONCILE_SLICE_PAGES)
-			pages = RECONCILE_SLICE_PAGES;
-		if (ram_has_overlay(c.block, page, pages))
-			r = os_pagemap_private_runs(ram->pagemap, page_hva(c.block, page), pages,
-						    found_private, &c);
+	for (size_t slot = 0; slot < RAM_BLOCKS; slot++) {
+		bool more = true;
+
+		for (uint64_t page = 0; !r && more; page += RECONCILE_SLICE_PAGES) {
+			ram_lock(c->ram);
+			c->block = c->ram->blocks[slot];
+			more = c->block && page < c->block->pages;
+			if (more)
+				r = look(c, page, c->block->pages - page < RECONCILE_SLICE_PAGES ? c->block->pages - page
+												 : RECONCILE_SLICE_PAGES);
+			ram_unlock(c->ram);
+		}
 	}
-	ram_unlock(ram);
 	return r;
+}
+
+static int reconcile_slice(struct reconcile *c, uint64_t page, uint64_t pages)
+{
+	if (!ram_has_overlay(c->block, page, pages))
+		return 0;
+	return os_pagemap_private_runs(c->ram->pagemap, page_hva(c->block, page), pages, found_private, c);
 }
 
 int ram_reconcile(struct ram *ram)
 {
-	for (size_t slot = 0; slot < RAM_BLOCKS; slot++) {
-		bool more = true;
+	struct reconcile c = { .ram = ram };
 
-		for (uint64_t page = 0; more; page += RECONCILE_SLICE_PAGES) {
-			int r = reconcile_slice(ram, slot, page, &more);
-
-			if (r)
-				return r;
-		}
-	}
-	return 0;
+	return for_slices(&c, reconcile_slice);
 }
 
 /* ---- source bits ------------------------------------------------------------------------------- */
@@ -976,42 +977,28 @@ static uint64_t count_source_bits(const struct ram_block *b, uint64_t page, uint
 	return count;
 }
 
-static int update_sources_of(struct ram *ram, size_t slot, uint64_t page, bool *ret_more, uint64_t *now)
+static int update_sources_of(struct reconcile *c, uint64_t page, uint64_t pages)
 {
-	struct reconcile c = { .ram = ram };
-	uint64_t pages;
 	int r = 0;
 
-	ram_lock(ram);
-	c.block = ram->blocks[slot];
-	*ret_more = c.block && page < c.block->pages;
-	if (*ret_more) {
-		pages = c.block->pages - page < RECONCILE_SLICE_PAGES ? c.block->pages - page : RECONCILE_SLICE_PAGES;
-		if (count_source_bits(c.block, page, pages))
-			r = os_pagemap_present_runs(ram->pagemap, page_hva(c.block, page), pages, found_fetched, &c);
-		*now += count_source_bits(c.block, page, pages);
-	}
-	ram_unlock(ram);
+	if (count_source_bits(c->block, page, pages))
+		r = os_pagemap_present_runs(c->ram->pagemap, page_hva(c->block, page), pages, found_fetched, c);
+	c->source_bits += count_source_bits(c->block, page, pages);
 	return r;
 }
 
 int ram_update_source_bits(struct ram *ram)
 {
+	struct reconcile c = { .ram = ram };
 	struct ram_source_counts before;
-	uint64_t now = 0;
-	int r = 0;
+	int r;
 
 	ram_get_source_counts(ram, &before);
-	for (size_t slot = 0; before.now && slot < RAM_BLOCKS; slot++) {
-		bool more = true;
-
-		for (uint64_t page = 0; !r && more; page += RECONCILE_SLICE_PAGES)
-			r = update_sources_of(ram, slot, page, &more, &now);
-	}
+	r = before.now ? for_slices(&c, update_sources_of) : 0;
 	if (r || !before.now)
 		return r;
 	ram_lock(ram);
-	ram->sources.now = now + (ram->sources.set - before.set); /* (those that were set meanwhile may be counted twice) */
+	ram->sources.now = c.source_bits + (ram->sources.set - before.set); /* (those that were set meanwhile may be counted twice) */
 	ram_unlock(ram);
 	return 0;
 }
@@ -1066,7 +1053,10 @@ static bool next_overlays(const struct ram_block *b, uint64_t *page, uint64_t *r
 	return end > first;
 }
 
-int ram_for_private(struct ram *ram, ram_run each, void *ctx)
+typedef int (*pagemap_look)(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found,
+			    void *ctx);
+
+static int for_copies_found(struct ram *ram, pagemap_look look, ram_run each, void *ctx)
 {
 	struct private_runs p = { .ram = ram, .each = each, .ctx = ctx };
 	int r = 0;
@@ -1075,11 +1065,94 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx)
 	for (size_t i = 0; !r && i < RAM_BLOCKS; i++) {
 		p.block = ram->blocks[i];
 		for (uint64_t page = 0, pages; !r && p.block && next_overlays(p.block, &page, &pages); page += pages) {
-			r = os_pagemap_private_runs(ram->pagemap, page_hva(p.block, page), pages, note_private, &p);
+			r = look(ram->pagemap, page_hva(p.block, page), pages, note_private, &p);
 			r = r ? r : p.error;
 		}
 	}
 	return r;
+}
+
+int ram_for_private(struct ram *ram, ram_run each, void *ctx)
+{
+	return for_copies_found(ram, os_pagemap_private_runs, each, ctx);
+}
+
+int ram_for_written(struct ram *ram, ram_run each, void *ctx)
+{
+	return for_copies_found(ram, os_pagemap_written_copies, each, ctx);
+}
+
+int ram_for_copies(struct ram *ram, ram_run each, void *ctx)
+{
+	int r = 0;
+
+	assert_locked(ram);
+	for (size_t i = 0; !r && i < RAM_BLOCKS; i++) {
+		struct ram_block *b = ram->blocks[i];
+
+		for (uint64_t page = 0, n; !r && b && page < b->pages; page += n ? n : 1) {
+			for (n = 0; page + n < b->pages && entry_is_private(entry_get(b, page + n)); n++)
+				;
+			r = n ? each(ctx, b, page, n) : 0;
+		}
+	}
+	return r;
+}
+
+static int step_watch_copies(struct ram *ram, struct ram_block *b, const struct ram_range *range,
+			     void *uffd)
+{
+	if (!ram->files[range->file].watched)
+		(void)os_uffd_register_wp(*(const int *)uffd, page_hva(b, range->page),
+					  os_bytes(range->pages));
+	return 0;
+}
+
+void ram_watch_copies(struct ram *ram, int uffd)
+{
+	(void)for_overlays_of_all(ram, step_watch_copies, &uffd);
+}
+
+static int step_unwatch_copies(struct ram *ram, struct ram_block *b, const struct ram_range *range,
+			       void *uffd)
+{
+	if (!ram->files[range->file].watched)
+		(void)os_uffd_unregister(*(const int *)uffd, page_hva(b, range->page),
+					 os_bytes(range->pages));
+	return 0;
+}
+
+static int unwatch_slice(struct reconcile *c, uint64_t page, uint64_t pages)
+{
+	return for_overlays(c->ram, c->block, page, pages, step_unwatch_copies, &c->uffd);
+}
+
+void ram_unwatch_copies(struct ram *ram, int uffd)
+{
+	struct reconcile c = { .ram = ram, .uffd = uffd };
+
+	(void)for_slices(&c, unwatch_slice);
+}
+
+static int step_protect_copies(struct ram *ram, struct ram_block *b, const struct ram_range *range,
+			       void *ctx)
+{
+	struct private_runs *p = ctx;
+	int r = os_pagemap_protect_copies(ram->pagemap, page_hva(b, range->page), range->pages,
+					  note_private, p);
+
+	if (r) /* some may be protected all the same: whoever looks for copies must know of them */
+		(void)ram_update_private(ram, b, range->page, range->pages);
+	return r == -EPERM ? 0 : r ? r : p->error; /* -EPERM: something else watches it */
+}
+
+int ram_protect_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, ram_run each,
+		       void *ctx)
+{
+	struct private_runs p = { .ram = ram, .block = b, .each = each, .ctx = ctx };
+
+	assert_locked(ram);
+	return for_overlays(ram, b, page, pages, step_protect_copies, &p);
 }
 
 int ram_zap_base(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)

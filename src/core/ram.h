@@ -162,6 +162,26 @@ int ram_for_base(struct ram *ram, ram_run each, void *ctx);
 int ram_for_base_of(struct ram_block *block, uint64_t page, uint64_t pages, ram_run each, void *ctx);
 /* [locked] Brings the private flags up to date, all at once, and calls `each` for every run of private copies. */
 int ram_for_private(struct ram *ram, ram_run each, void *ctx);
+/*
+ * So that private copies can be taken before an instant, and in it only those that were written since.
+ *
+ * ram_watch_copies: [locked] registers overlays with `uffd` (OS_UFFD_WP_ASYNC; borrowed), but for those that something
+ *     else watches. As long as they are, the kernel maps no neighbours of a page that is touched in them.
+ * ram_protect_copies: [locked; writers stopped, the kernel's too] Protects the private copies among the pages and calls
+ *     `each` for every run of them, which may neither allocate nor map. What is protected is flagged as private, also on
+ *     failure. -EOPNOTSUPP: not with this kernel.
+ * ram_for_written: [locked] as ram_for_private, but `each` is called only for those that were written since they were
+ *     protected, or are not.
+ * ram_for_copies: [locked] calls `each` for every run of private copies, as the flags are.
+ * ram_unwatch_copies: the end of that, a slice at a time. (To close `uffd` ends it, too, but whoever maps or touches
+ *     anything waits meanwhile: milliseconds for each GiB.)
+ */
+void ram_watch_copies(struct ram *ram, int uffd);
+int ram_protect_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
+		       ram_run each, void *ctx);
+int ram_for_written(struct ram *ram, ram_run each, void *ctx);
+int ram_for_copies(struct ram *ram, ram_run each, void *ctx);
+void ram_unwatch_copies(struct ram *ram, int uffd);
 
 /* [locked] Contents are free. Gives overlays of the pages back to base; those that were overlays
  * then read as zeros, or hold what they held. */
@@ -171,7 +191,7 @@ int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uin
  * the guest has written. */
 int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 /* [locked] The same for what is clean of all overlays, but short runs between private copies; writers stopped, and
- * the private flags brought up to date (ram_for_private) since they stand. */
+ * the private flags brought up to date (ram_for_private, ram_for_written) since they stand. */
 void ram_zap_clean_overlays(struct ram *ram);
 
 /* [locked] Brings the private flags of the pages up to date. */

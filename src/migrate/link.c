@@ -21,6 +21,7 @@
 #define PING_US 1000000u
 #define HANDSHAKE_MS 10000
 #define LAST_MS 1000
+#define UNHEARD_MS 120000 /* what is sent arrives by then: where a message waits for us, silence does not show */
 /* What the kernel may hold that is not sent yet: an urgent message waits for no more than that. */
 #define NOT_SENT_BYTES (256 << 10)
 #define PRIORITY_X509 "NORMAL:-VERS-ALL:+VERS-TLS1.3"
@@ -400,7 +401,7 @@ static int begin(int fd, const struct link_keys *keys, bool server, const char *
 		 struct link **ret_link, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct link *link = calloc(1, sizeof *link);
-	int one = 1, not_sent = NOT_SENT_BYTES, r = 0;
+	int one = 1, not_sent = NOT_SENT_BYTES, unheard_ms = UNHEARD_MS, r = 0;
 
 	if (!link) {
 		close(fd);
@@ -412,6 +413,7 @@ static int begin(int fd, const struct link_keys *keys, bool server, const char *
 	link->normal.end = &link->normal.first;
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &not_sent, sizeof not_sent);
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unheard_ms, sizeof unheard_ms);
 	if (keys)
 		r = start_tls(link, keys, server, host, why);
 	else if (is_unix(fd))
@@ -621,9 +623,16 @@ static int fill(struct link *link, char why[SNAPSHOT_WHY_BYTES])
 		link->over = link->over || r;
 		if (r)
 			return r;
+		if (is_complete(link) && link->in.header.type == WIRE_PING) {
+			link->got = 0; /* it was to be heard, and nobody takes it */
+			return -EAGAIN;
+		}
 	}
 	return 0;
 }
+
+/* A message that nobody has taken yet: until then nothing more is received. */
+static bool has_message(const struct link *link) { return is_complete(link) && !link->taken; }
 
 static void drop_taken(struct link *link)
 {
@@ -634,20 +643,15 @@ static void drop_taken(struct link *link)
 
 int link_receive(struct link *link, struct wire_message *ret_message, char why[SNAPSHOT_WHY_BYTES])
 {
-	for (;;) {
-		int r;
+	int r;
 
-		drop_taken(link);
-		r = fill(link, why);
-		if (r)
-			return r;
-		link->taken = true;
-		if (link->in.header.type == WIRE_PING)
-			continue;
-		*ret_message = (struct wire_message){ (enum wire_type)link->in.header.type, link->in.payload,
-						      link->in.header.bytes };
-		return 0;
-	}
+	drop_taken(link);
+	r = fill(link, why);
+	if (r)
+		return r;
+	link->taken = true;
+	*ret_message = (struct wire_message){ (enum wire_type)link->in.header.type, link->in.payload, link->in.header.bytes };
+	return 0;
 }
 
 /* ---- waiting -------------------------------------------------------------------------------------- */
@@ -656,6 +660,8 @@ static int keep_alive(struct link *link, char why[SNAPSHOT_WHY_BYTES])
 {
 	uint64_t now_us = os_now_us();
 
+	if (has_message(link))
+		link->heard_us = now_us; /* it is for us to listen */
 	link->over = link->over || now_us - link->heard_us > LINK_SILENT_MS * 1000u;
 	if (now_us - link->heard_us > LINK_SILENT_MS * 1000u)
 		return snapshot_fail(why, -ETIMEDOUT, "the peer has said nothing for %d s", LINK_SILENT_MS / 1000);
@@ -673,12 +679,15 @@ static bool has_pending(const struct link *link)
 static int turn(struct link *link, struct pollfd *polled, unsigned count, int timeout_ms, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct pollfd all[1 + LINK_POLLED];
+	bool listens;
 	int r;
 
-	all[0] = (struct pollfd){ link->fd, (short)(POLLIN | (link->waiting ? POLLOUT : 0)), 0 };
+	drop_taken(link);
+	listens = !has_message(link);
+	all[0] = (struct pollfd){ link->fd, (short)((listens ? POLLIN : 0) | (link->waiting ? POLLOUT : 0)), 0 };
 	if (count)
 		memcpy(all + 1, polled, count * sizeof *polled);
-	r = poll(all, 1 + count, has_pending(link) ? 0 : timeout_ms);
+	r = poll(all, 1 + count, listens && has_pending(link) ? 0 : timeout_ms);
 	if (r < 0 && errno != EINTR)
 		return snapshot_fail(why, -errno, "poll: %s", strerror(errno));
 	for (unsigned i = 0; i < count; i++) {
@@ -689,7 +698,6 @@ static int turn(struct link *link, struct pollfd *polled, unsigned count, int ti
 	r = flush(link);
 	if (r)
 		return explain(link, r, why);
-	drop_taken(link);
 	r = fill(link, why);
 	return r == -EAGAIN ? 0 : r;
 }

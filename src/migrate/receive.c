@@ -26,6 +26,7 @@
 #define TURN_MS 200
 #define STORAGE_MS 60000 /* for the ballot */
 #define AGENT_MS 20000
+#define SAME_AT_ONCE 64u /* pages that are read before the source hears something */
 
 struct receive {
 	const struct receive_options *options;
@@ -118,8 +119,12 @@ static int await(struct receive *c, enum wire_type type, unsigned within_ms, str
 
 static int say(struct receive *c, enum wire_type type, const void *payload, size_t bytes)
 {
-	int r = link_send(c->link, type, payload, bytes, true);
+	int r;
 
+	/* No source leaves so much unread: each page is lacked once. Room cannot be waited for, as it may do so itself. */
+	if (link_waiting(c->link) > LINK_ROOM + c->limits.pages * sizeof(uint64_t))
+		return snapshot_fail(c->why, -EPROTO, "the source does not listen");
+	r = link_send(c->link, type, payload, bytes, true);
 	if (r)
 		return snapshot_fail(c->why, r, "no memory for a message");
 	return link_wait(c->link, false, NULL, 0, 0, c->why);
@@ -288,6 +293,26 @@ static int start_vmm(struct receive *c)
 	return guest_open(&options, &c->guest, c->why);
 }
 
+/* No more of them than guest RAM has pages. */
+static int say_have(struct receive *c)
+{
+	uint64_t *digests, at = 0, left = c->layout.pages;
+	size_t count;
+	int r = 0;
+
+	if (!c->options->have)
+		return 0;
+	digests = malloc(WIRE_HAVE_MAX * sizeof *digests);
+	if (!digests)
+		return snapshot_fail(c->why, -ENOMEM, "no memory for a message");
+	while (!r && (count = have_list(c->options->have, &at, digests, left < WIRE_HAVE_MAX ? left : WIRE_HAVE_MAX))) {
+		r = say(c, WIRE_HAVE, digests, count * sizeof *digests);
+		left -= count;
+	}
+	free(digests);
+	return r;
+}
+
 static int prepare(struct receive *c)
 {
 	struct wire_ready ready = { 0 };
@@ -301,6 +326,8 @@ static int prepare(struct receive *c)
 		r = step(start_vmm(c));
 	if (!r)
 		r = check_volumes(c);
+	if (!r)
+		r = say_have(c);
 	for (uint32_t i = 0; i < c->manifest.volumes; i++)
 		ready.volumes |= (uint64_t)(c->incoming.volume_fd[i] >= 0) << i;
 	return r ? r : say(c, WIRE_READY, &ready, sizeof ready);
@@ -329,6 +356,34 @@ static int take_pages(struct receive *c, const struct wire_message *m)
 	c->progress->volume = c->result->volume;
 	c->progress->data = c->result->data;
 	return r;
+}
+
+/* What is here is put in place as if it had been received; of the others the source is told. */
+static int take_same(struct receive *c, const struct wire_message *m)
+{
+	uint8_t contents[OS_PAGE_BYTES];
+	uint64_t lacked[WIRE_SAME_MAX];
+	const struct wire_same *same;
+	size_t count, lacks = 0;
+	int r = wire_read_same(m, c->limits.pages, &same, &count, c->why);
+
+	if (!r)
+		same = memcpy(c->room, same, count * sizeof *same); /* a tick ends the message */
+	for (size_t i = 0; !r && i < count; i++) {
+		const struct wire_run run = { .page = same[i].page, .pages = 1, .kind = WIRE_DATA };
+
+		r = i % SAME_AT_ONCE ? 0 : tick(c);
+		if (r)
+			break;
+		if (c->options->have && have_find(c->options->have, &same[i], contents))
+			r = guest_take(c->guest, &run, contents, c->why);
+		else
+			lacked[lacks++] = same[i].page;
+	}
+	if (r)
+		return r;
+	c->result->same += count - lacks;
+	return lacks ? say(c, WIRE_LACK, lacked, lacks * sizeof lacked[0]) : 0;
 }
 
 static int take_state(struct receive *c, const struct wire_message *m)
@@ -453,6 +508,8 @@ static int take_passes(struct receive *c)
 	while (!(r = next(c, SOURCE_MS, &m))) {
 		if (m.type == WIRE_PAGES)
 			r = take_pages(c, &m);
+		else if (m.type == WIRE_SAME)
+			r = take_same(c, &m);
 		else if (m.type == WIRE_PASS && !(r = step(guest_finish_passes(c->guest, c->why))))
 			r = say(c, WIRE_PASS, NULL, 0);
 		else if (m.type == WIRE_STATE)
@@ -557,6 +614,12 @@ static int end_doubt(struct receive *c)
 	return r ? r : note_phase(c, RECORD_RUNNING);
 }
 
+/* The source has seen in the ballot that we have all, or can; it may have removed it by now. */
+static bool source_knows(const struct receive *c)
+{
+	return c->record.ballot.path[0] && ballot_take(&c->record.ballot, BALLOT_DESTINATION) == -ENOENT;
+}
+
 static int take_rest(struct receive *c)
 {
 	struct wire_message m;
@@ -580,7 +643,7 @@ static int take_rest(struct receive *c)
 	while (!r && !(r = next(c, SOURCE_MS, &m)) && m.type == WIRE_PAGES)
 		;
 	if (r)
-		return ballot_is_over(&c->record.ballot) ? 0 : r; /* the source will see it there */
+		return source_knows(c) ? 0 : r;
 	return m.type == WIRE_DONE ? 0 : unexpected(c, &m);
 }
 

@@ -6,6 +6,7 @@
 #ifndef LATENT_MIGRATE_RECEIVE_H
 #define LATENT_MIGRATE_RECEIVE_H
 
+#include "migrate/have.h"
 #include "migrate/link.h"
 #include "snapshot/manifest.h"
 #include "vmdir/agent_config.h"
@@ -24,6 +25,7 @@ struct receive_options {
 	int listener;                 /* of link_listen */
 	const struct link_keys *keys; /* NULL: none */
 	const char *known_dir;        /* digest.h */
+	const struct have *have;      /* NULL: no snapshot's pages are of use */
 	/* Where a file of the manifest is here; may be its own path. */
 	const char *(*find)(void *ctx, const char *path);
 	/* Starts the VMM with this agent configuration, whose descriptors are inherited. 0, or a negative errno with a
@@ -49,7 +51,7 @@ struct receive_result {
 	char name[64];
 	pid_t pid;
 	uint64_t bytes_received, total_us;
-	uint64_t words, volume, data; /* pages, each time that they were told */
+	uint64_t words, volume, same, data; /* pages, each time that they were told; same: that were here */
 	uint64_t pages_missing;       /* at the switch */
 	uint64_t pages_wanted;        /* of those, waited for by the guest */
 	uint64_t load_us;             /* from the source's last word to the guest's resume */

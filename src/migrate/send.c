@@ -47,6 +47,8 @@ struct send {
 	struct teller *teller;
 	struct wire_batch *batch;
 	uint8_t *payload;
+	uint64_t *had; /* by the destination, until the teller has them */
+	uint64_t had_count;
 	uint64_t begin_us, phase_us, first_pass_us, step_us;
 	struct record record;
 	uint64_t bytes_before; /* sent over links that were cut */
@@ -84,12 +86,52 @@ static int take_refusal(struct send *s, const struct wire_message *m)
 
 static int add_wanted(struct send *s, const struct wire_message *m);
 
+/* No more than guest RAM has pages. */
+static int add_had(struct send *s, const struct wire_message *m)
+{
+	const uint64_t *digests;
+	uint64_t *longer;
+	size_t count;
+	int r = wire_read_have(m, &digests, &count, s->why);
+
+	if (!r && count > s->progress->pages_all - s->had_count)
+		r = snapshot_fail(s->why, -EPROTO, "the destination has more pages than the VM");
+	if (r)
+		return r;
+	longer = realloc(s->had, (s->had_count + count) * sizeof *longer);
+	if (!longer)
+		return snapshot_fail(s->why, -ENOMEM, "no memory for what the destination has");
+	memcpy(longer + s->had_count, digests, count * sizeof *longer);
+	s->had = longer;
+	s->had_count += count;
+	return 0;
+}
+
+static int take_lacked(struct send *s, const struct wire_message *m)
+{
+	const uint64_t *pages;
+	size_t count;
+	struct teller_counts told;
+	int r = wire_read_wanted(m, s->progress->pages_all, &pages, &count, s->why);
+
+	teller_get_counts(s->teller, &told);
+	if (!r && count > told.same - told.lacked)
+		r = snapshot_fail(s->why, -EPROTO, "the destination lacks more pages than it was told it has");
+	for (size_t i = 0; !r && i < count; i++)
+		teller_lack(s->teller, pages[i]);
+	return r;
+}
+
 /* What may come at any time; the others are the caller's. 1: it was none of them. */
 static int take_any(struct send *s, const struct wire_message *m)
 {
 	s->given = s->given && (m->type != WIRE_FAILED || s->runs);
 	if (m->type == WIRE_REFUSE || m->type == WIRE_FAILED)
 		return take_refusal(s, m);
+	if (m->type == WIRE_HAVE && !s->teller)
+		return add_had(s, m);
+	if (m->type == WIRE_LACK && s->teller && !s->told)
+		return take_lacked(s, m);
 	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
 }
 
@@ -99,19 +141,21 @@ static int await(struct send *s, enum wire_type type, struct wire_message *m)
 	int r;
 
 	for (;;) {
-		r = link_receive(s->link, m, s->why);
+		r = check_stop(s);
+		if (!r && os_now_us() >= until_us)
+			r = snapshot_fail(s->why, -ETIMEDOUT, "the destination does not answer");
+		if (!r)
+			r = link_receive(s->link, m, s->why);
 		if (r == -EAGAIN) {
-			r = check_stop(s);
-			if (!r && os_now_us() >= until_us)
-				r = snapshot_fail(s->why, -ETIMEDOUT, "the destination does not answer");
-			if (!r)
-				r = link_wait(s->link, false, NULL, 0, TURN_MS, s->why);
+			r = link_wait(s->link, false, NULL, 0, TURN_MS, s->why);
 			if (r)
 				return r;
 			continue;
 		}
 		if (r || m->type == type)
 			return r;
+		if (m->type == WIRE_LACK)
+			until_us = os_now_us() + ANSWER_MS * 1000ull; /* it reads, and that may take its time */
 		r = take_any(s, m);
 		if (r)
 			return r < 0 ? r : snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)",
@@ -271,7 +315,12 @@ static int introduce(struct send *s)
 	if (r)
 		return r;
 	memcpy(&ready, m.payload, sizeof ready);
-	return teller_create(s->source, ready.volumes, &s->teller, s->why);
+	r = teller_create(s->source, ready.volumes, &s->teller, s->why);
+	if (r)
+		return r;
+	teller_had(s->teller, s->had, s->had_count);
+	s->had = NULL;
+	return 0;
 }
 
 /* ---- pages -------------------------------------------------------------------------------------------- */
@@ -327,29 +376,40 @@ static uint64_t us_to_wait(const struct send *s)
 	return now_us < due_us ? due_us - now_us : 0;
 }
 
-static void keep_rate(const struct send *s)
+static int keep_rate(struct send *s)
 {
-	uint64_t us = us_to_wait(s);
+	uint64_t us;
+	int r = 0;
 
-	if (us)
-		usleep((useconds_t)(us < TURN_MS * 1000 ? us : TURN_MS * 1000));
+	while (!r && (us = us_to_wait(s))) {
+		r = link_wait(s->link, false, NULL, 0, us < TURN_MS * 1000 ? (int)(us / 1000) + 1 : TURN_MS, s->why);
+		if (!r)
+			r = check_stop(s);
+	}
+	return r;
 }
 
 /* `teller_fill` or `teller_fill_missing`, until it has no more. */
 static int put_all(struct send *s, int (*fill)(struct teller *, struct wire_batch *, char *))
 {
+	const struct wire_same *same;
+	size_t count;
 	int r;
 
 	for (;;) {
 		r = fill(s->teller, s->batch, s->why);
-		if (r || !s->batch->runs)
+		same = teller_same(s->teller, &count);
+		if (r || (!s->batch->runs && !count))
 			return r;
-		r = put_batch(s, false);
+		r = count ? put(s, WIRE_SAME, same, count * sizeof *same) : 0;
+		if (!r && s->batch->runs)
+			r = put_batch(s, false);
 		if (!r)
 			r = check_stop(s);
+		if (!r)
+			r = keep_rate(s);
 		if (r)
 			return r;
-		keep_rate(s);
 	}
 }
 
@@ -362,14 +422,26 @@ static int end_pass(struct send *s)
 	return r ? r : await(s, WIRE_PASS, &m);
 }
 
-/* Pages that can be sent in so long, by what was sent until now. */
-static uint64_t pages_in(const struct send *s, unsigned ms)
+/* By what was sent until now. */
+static uint64_t bytes_a_second(const struct send *s)
 {
 	uint64_t us = os_now_us() - s->first_pass_us, bytes_s = link_bytes_sent(s->link) * 1000000 / (us ? us : 1);
 
-	if (s->options->max_bytes_s && s->options->max_bytes_s < bytes_s)
-		bytes_s = s->options->max_bytes_s;
-	return bytes_s * ms / 1000 / OS_PAGE_BYTES;
+	return s->options->max_bytes_s && s->options->max_bytes_s < bytes_s ? s->options->max_bytes_s : bytes_s;
+}
+
+/* Pages that can be sent in so long. */
+static uint64_t pages_in(const struct send *s, unsigned ms)
+{
+	return bytes_a_second(s) * ms / 1000 / OS_PAGE_BYTES;
+}
+
+/* That a pass over so many pages takes; 0: the link is not known yet. */
+static uint64_t us_for(const struct send *s, unsigned pass, uint64_t pages)
+{
+	uint64_t bytes_s = pass > 1 ? bytes_a_second(s) : s->options->max_bytes_s;
+
+	return bytes_s ? os_bytes(pages) * 1000000 / bytes_s : 0;
 }
 
 static uint64_t pages_in_downtime(const struct send *s)
@@ -393,18 +465,42 @@ static bool is_enough(const struct send *s, uint64_t left, uint64_t before)
 	       (!s->options->no_postcopy && left <= pages_in(s, REST_MS));
 }
 
+/* The destination hears something meanwhile: with much to settle it takes longer than the link may be silent. */
+static int settle(struct send *s)
+{
+	uint64_t settled, left;
+	int r;
+
+	do {
+		r = source_settle(s->source, &settled, &left, s->why);
+		s->result->settled_pages += settled;
+		if (!r)
+			r = link_wait(s->link, false, NULL, 0, 0, s->why);
+		if (!r)
+			r = check_stop(s);
+	} while (!r && left);
+	return r;
+}
+
+static uint64_t lacked(const struct send *s)
+{
+	struct teller_counts told;
+
+	teller_get_counts(s->teller, &told);
+	return told.lacked;
+}
+
 /* While the guest runs: until another pass would be no good. */
 static int put_passes(struct send *s)
 {
-	uint64_t before = UINT64_MAX, settled;
+	uint64_t before = UINT64_MAX, lacked_before;
 	int r = 0;
 
 	s->first_pass_us = os_now_us();
 	for (unsigned pass = 1; !r && pass <= PASSES_MAX; pass++) {
 		uint64_t left;
 
-		r = source_settle(s->source, &settled, s->why);
-		s->result->settled_pages += settled;
+		r = settle(s);
 		if (!r)
 			r = source_arm(s->source, s->why);
 		if (r)
@@ -412,12 +508,17 @@ static int put_passes(struct send *s)
 		left = teller_collect(s->teller);
 		if (pass > 1 && is_enough(s, left, before))
 			return 0;
+		lacked_before = lacked(s);
 		before = left;
 		s->result->passes = pass;
 		s->progress->pass = pass;
-		r = put_all(s, teller_fill);
+		r = source_pass(s->source, us_for(s, pass, left), s->why);
+		if (!r)
+			r = put_all(s, teller_fill);
 		if (!r)
 			r = step(end_pass(s));
+		if (lacked(s) != lacked_before)
+			before = UINT64_MAX; /* what is left is no measure of what the guest writes */
 	}
 	return r;
 }
@@ -844,6 +945,7 @@ int migrate_send(const struct send_options *options, struct send_progress *progr
 	link_close(s->link);
 	link_keys_free(s->keys);
 	machine_free(s->manifest.machine);
+	free(s->had);
 	free(s->batch);
 	free(s->payload);
 	free(s);

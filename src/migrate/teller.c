@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 #include "migrate/teller.h"
 
-#include "activity/states.h"
+#include "activity/order.h"
 #include "core/entry.h"
+#include "migrate/have.h"
 #include "os/os.h"
 
 #include <errno.h>
@@ -12,8 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* OWED: told as missing; its contents are still to come. */
-enum state { TOLD, TO_TELL, OWED };
+/* LACKED: to be told, and not as one that the destination has. OWED: told as missing; its contents are still to come. */
+enum state { TOLD, TO_TELL, LACKED, OWED };
 
 /* Private copies of pages of an overlay, in the order of pages. */
 struct copies {
@@ -29,26 +30,20 @@ struct teller {
 	uint8_t *state;                  /* of each page */
 	uint64_t left;
 	bool stands;                     /* the guest, and for good */
-	unsigned round;                  /* of the classes */
-	uint64_t page;                   /* where the round is */
-	uint32_t block;                  /* that it is in */
+	struct activity_order *order;    /* of what is to be told; NULL: the next one to be told is the first */
+	struct activity_run run;         /* of the order; the first of it is the next one. A table is a block */
 	struct copies *copies;
 	uint64_t copies_count;
 	struct {
 		uint64_t from, to; /* pages of all blocks; empty: not known */
 		bool data;
 	} extent; /* of base */
+	uint64_t *had; /* digests, in their order */
+	uint64_t had_count;
+	struct wire_same same[WIRE_SAME_MAX];
+	size_t same_count;
 	struct teller_counts counts;
 };
-
-/* While the guest runs, what it will write again comes last; when it waits, what it will touch comes first. */
-static const enum activity_class coldest_first[ACTIVITY_CLASSES] = { CLASS_FROZEN, CLASS_COLD, CLASS_COOL, CLASS_NEW,
-								     CLASS_WARM, CLASS_HOT };
-
-static enum activity_class class_of_round(const struct teller *t)
-{
-	return coldest_first[t->stands ? ACTIVITY_CLASSES - 1 - t->round : t->round];
-}
 
 int teller_create(struct source *source, uint64_t there, struct teller **ret_teller, char why[SNAPSHOT_WHY_BYTES])
 {
@@ -66,6 +61,7 @@ int teller_create(struct source *source, uint64_t there, struct teller **ret_tel
 		return snapshot_fail(why, -ENOMEM, "no memory to keep account of the pages");
 	}
 	memset(t->state, TO_TELL, (size_t)t->view.pages);
+	t->left = t->view.pages;
 	*ret_teller = t;
 	return 0;
 }
@@ -77,6 +73,8 @@ void teller_destroy(struct teller *t)
 	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
 		if (t->volume_fd[i] >= 0)
 			close(t->volume_fd[i]);
+	activity_order_destroy(t->order);
+	free(t->had);
 	free(t->copies);
 	free(t->state);
 	free(t);
@@ -89,27 +87,30 @@ static uint64_t entry_of(const struct source_block *b, uint64_t page)
 	return __atomic_load_n(&b->entries[page - b->first], __ATOMIC_RELAXED);
 }
 
-static void rewind_round(struct teller *t)
+static void rewind_order(struct teller *t)
 {
-	t->round = 0;
-	t->page = 0;
-	t->block = 0;
+	activity_order_destroy(t->order);
+	t->order = NULL;
+	t->run.pages = 0;
 }
 
+static void set_state(struct teller *t, uint64_t page, enum state state)
+{
+	t->left += state != TOLD;
+	t->left -= t->state[page] != TOLD;
+	t->state[page] = (uint8_t)state;
+}
+
+/* Most pages have not changed. */
 static void begin_pass(struct teller *t)
 {
-	rewind_round(t);
+	rewind_order(t);
 	t->extent.from = t->extent.to = 0;
-	t->left = 0;
 	for (uint32_t i = 0; i < t->view.blocks; i++) {
 		const struct source_block *b = &t->view.block[i];
 
-		for (uint64_t page = b->first; page < b->first + b->pages; page++) {
-			if (b->changed[page - b->first])
-				t->state[page] = TO_TELL;
-			b->changed[page - b->first] = 0;
-			t->left += t->state[page] != TOLD;
-		}
+		for (uint8_t *at = b->changed; (at = memchr(at, 1, (size_t)(b->changed + b->pages - at))); *at = 0)
+			set_state(t, b->first + (uint64_t)(at - b->changed), TO_TELL);
 	}
 }
 
@@ -129,17 +130,16 @@ static int by_page(const void *a, const void *b)
 /* -ENOMEM. */
 static int take_copies(struct teller *t)
 {
-	const uint8_t *contents = t->view.copies;
-
 	t->copies = malloc((t->view.run_count ? t->view.run_count : 1) * sizeof *t->copies);
 	if (!t->copies)
 		return -ENOMEM;
 	for (uint64_t i = 0; i < t->view.run_count; i++) {
 		const struct control_run *run = &t->view.runs[i];
+		uint64_t page = t->view.block[run->block].first + run->page;
 
-		t->copies[i] = (struct copies){ t->view.block[run->block].first + run->page, run->pages, contents };
-		memset(t->state + t->copies[i].page, TO_TELL, (size_t)run->pages);
-		contents += os_bytes(run->pages);
+		t->copies[i] = (struct copies){ page, run->pages, t->view.copies + os_bytes(page) };
+		for (uint64_t n = 0; n < run->pages; n++)
+			set_state(t, page + n, TO_TELL);
 	}
 	t->copies_count = t->view.run_count;
 	qsort(t->copies, (size_t)t->copies_count, sizeof *t->copies, by_page);
@@ -232,6 +232,7 @@ static int read_volume(struct teller *t, int volume, uint64_t page, uint8_t *con
 /* What is to be said of a page. */
 struct saying {
 	struct wire_run run;
+	uint64_t digest;         /* and the quick one of that. */
 	const uint8_t *contents; /* of WIRE_DATA; NULL: not read, if only the kind was asked for */
 	bool later;              /* nobody can know it before the guest stands */
 };
@@ -242,6 +243,7 @@ static void say_contents(struct saying *s, const uint8_t *contents)
 
 	s->run.kind = class.kind == SNAPSHOT_WORD ? WIRE_WORD : WIRE_DATA;
 	s->run.value = class.kind == SNAPSHOT_WORD ? class.value : 0;
+	s->digest = class.value;
 	s->contents = contents;
 }
 
@@ -297,6 +299,50 @@ static int say(struct teller *t, const struct source_block *b, uint64_t page, bo
 	return 0;
 }
 
+/* ---- what the destination has already ----------------------------------------------------------------- */
+
+static int by_number(const void *a, const void *b)
+{
+	const uint64_t *x = a, *y = b;
+
+	return (*x > *y) - (*x < *y);
+}
+
+void teller_had(struct teller *t, uint64_t *digests, uint64_t count)
+{
+	if (count)
+		qsort(digests, (size_t)count, sizeof *digests, by_number);
+	t->had = digests;
+	t->had_count = count;
+}
+
+/* Behind the pause there is no time to be told that it is not so. */
+static bool may_have(const struct teller *t, uint64_t page, const struct saying *s)
+{
+	return t->had_count && !t->stands && t->state[page] == TO_TELL && s->run.kind == WIRE_DATA &&
+	       bsearch(&s->digest, t->had, (size_t)t->had_count, sizeof s->digest, by_number);
+}
+
+/* If the guest writes it meanwhile, the digests may be of two contents, or of none: it is told again. */
+static bool add_same(struct teller *t, uint64_t page, const struct saying *s)
+{
+	struct wire_same *same = &t->same[t->same_count];
+
+	*same = (struct wire_same){ .page = page, .digest = s->digest };
+	if (!have_digest(s->contents, same->sha256))
+		return false;
+	t->same_count++;
+	t->counts.same++;
+	return true;
+}
+
+const struct wire_same *teller_same(struct teller *t, size_t *ret_count)
+{
+	*ret_count = t->same_count;
+	t->same_count = 0;
+	return t->same;
+}
+
 /* ---- telling ------------------------------------------------------------------------------------------- */
 
 static void count(struct teller *t, const struct saying *s)
@@ -306,26 +352,29 @@ static void count(struct teller *t, const struct saying *s)
 	t->counts.data += s->run.kind == WIRE_DATA;
 }
 
-static void set_state(struct teller *t, uint64_t page, enum state state)
+/* While the guest runs, what it will write again comes last; when it waits, what it will touch comes first. */
+static int make_order(struct teller *t)
 {
-	t->left -= t->state[page] != TOLD && state == TOLD;
-	t->state[page] = (uint8_t)state;
+	struct activity_table tables[SNAPSHOT_BLOCKS];
+
+	for (uint32_t i = 0; i < t->view.blocks; i++) {
+		const struct source_block *b = &t->view.block[i];
+
+		tables[i] = (struct activity_table){ b->entries, b->pages, t->state + b->first };
+	}
+	return activity_order_create(tables, t->view.blocks, t->stands ? ACTIVITY_HOTTEST_FIRST : ACTIVITY_COLDEST_FIRST,
+				     &t->order);
 }
 
-/* The next page of the round in one of these states (bits); false: the pass is over. */
+/* Is there one more, in one of these states (bits)? It is the first of the run. Else the order is over. */
 static bool next_page(struct teller *t, unsigned states)
 {
-	for (; t->round < ACTIVITY_CLASSES; t->round++, t->page = 0, t->block = 0) {
-		for (; t->page < t->view.pages; t->page++) {
-			const struct source_block *b = &t->view.block[t->block];
-
-			if (t->page == b->first + b->pages)
-				b = &t->view.block[++t->block];
-			if (1u << t->state[t->page] & states && activity_class_of(entry_of(b, t->page)) == class_of_round(t))
+	do {
+		for (; t->run.pages; t->run.page++, t->run.pages--)
+			if (1u << t->state[t->view.block[t->run.table].first + t->run.page] & states)
 				return true;
-		}
-	}
-	rewind_round(t);
+	} while (activity_order_next(t->order, &t->run));
+	rewind_order(t);
 	return false;
 }
 
@@ -339,6 +388,11 @@ static int tell(struct teller *t, const struct source_block *b, uint64_t page, b
 
 	if (r || s.later)
 		return r;
+	if (may_have(t, page, &s) && add_same(t, page, &s)) {
+		set_state(t, page, TOLD);
+		*ret_full = t->same_count == WIRE_SAME_MAX;
+		return 0;
+	}
 	if (missing && s.run.kind == WIRE_DATA)
 		s.run.kind = WIRE_MISSING;
 	*ret_full = !wire_add(batch, &s.run, s.contents);
@@ -354,23 +408,30 @@ static int fill(struct teller *t, struct wire_batch *batch, unsigned states, boo
 	bool full = false;
 	int r = 0;
 
+	if (!t->left)
+		return 0;
+	if (!t->order && make_order(t))
+		return snapshot_fail(why, -ENOMEM, "no memory for the order of the pages");
 	while (!r && next_page(t, states)) {
-		r = tell(t, &t->view.block[t->block], t->page, missing, batch, &full, why);
+		const struct source_block *b = &t->view.block[t->run.table];
+
+		r = tell(t, b, b->first + t->run.page, missing, batch, &full, why);
 		if (r || full)
 			break;
-		t->page++;
+		t->run.page++;
+		t->run.pages--;
 	}
 	return r;
 }
 
 int teller_fill(struct teller *t, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES])
 {
-	return fill(t, batch, 1u << TO_TELL | 1u << OWED, false, why);
+	return fill(t, batch, 1u << TO_TELL | 1u << LACKED | 1u << OWED, false, why);
 }
 
 int teller_fill_missing(struct teller *t, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES])
 {
-	return fill(t, batch, 1u << TO_TELL, true, why);
+	return fill(t, batch, 1u << TO_TELL | 1u << LACKED, true, why);
 }
 
 int teller_add(struct teller *t, uint64_t page, struct wire_batch *batch, bool *ret_full, char why[SNAPSHOT_WHY_BYTES])
@@ -382,9 +443,15 @@ int teller_add(struct teller *t, uint64_t page, struct wire_batch *batch, bool *
 	return tell(t, b, page, false, batch, ret_full, why);
 }
 
+void teller_lack(struct teller *t, uint64_t page)
+{
+	t->counts.lacked++;
+	set_state(t, page, LACKED);
+}
+
 void teller_forget(struct teller *t)
 {
-	rewind_round(t);
+	rewind_order(t);
 	memset(t->state, TOLD, (size_t)t->view.pages);
 	t->left = 0;
 	t->there = 0;
@@ -392,11 +459,9 @@ void teller_forget(struct teller *t)
 
 void teller_owe(struct teller *t, uint64_t page, uint64_t pages)
 {
-	rewind_round(t);
-	for (uint64_t i = page; i < page + pages; i++) {
-		t->left += t->state[i] == TOLD;
-		t->state[i] = OWED;
-	}
+	rewind_order(t);
+	for (uint64_t i = page; i < page + pages; i++)
+		set_state(t, i, OWED);
 }
 
 uint64_t teller_left(const struct teller *t)

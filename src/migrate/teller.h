@@ -15,7 +15,8 @@
 struct teller;
 
 struct teller_counts {
-	uint64_t words, volume, data; /* pages told so, each time that they were */
+	uint64_t words, volume, same, data; /* pages told so, each time that they were */
+	uint64_t lacked;                    /* of `same`: the destination has not */
 	uint64_t contents_instead;    /* of `data`: on a volume that the destination has not */
 };
 
@@ -24,14 +25,22 @@ struct teller_counts {
 int teller_create(struct source *source, uint64_t there, struct teller **ret_teller, char why[SNAPSHOT_WHY_BYTES]);
 void teller_destroy(struct teller *teller); /* NULL is allowed */
 
+/* The quick digests of pages that the destination may have (WIRE_HAVE), which become the teller's. */
+void teller_had(struct teller *teller, uint64_t *digests, uint64_t count);
+
 /* A pass begins, after source_arm: what has changed is to be told again. Returns the pages that are to be told. */
 uint64_t teller_collect(struct teller *teller);
 /* The guest stands, after source_point: the same, with the copies in overlays. */
 int teller_collect_last(struct teller *teller, struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 
-/* Fills the batch with what is next; an empty batch: all has been told that can be while the guest runs. */
+/* Fills the batch with what is next, and the list of teller_same; if both are empty, all has been told that can be while
+ * the guest runs. */
 int teller_fill(struct teller *teller, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES]);
-/* The same, without a look at contents: pages that may have any are told as missing, and are told by teller_fill
+/* Told since it was asked last: pages that the destination may have. Valid until the next teller_fill. */
+const struct wire_same *teller_same(struct teller *teller, size_t *ret_count);
+/* But it has not: the page is to be told again, in another way. */
+void teller_lack(struct teller *teller, uint64_t page);
+/* As teller_fill, without a look at contents: pages that may have any are told as missing, and are told by teller_fill
  * afterwards. */
 int teller_fill_missing(struct teller *teller, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES]);
 /* One page of RAM, whether it was told or not. Only after teller_collect_last. */

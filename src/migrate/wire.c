@@ -11,7 +11,7 @@
 #include <zstd.h>
 
 _Static_assert(sizeof(struct wire_run) == 24 && sizeof(struct wire_hello) == 40 &&
-	       sizeof(struct wire_header) == 16, "as it is on the wire");
+	       sizeof(struct wire_header) == 16 && sizeof(struct wire_same) == 48, "as it is on the wire");
 _Static_assert(sizeof(struct wire_pages_header) + WIRE_RUNS_MAX * sizeof(struct wire_run) +
 	       (WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT) <= WIRE_PAYLOAD_MAX, "a batch fits");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "structures are sent as they are");
@@ -41,6 +41,9 @@ static const struct {
 	[WIRE_PING] = { "ping", BOTH, 0, 0 },
 	[WIRE_FILES] = { "files", SOURCE, sizeof(struct wire_files), sizeof(struct wire_files) + WIRE_FILES_MAX * DIGEST_BYTES },
 	[WIRE_OWED] = { "owed", DESTINATION, sizeof(struct wire_owed), WIRE_OWED_MAX * sizeof(struct wire_owed) },
+	[WIRE_HAVE] = { "have", DESTINATION, 8, WIRE_HAVE_MAX * 8 },
+	[WIRE_SAME] = { "same", SOURCE, sizeof(struct wire_same), WIRE_SAME_MAX * sizeof(struct wire_same) },
+	[WIRE_LACK] = { "lack", DESTINATION, 8, WIRE_SAME_MAX * 8 },
 };
 
 static int wrong(char why[SNAPSHOT_WHY_BYTES], const char *what, uint64_t number)
@@ -263,6 +266,28 @@ int wire_read_owed(const struct wire_message *message, uint64_t pages, const str
 		if (!owed->pages || owed->page >= pages || owed->pages > pages - owed->page)
 			return wrong(why, "missing pages beyond RAM", owed->page);
 	}
+	return 0;
+}
+
+int wire_read_have(const struct wire_message *message, const uint64_t **ret_digests, size_t *ret_count,
+		   char why[SNAPSHOT_WHY_BYTES])
+{
+	*ret_digests = (const uint64_t *)(const void *)message->payload;
+	*ret_count = message->bytes / sizeof **ret_digests;
+	return !*ret_count || *ret_count > WIRE_HAVE_MAX || message->bytes % sizeof **ret_digests
+		       ? wrong(why, "digests of such a length", message->bytes) : 0;
+}
+
+int wire_read_same(const struct wire_message *message, uint64_t pages, const struct wire_same **ret_same,
+		   size_t *ret_count, char why[SNAPSHOT_WHY_BYTES])
+{
+	*ret_same = (const struct wire_same *)(const void *)message->payload;
+	*ret_count = message->bytes / sizeof **ret_same;
+	if (!*ret_count || *ret_count > WIRE_SAME_MAX || message->bytes % sizeof **ret_same)
+		return wrong(why, "equal pages of such a length", message->bytes);
+	for (size_t i = 0; i < *ret_count; i++)
+		if ((*ret_same)[i].page >= pages)
+			return wrong(why, "an equal page beyond RAM", (*ret_same)[i].page);
 	return 0;
 }
 

@@ -13,7 +13,7 @@
 #include "snapshot/image.h"
 
 #define WIRE_MAGIC 0x54415247494d544cull /* "LTMIGRAT" */
-#define WIRE_VERSION 1u
+#define WIRE_VERSION 2u
 #define WIRE_SESSION_BYTES 16
 #define WIRE_PAYLOAD_MAX (2u << 20)
 #define WIRE_RUNS_MAX 4096u
@@ -23,6 +23,9 @@
 #define WIRE_TEXT_MAX 512u
 #define WIRE_FILES_MAX 512u
 #define WIRE_OWED_MAX 4096u
+#define WIRE_HAVE_MAX 65536u /* digests in one message */
+#define WIRE_SAME_MAX WIRE_WANTED_MAX
+#define WIRE_SHA256_BYTES 32u
 
 enum wire_type {
 	WIRE_HELLO,    /* both: struct wire_hello. The first message of a connection */
@@ -43,6 +46,9 @@ enum wire_type {
 	WIRE_PING,     /* both, when there has been nothing to say for a second. No payload */
 	WIRE_FILES,    /* source: struct wire_files, and a digest for each file (digest.h) */
 	WIRE_OWED,     /* destination, when a migration goes on: an array of struct wire_owed, pages that are missing */
+	WIRE_HAVE,   /* destination, before WIRE_READY, any number of times: an array of u64, XXH3-64 of pages of its snapshots */
+	WIRE_SAME,   /* source, while its guest runs: an array of struct wire_same, pages that the destination may have */
+	WIRE_LACK,   /* destination, before its WIRE_PASS: pages of WIRE_SAME that it has not, an array of u64 */
 	WIRE_TYPES
 };
 
@@ -78,6 +84,12 @@ struct wire_files {
 
 struct wire_owed {
 	uint64_t page, pages;
+};
+
+/* The page's contents are those with this SHA-256. `digest`: their XXH3-64, to find them by. */
+struct wire_same {
+	uint64_t page, digest;
+	uint8_t sha256[WIRE_SHA256_BYTES];
 };
 
 struct wire_switch {
@@ -148,7 +160,11 @@ int wire_read_files(const struct wire_message *message, uint32_t count, bool *re
 /* The same of pages that are missing. */
 int wire_read_owed(const struct wire_message *message, uint64_t pages, const struct wire_owed **ret_owed,
 		   size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
-/* `ret_pages` points into the payload. */
+int wire_read_have(const struct wire_message *message, const uint64_t **ret_digests, size_t *ret_count,
+		   char why[SNAPSHOT_WHY_BYTES]);
+int wire_read_same(const struct wire_message *message, uint64_t pages, const struct wire_same **ret_same,
+		   size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
+/* Of WIRE_WANT and WIRE_LACK. `ret_pages` points into the payload. */
 int wire_read_wanted(const struct wire_message *message, uint64_t pages, const uint64_t **ret_pages,
 		     size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
 

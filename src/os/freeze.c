@@ -19,6 +19,8 @@
 #define THREADS 2048
 #define POLL_NS 50000
 #define SPARED 16
+#define IO_WORKER 0x10u
+#define USER_WORKER 0x4000u
 
 static struct {
 	_Atomic uint32_t frozen; /* 1: who gets the signal stops until it is 0 */
@@ -49,12 +51,12 @@ static void park(int signal)
 	errno = error;
 }
 
-static pid_t number(const char *text)
+static unsigned long number(const char *text)
 {
-	pid_t n = 0;
+	unsigned long n = 0;
 
 	while (*text >= '0' && *text <= '9')
-		n = n * 10 + (*text++ - '0');
+		n = n * 10 + (unsigned long)(*text++ - '0');
 	return n;
 }
 
@@ -83,6 +85,41 @@ static bool is_spared(pid_t tid)
 		if (freezing.spared[i] == tid)
 			return true;
 	return false;
+}
+
+/* proc_pid_stat(5): behind the name, which may contain anything, the seventh. */
+static unsigned long flags_of(const char *stat)
+{
+	const char *at = strrchr(stat, ')');
+
+	for (unsigned field = 0; at && field < 7; field++)
+		at = strchr(at + 1, ' ');
+	return at ? number(at + 1) : 0;
+}
+
+/*
+ * A thread of the kernel's that works for this process (vhost, io_uring, since Linux 6.13 KVM's recovery of huge
+ * pages): it is listed among ours, and takes no signal. include/linux/sched.h: PF_IO_WORKER, PF_USER_WORKER.
+ */
+static bool is_kernel_worker(int tasks, const char *name, pid_t tid)
+{
+	char path[32], stat[256];
+	void *robust = NULL;
+	size_t bytes;
+	long n;
+	int fd;
+
+	/* The C library gives each thread such a list before anything else: a cheap question, that most end with. */
+	if (!syscall(SYS_get_robust_list, tid, &robust, &bytes) && robust)
+		return false;
+	stpcpy(stpncpy(path, name, sizeof path - sizeof "/stat"), "/stat");
+	fd = (int)syscall(SYS_openat, tasks, path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	n = syscall(SYS_read, fd, stat, sizeof stat - 1);
+	syscall(SYS_close, fd);
+	stat[n > 0 ? n : 0] = '\0';
+	return flags_of(stat) & (IO_WORKER | USER_WORKER);
 }
 
 static bool has_signal(pid_t tid)
@@ -126,9 +163,12 @@ static int look_round(int tasks, int signal, struct round *round)
 	while ((n = syscall(SYS_getdents64, tasks, entries, sizeof entries)) > 0) {
 		for (long at = 0; at < n;) {
 			const struct dirent64_raw *entry = (const void *)(entries + at);
-			pid_t tid = number(entry->name);
-			int r = tid && tid != self && !is_spared(tid) ? visit(tid, signal, round) : 0;
+			pid_t tid = (pid_t)number(entry->name);
+			int r = 0;
 
+			if (tid && tid != self && !is_spared(tid) &&
+			    (has_signal(tid) || !is_kernel_worker(tasks, entry->name, tid)))
+				r = visit(tid, signal, round);
 			if (r)
 				return r;
 			at += entry->bytes;

@@ -33,6 +33,22 @@ bool os_lease_intact(int fd)
 	return fcntl(fd, F_GETLEASE) == F_RDLCK;
 }
 
+/* Documentation/filesystems/proc.rst: "lock:	1: LEASE  BREAKING  READ  1234 fe:01:5678 0 EOF" */
+bool os_lease_is_held(int fd)
+{
+	char path[48], line[256];
+	bool held = false;
+	FILE *f;
+
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+	f = fopen(path, "re");
+	while (f && !held && fgets(line, sizeof line, f))
+		held = !strncmp(line, "lock:", 5) && strstr(line, " LEASE ");
+	if (f)
+		fclose(f);
+	return held;
+}
+
 /* The mount that the descriptor was opened by, as in /proc/self/mountinfo; -1 if unknown. */
 static long mount_id(int fd)
 {

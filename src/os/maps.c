@@ -18,6 +18,8 @@
 #endif
 
 #define SYS_CACHESTAT 451 /* Linux 6.5 */
+/* The kernel may take no more of one request (read_ahead_kb), and forgets the rest. */
+#define EXPECT_BYTES 131072u
 
 static const struct {
 	unsigned mark;
@@ -296,7 +298,10 @@ int os_flush_cached(int fd)
 
 void os_expect_read(int fd, uint64_t offset, uint64_t bytes)
 {
-	(void)syscall(SYS_fadvise64, fd, (off_t)offset, (off_t)bytes, POSIX_FADV_WILLNEED);
+	for (uint64_t done = 0; done < bytes; done += EXPECT_BYTES)
+		(void)syscall(SYS_fadvise64, fd, (off_t)(offset + done),
+			      (off_t)(bytes - done < EXPECT_BYTES ? bytes - done : EXPECT_BYTES),
+			      POSIX_FADV_WILLNEED);
 }
 
 void os_expect_random(int fd) { (void)syscall(SYS_fadvise64, fd, (off_t)0, (off_t)0, POSIX_FADV_RANDOM); }

@@ -199,6 +199,14 @@ void os_pagemap_close(struct os_pagemap *pagemap);
 typedef void (*os_page_run)(void *ctx, uint8_t *hva, uint64_t pages);
 int os_pagemap_private_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx);
 
+/* The same, in mappings that may be registered with OS_UFFD_WP_ASYNC. protect: and they are protected from then on;
+ * -EPERM: not registered, -EOPNOTSUPP: no PAGEMAP_SCAN. written: only those that were written since then, or were not
+ * protected; without PAGEMAP_SCAN all. A copy that was swapped out keeps its protection. */
+int os_pagemap_protect_copies(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,
+			      os_page_run found, void *ctx);
+int os_pagemap_written_copies(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,
+			      os_page_run found, void *ctx);
+
 /* The same for pages that have an entry in the page table: touched since they were mapped or zapped, they or, where
  * nothing keeps the kernel from faulting around, one of their neighbours. Any mapping. */
 int os_pagemap_present_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx);
@@ -235,6 +243,8 @@ int os_lease_take(int fd, int signal, pid_t tid);
 int os_lease_release(int fd);
 /* True while the lease is held and no writer waits. */
 bool os_lease_intact(int fd);
+/* True while no writer has been let in: also while one waits, until fs.lease-break-time is over. */
+bool os_lease_is_held(int fd);
 
 /* A file system that is known to be this machine's alone. On any other (NFS, SMB, FUSE, 9p, Ceph, a cluster's)
  * neither a lease nor what follows binds other machines, or the server behind it. linux/magic.h, statfs(2). */
@@ -285,7 +295,7 @@ int os_uffd_next_fault(int uffd, uintptr_t *ret_addr);
  * block: then none is inside a system call, so nobody has memory under his hands but kernel threads and
  * devices. Until os_thaw the caller may use system calls only: a stopped thread may hold any lock (malloc's,
  * stdio's) that the caller does not hold itself. System calls that were waiting are restarted, or fail with
- * EINTR as after any signal. One caller at a time. -ETIMEDOUT: a thread did not stop; all run again.
+ * EINTR as after any signal. Threads of the kernel's that work for this process go on. One caller at a time. -ETIMEDOUT: a thread did not stop; all run again.
  */
 int os_freeze(int signal, unsigned timeout_ms);
 void os_thaw(void);

@@ -131,9 +131,11 @@ int os_pagemap_protect(struct os_pagemap *p, uint8_t *hva, uint64_t pages)
 	return 0;
 }
 
-/* What a run is made of: pages that are FILE or not, or either, and in memory or (`swapped`) out of it. */
+/* What a run is made of: pages that are FILE or not, or either, and in memory or (`swapped`) out of it, and (PAGEMAP_SCAN
+ * alone) not protected. */
 struct wanted {
-	bool file_matters, file, swapped;
+	bool file_matters, file, swapped, written;
+	bool protect; /* what is found */
 };
 
 static bool is_wanted(uint64_t word, const struct wanted *w)
@@ -178,8 +180,10 @@ static int runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const s
 		.end = (uintptr_t)hva + os_bytes(pages),
 		.vec = (uintptr_t)p->regions,
 		.vec_len = SCAN_REGIONS,
+		.flags = wanted->protect ? SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC : 0,
 		.category_inverted = wanted->file ? 0 : SCAN_FILE,
-		.category_mask = wanted->file_matters ? SCAN_FILE : 0,
+		.category_mask =
+			(wanted->file_matters ? SCAN_FILE : 0) | (wanted->written ? SCAN_WRITTEN : 0),
 		.category_anyof_mask = states,
 		.return_mask = states,
 	};
@@ -211,6 +215,22 @@ static int runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const struct
 int os_pagemap_private_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx)
 {
 	return runs(p, hva, pages, &(struct wanted){ .file_matters = true, .file = false, .swapped = true }, found, ctx);
+}
+
+int os_pagemap_protect_copies(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found,
+			      void *ctx)
+{
+	const struct wanted wanted = { .file_matters = true, .swapped = true, .protect = true };
+
+	return p->classic ? -EOPNOTSUPP : runs(p, hva, pages, &wanted, found, ctx);
+}
+
+int os_pagemap_written_copies(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found,
+			      void *ctx)
+{
+	return runs(p, hva, pages,
+		    &(struct wanted){ .file_matters = true, .swapped = true, .written = true }, found,
+		    ctx);
 }
 
 int os_pagemap_present_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx)

@@ -207,6 +207,24 @@ __attribute__((constructor)) static void load(void)
 
 /* ---- start: when guest RAM is mapped, after -daemonize has forked ------------------------------ */
 
+int agent_start_thread(const char *name, void *(*run)(void *), void *arg, bool takes_sigbus)
+{
+	sigset_t blocked, old;
+	pthread_t thread;
+	int r;
+
+	sigfillset(&blocked);
+	if (takes_sigbus)
+		sigdelset(&blocked, SIGBUS);
+	pthread_sigmask(SIG_SETMASK, &blocked, &old);
+	r = -pthread_create(&thread, NULL, run, arg);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (r)
+		return r;
+	pthread_setname_np(thread, name);
+	return -pthread_detach(thread);
+}
+
 bool agent_is_ram(int fd)
 {
 	struct stat st;

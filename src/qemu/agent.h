@@ -54,6 +54,10 @@ bool agent_is_configured(void);
 /* Is `fd` the memfd behind guest RAM? */
 bool agent_is_ram(int fd);
 
+/* A thread of the agent's own, which nobody joins and no signal of QEMU's reaches. `takes_sigbus`: it looks at files that
+ * somebody may cut, or at guest RAM that shows such a file. `name`: at most 15 characters. -EAGAIN: there is no room. */
+int agent_start_thread(const char *name, void *(*run)(void *), void *arg, bool takes_sigbus);
+
 /* Guest RAM has been mapped at hva from fd (from mmap's hook); starts the agent at the first time. */
 void agent_ram_mapped(void *hva, size_t bytes, int fd, uint64_t offset);
 void agent_ram_unmapped(void *hva, size_t bytes);
@@ -111,6 +115,8 @@ int pause_prepare(struct pause *pause, unsigned *ret_stop_id);
 /* Stops the guest and drains its I/O. `*ret_stopped`: it ran before, and it was us. -ETIMEDOUT. */
 int pause_stop(struct pause *pause, bool *ret_stopped);
 int pause_end(struct pause *pause);
+/* Stops the guest until a user lets it go on; a stop that comes late is as good. -EBUSY, -ETIMEDOUT: as above. */
+int pause_halt(struct pause *pause);
 /* A save begins: whether the guest runs now is remembered. When the process that saves is gone, what it has begun
  * in QEMU is taken back, and a guest that it has stopped runs again. */
 void pause_save_begins(struct pause *pause);
@@ -132,11 +138,13 @@ void saver_load(struct agent *agent, int client, struct control_reply *reply);
 void saver_begin(struct agent *agent, int client, struct control_reply *reply);
 void saver_began(struct agent *agent, int client); /* the reply has been sent: the layout follows */
 void saver_arm(struct agent *agent, int client, struct control_reply *reply);
+void saver_pass(int client, uint64_t pass_us, struct control_reply *reply);
 void saver_written(struct agent *agent, uintptr_t hva); /* from faults.c */
 void saver_peer_gone(void);
 void saver_watch(int client, struct control_reply *reply);
 void saver_settle(struct agent *a, int client, struct control_reply *reply);
-uint64_t saver_tick(void); /* to be called again after so many microseconds at the latest */
+uint64_t saver_tick(struct agent *agent); /* to be called again after so many microseconds at the latest */
+bool saver_stays(void); /* any thread: a save has its point in time, and the guest goes on here */
 void saver_point(struct agent *agent, int client, struct control_reply *reply);
 void saver_end(struct agent *agent, int client, struct control_reply *reply);
 bool saver_client_gone(struct agent *agent, int client); /* true: it was saving the VM */
@@ -154,13 +162,15 @@ int incoming_attach(int *ret_channel);
 void layout_describe(const struct ram_block *block, struct control_block *to);
 int layout_send(int client, const struct control_layout *layout, const int *fds, size_t count);
 /* What follows the reply to CONTROL_ENTRIES. */
-int layout_send_tables(struct agent *agent, int client);
+int layout_send_tables(struct agent *agent, int client, bool with_memory);
 
 /* scanner.c: looks at each page once in `period_us` from now on; 0: no more. -EINVAL: absurd; -EBUSY: QEMU has taken
  * guest RAM's userfaultfd. From the service thread. */
 int scanner_set(struct agent *agent, uint64_t period_us);
 /* A save begins or ends; it needs base for its own userfaultfd. From the service thread. */
 void scanner_yield(bool yield);
+/* It was a migration's: base is write-protected, a pass begins, and it takes so long; 0: not known. */
+void scanner_accompany(uint64_t pass_us);
 /* QEMU is about to watch guest RAM by a userfaultfd of its own: there is no scan from now on. Any thread. */
 void scanner_leave(void);
 uint64_t scanner_shortest_us(void); /* as in struct scan_report; 0: nothing is known. Any thread */
@@ -203,7 +213,11 @@ bool restorer_uses(const struct agent *agent, const struct stat *file);
 /* Devices get their state, and the guest runs; from the service thread. NULL pause: there is no QMP. */
 void restorer_load_state(struct agent *agent, struct pause *pause);
 
-/* learner.c: pages of a restored block that the guest has to bring by itself (`may`: 1, else 0, for each, by malloc; taken),
+/* learner.c. Before anything is brought into the page table: from now on each page comes there alone. */
+void learner_begin(struct agent *agent);
+/* The end of that, for who wants to watch guest RAM: with what else the kernel maps there the list is less exact. */
+void learner_yield(struct agent *agent);
+/* Pages of a restored block that the guest has to bring by itself (`may`: 1, else 0, for each, by malloc; taken),
  * and which of the snapshot the first of them is. From the thread that fills it. */
 void learner_watch(struct agent *agent, struct ram_block *block, uint64_t ram_page, uint8_t *may);
 /* From the service thread: looks at what the guest asks for in its first second, and writes it down at the end of that.

@@ -13,7 +13,6 @@
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -146,8 +145,6 @@ static void wake(void)
 
 static int start_thread(struct agent *a)
 {
-	sigset_t all, old;
-	pthread_t thread;
 	int r;
 
 	if (faults.runs)
@@ -157,16 +154,11 @@ static int start_thread(struct agent *a)
 	if (faults.wake_fd < 0)
 		return -errno;
 	sem_init(&faults.ready, 0, 0);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = -pthread_create(&thread, NULL, serve, NULL);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	r = agent_start_thread("latent-faults", serve, NULL, false);
 	if (r) {
 		close(faults.wake_fd);
 		return r;
 	}
-	pthread_setname_np(thread, "latent-faults");
-	pthread_detach(thread);
 	while (sem_wait(&faults.ready) && errno == EINTR)
 		;
 	return 0;

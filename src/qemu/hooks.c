@@ -29,6 +29,8 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <liburing.h>
+#include <linux/aio_abi.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
 #include <linux/udmabuf.h>
@@ -283,13 +285,14 @@ HOOK ssize_t pread64(int fd, void *buffer, size_t bytes, off64_t offset)
 
 /*
  * When a VM is activated after a migration, QEMU drops what the host has cached of its images, for another
- * machine may have written them. An image that cannot have changed keeps its pages: all guests share them.
+ * machine may have written them. An image that cannot have changed keeps its pages: all guests share them. And after a
+ * save, for which QEMU has migrated nowhere, all do: the guest stands until QEMU has read again what it drops.
  */
 static int advise_file(int fd, off_t offset, off_t bytes, int advice)
 {
 	struct agent *a = agent_get();
 
-	if (a && advice == POSIX_FADV_DONTNEED && volumes_is_mapped(a->volumes, fd))
+	if (a && advice == POSIX_FADV_DONTNEED && (saver_stays() || volumes_is_mapped(a->volumes, fd)))
 		return 0;
 	return raw(SYS_fadvise64, fd, offset, bytes, advice, 0, 0) ? errno : 0;
 }
@@ -451,26 +454,60 @@ __attribute__((no_sanitize("address"))) HOOK long syscall(long n, ...)
 	return raw(n, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
-/* libaio.h and liburing.h: what is submitted to the kernel there, it carries out by itself. */
-HOOK int io_submit(void *context, long count, void *blocks);
-HOOK int io_uring_submit(void *ring);
+/* linux/aio_abi.h and liburing.h: what is submitted to the kernel there, it carries out by itself. */
+static void note_kernel_read(int fd, const struct iovec *iov, int count)
+{
+	struct agent *a = agent_get();
 
-HOOK int io_submit(void *context, long count, void *blocks)
+	if (a && into_ram(a, iov, count))
+		volumes_note_kernel_read(a->volumes, fd, iov, count);
+}
+
+static void note_iocb(const struct iocb *block)
+{
+	struct iovec one = { (void *)(uintptr_t)block->aio_buf, block->aio_nbytes };
+
+	if (block->aio_lio_opcode == IOCB_CMD_PREAD)
+		note_kernel_read((int)block->aio_fildes, &one, 1);
+	else if (block->aio_lio_opcode == IOCB_CMD_PREADV)
+		note_kernel_read((int)block->aio_fildes, one.iov_base, (int)one.iov_len);
+}
+
+HOOK int io_submit(void *context, long count, struct iocb **blocks);
+
+HOOK int io_submit(void *context, long count, struct iocb **blocks)
 {
 	long r;
 
 	agent_note_kernel_io(true);
+	for (long i = 0; i < count; i++)
+		note_iocb(blocks[i]);
 	r = raw(SYS_io_submit, (long)context, count, (long)blocks, 0, 0, 0);
 	return r < 0 ? -errno : (int)r;
 }
 
-HOOK int io_uring_submit(void *ring)
+static void note_sqe(const struct io_uring_sqe *sqe)
 {
-	static int (*real)(void *);
+	struct iovec one = { (void *)(uintptr_t)sqe->addr, sqe->len };
+
+	if (sqe->flags & IOSQE_FIXED_FILE)
+		return;
+	if (sqe->opcode == IORING_OP_READ)
+		note_kernel_read(sqe->fd, &one, 1);
+	else if (sqe->opcode == IORING_OP_READV)
+		note_kernel_read(sqe->fd, one.iov_base, (int)one.iov_len);
+}
+
+HOOK int io_uring_submit(struct io_uring *ring)
+{
+	static int (*real)(struct io_uring *);
+	const struct io_uring_sq *sq = &ring->sq;
 
 	if (!real)
 		*(void **)&real = dlsym(RTLD_NEXT, "io_uring_submit");
 	agent_note_kernel_io(true);
+	for (unsigned i = sq->sqe_head; i != sq->sqe_tail; i++)
+		note_sqe(&sq->sqes[i & *sq->kring_mask]);
 	return real(ring);
 }
 

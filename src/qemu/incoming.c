@@ -12,7 +12,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <pthread.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -109,29 +108,6 @@ static void watch_all_near(const struct incoming_request *q)
 		i = watch_near(q, i);
 }
 
-static int send_layout(void)
-{
-	static struct control_layout layout; /* only this thread */
-	struct agent *a = incoming.agent;
-	int fds[2 * RAM_BLOCKS], r;
-	size_t count = 0;
-
-	memset(&layout, 0, sizeof layout);
-	ram_lock(a->ram); /* until they are sent no block goes, and its descriptors with it */
-	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
-		const struct ram_block *b = ram_block_at(a->ram, i);
-
-		if (!b)
-			continue;
-		layout_describe(b, &layout.block[layout.blocks++]);
-		fds[count++] = b->memfd;
-		fds[count++] = b->entries_fd;
-	}
-	r = layout.blocks ? layout_send(incoming.channel, &layout, fds, count) : -ENODEV;
-	ram_unlock(a->ram);
-	return r;
-}
-
 static void put_pages(const struct incoming_put *put)
 {
 	struct agent *a = incoming.agent;
@@ -165,7 +141,7 @@ static int obey(const struct incoming_request *q)
 	switch ((enum incoming_op)q->op) {
 	case INCOMING_LAYOUT:
 		r = answer(q->op, 0);
-		return r ? r : send_layout();
+		return r ? r : layout_send_tables(incoming.agent, incoming.channel, true);
 	case INCOMING_EXPECT:
 		watch_all_near(q);
 		__attribute__((fallthrough));
@@ -243,22 +219,6 @@ static void *incoming_main(void *arg)
 	return NULL;
 }
 
-static int start_thread(void)
-{
-	sigset_t all, old;
-	pthread_t thread;
-	int r;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = -pthread_create(&thread, NULL, incoming_main, NULL);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (r)
-		return r;
-	pthread_setname_np(thread, "latent-incoming");
-	return -pthread_detach(thread);
-}
-
 int incoming_begin(struct agent *a)
 {
 	const struct agent_incoming *config = &a->config.incoming;
@@ -276,7 +236,7 @@ int incoming_begin(struct agent *a)
 	for (uint32_t i = 0; i < config->volumes && i < AGENT_RESTORE_VOLUMES; i++)
 		if (config->volume_fd[i] >= 0 && a->overlays_allowed)
 			incoming.volume[i] = volumes_attach(a->volumes, config->volume_fd[i]);
-	r = start_thread();
+	r = agent_start_thread("latent-incoming", incoming_main, NULL, false);
 	incoming.began = !r;
 	return r;
 }
@@ -308,7 +268,7 @@ int incoming_attach(int *ret_channel)
 		close(incoming.closed);
 	incoming.closed = -1;
 	incoming.channel = ours;
-	r = start_thread();
+	r = agent_start_thread("latent-incoming", incoming_main, NULL, false);
 	if (r) {
 		incoming.channel = -1;
 		incoming.closed = ours;

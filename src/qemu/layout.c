@@ -33,23 +33,25 @@ int layout_send(int client, const struct control_layout *layout, const int *fds,
 	return agent_send(client, &message) == (ssize_t)sizeof *layout ? 0 : -EPIPE;
 }
 
-int layout_send_tables(struct agent *a, int client)
+int layout_send_tables(struct agent *a, int client, bool with_memory)
 {
-	static struct control_layout layout; /* only this thread */
-	int fds[RAM_BLOCKS];
-	int r;
+	static struct control_layout layout; /* [range lock] */
+	int fds[2 * RAM_BLOCKS], r;
+	size_t count = 0;
 
+	ram_lock(a->ram); /* until they are sent no block goes, and its descriptors with it */
 	memset(&layout, 0, sizeof layout);
-	ram_lock(a->ram); /* until they are sent no block goes, and its descriptor with it */
 	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
 		const struct ram_block *b = ram_block_at(a->ram, i);
 
 		if (!b)
 			continue;
-		fds[layout.blocks] = b->entries_fd;
 		layout_describe(b, &layout.block[layout.blocks++]);
+		if (with_memory)
+			fds[count++] = b->memfd;
+		fds[count++] = b->entries_fd;
 	}
-	r = layout.blocks ? layout_send(client, &layout, fds, layout.blocks) : -ENODEV;
+	r = layout.blocks ? layout_send(client, &layout, fds, count) : -ENODEV;
 	ram_unlock(a->ram);
 	return r;
 }

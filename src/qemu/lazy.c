@@ -226,22 +226,6 @@ static void *lazy_main(void *arg)
 	return NULL;
 }
 
-static int start_thread(void)
-{
-	sigset_t all, old;
-	pthread_t thread;
-	int r;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = -pthread_create(&thread, NULL, lazy_main, NULL);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (r)
-		return r;
-	pthread_setname_np(thread, "latent-lazy");
-	return -pthread_detach(thread);
-}
-
 /* ---- what the restorer needs ------------------------------------------------------------------- */
 
 int lazy_begin(struct agent *a)
@@ -260,7 +244,7 @@ int lazy_begin(struct agent *a)
 	snprintf(a->stats->source, sizeof a->stats->source, "%.255s", restore->pager.source);
 	r = pager_starter_init(&lazy.starter);
 	lazy.agent = a;
-	return r ? r : start_thread();
+	return r ? r : agent_start_thread("latent-lazy", lazy_main, NULL, false);
 }
 
 bool lazy_may_map(void)

@@ -7,6 +7,7 @@
 #include "qemu/agent.h"
 
 #include "os/os.h"
+#include "os/probe.h"
 #include "snapshot/active.h"
 
 #include <errno.h>
@@ -32,11 +33,42 @@ static struct {
 	pthread_mutex_t lock; /* protects the parts */
 	struct part part[RAM_BLOCKS];
 	unsigned parts;
+	int uffd; /* overlays are registered with it, for nothing else but single pages; -1: they are not */
 	/* Of the service thread: */
 	unsigned looks;
 	uint64_t count;
 	struct active_page list[ACTIVE_LEARNED_PAGES];
-} learner = { .lock = PTHREAD_MUTEX_INITIALIZER };
+} learner = { .lock = PTHREAD_MUTEX_INITIALIZER, .uffd = -1 };
+
+/* Else the kernel maps up to 16 pages around each one, and all would be learned. */
+void learner_begin(struct agent *a)
+{
+	pthread_mutex_lock(&learner.lock);
+	if (learner.uffd < 0)
+		learner.uffd = os_uffd_open_unserved(OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_ASYNC);
+	ram_lock(a->ram);
+	if (learner.uffd >= 0)
+		ram_watch_copies(a->ram, learner.uffd);
+	ram_unlock(a->ram);
+	pthread_mutex_unlock(&learner.lock);
+}
+
+/* [lock] */
+static void end_single(struct agent *a)
+{
+	if (learner.uffd < 0)
+		return;
+	ram_unwatch_copies(a->ram, learner.uffd);
+	close(learner.uffd);
+	learner.uffd = -1;
+}
+
+void learner_yield(struct agent *a)
+{
+	pthread_mutex_lock(&learner.lock);
+	end_single(a);
+	pthread_mutex_unlock(&learner.lock);
+}
 
 static void note_there(void *ctx, uint8_t *hva, uint64_t pages)
 {
@@ -137,8 +169,11 @@ static void write_list(const struct agent_restore *restore)
 }
 
 /* [lock] */
-static void end(struct agent_restore *restore)
+static void end(struct agent *a)
 {
+	struct agent_restore *restore = &a->config.restore;
+
+	end_single(a);
 	for (unsigned i = 0; i < learner.parts; i++)
 		list(&learner.part[i], 0, learner.part[i].pages, NEAR); /* where there is room */
 	if (learner.count)
@@ -178,7 +213,7 @@ uint64_t learner_tick(struct agent *a)
 	if (learner.parts && now >= look_us(resumed_us))
 		look_at_all(a);
 	if (!learner.parts || learner.looks == LOOKS)
-		end(&a->config.restore);
+		end(a);
 	else
 		next_us = look_us(resumed_us);
 	pthread_mutex_unlock(&learner.lock);

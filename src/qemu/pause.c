@@ -111,6 +111,14 @@ int pause_stop(struct pause *p, bool *ret_stopped)
 	return r;
 }
 
+int pause_halt(struct pause *p)
+{
+	unsigned stop_id;
+	int r = pause_prepare(p, &stop_id);
+
+	return r ? r : run(p, "stop", NULL);
+}
+
 int pause_end(struct pause *p)
 {
 	char status[32];

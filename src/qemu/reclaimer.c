@@ -135,24 +135,6 @@ static void *work(void *arg)
 	return NULL;
 }
 
-static int start_thread(struct agent *a)
-{
-	sigset_t all, old;
-	pthread_t thread;
-	int r;
-
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS); /* a statistics file that was cut */
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = -pthread_create(&thread, NULL, work, a);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (r)
-		return r;
-	pthread_setname_np(thread, "latent-reclaim");
-	pthread_detach(thread);
-	return 0;
-}
-
 /* A store in memory as large as guest RAM: its slots are at most three quarters of what went there. */
 static int open_store(struct agent *a)
 {
@@ -183,7 +165,7 @@ static int start(struct agent *a)
 		return r;
 	reclaimer.agent = a;
 	decide(a);
-	r = start_thread(a);
+	r = agent_start_thread("latent-reclaim", work, a, true);
 	reclaimer.runs = !r;
 	return r;
 }

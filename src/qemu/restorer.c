@@ -22,7 +22,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +33,7 @@
 #define GAP_PAGES 32u         /* zeros between stored pages that are mapped along, as the snapshot's holes */
 #define MAP_PAGES 16u         /* a run as long as this is mapped at once */
 #define WATCHED_GAP_PAGES 64u /* zeros within a range of masked pages: each costs a fault that is served here */
-#define CHUNK_PAGES 256u
+#define CHUNK_PAGES 32u       /* small enough for a processor's cache */
 #define AHEAD_GAP_PAGES 8u /* are read along with those around them */
 #define SAMPLES 128u
 
@@ -329,6 +328,53 @@ static bool is_ours(const struct fill *f, const struct active_page *p)
 	return p->page >= f->ram_page && p->page - f->ram_page < f->pages;
 }
 
+/* Is it to be copied, `at` in the active set? */
+static bool is_cold_page(const struct fill *f, uint64_t at, bool cold_ram, const bool *cold_volume)
+{
+	const struct active_page *p = &f->active.list[at];
+	const struct snapshot_page *is = is_ours(f, p) ? &f->table[p->page - f->ram_page] : NULL;
+
+	if (!is || is->kind == SNAPSHOT_WORD)
+		return false;
+	return is->kind == SNAPSHOT_VOLUME ? cold_volume[is->volume] : cold_ram;
+}
+
+/* Into the memfd, not by the guest's address: that would clear each page first, and take a fault for it. */
+static int write_page_run(struct fill *f, uint64_t page, const uint8_t *contents, uint64_t pages)
+{
+	const struct ram_block *b = f->block;
+	int r = os_write_all(b->memfd, contents, os_bytes(pages), b->memfd_offset + os_bytes(page));
+
+	memset(f->copied + page, !r, pages * sizeof *f->copied);
+	if (!r)
+		os_populate_read(b->hva + os_bytes(page), os_bytes(pages));
+	return r;
+}
+
+/* `chunk` has the contents of pages at..at+n of the active set. Those to be copied are written, as many at once as follow
+ * each other; how many are damaged is added to `wrong`. */
+static int copy_chunk(struct fill *f, const uint8_t *chunk, uint64_t at, uint64_t n, const bool *wanted,
+		      uint64_t *wrong)
+{
+	uint64_t first = 0, run = 0; /* the run ends before i */
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i < n; i++) {
+		bool is = wanted[i] &&
+			  XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == f->active.digest[at + i];
+		uint64_t page = f->active.list[at + i].page - f->ram_page;
+
+		*wrong += wanted[i] && !is;
+		if (run && (!is || page != first + run)) {
+			r = write_page_run(f, first, chunk + os_bytes(i - run), run);
+			run = 0;
+		}
+		first = run ? first : page;
+		run += is;
+	}
+	return r || !run ? r : write_page_run(f, first, chunk + os_bytes(n - run), run);
+}
+
 /* All that is in use and whose file is cold, from one piece of storage. What is damaged there is left to its file. */
 static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT_RESTORE_VOLUMES])
 {
@@ -338,23 +384,13 @@ static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT
 
 	for (uint64_t at = 0; !r && at < f->active.count; at += CHUNK_PAGES) {
 		uint64_t n = f->active.count - at < CHUNK_PAGES ? f->active.count - at : CHUNK_PAGES;
+		bool wanted[CHUNK_PAGES];
 
+		for (uint64_t i = 0; i < n; i++)
+			wanted[i] = is_cold_page(f, at + i, cold_ram, cold_volume);
 		r = os_read_all(fd, chunk, os_bytes(n), f->active.contents_offset + os_bytes(at));
-		for (uint64_t i = 0; !r && i < n; i++) {
-			const struct active_page *p = &f->active.list[at + i];
-			uint64_t page = p->page - f->ram_page;
-
-			if (!is_ours(f, p) || f->table[page].kind == SNAPSHOT_WORD)
-				continue;
-			if (f->table[page].kind != SNAPSHOT_VOLUME ? !cold_ram : !cold_volume[f->table[page].volume])
-				continue;
-			if (XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) != f->active.digest[at + i]) {
-				wrong++;
-				continue;
-			}
-			memcpy(f->block->hva + os_bytes(page), chunk + os_bytes(i), OS_PAGE_BYTES);
-			f->copied[page] = true;
-		}
+		if (!r)
+			r = copy_chunk(f, chunk, at, n, wanted, &wrong);
 	}
 	if (wrong)
 		agent_say("%llu pages of the snapshot's active set are not what was saved, and come from elsewhere",
@@ -407,22 +443,27 @@ static int copy_all_written(struct fill *f)
 	return r;
 }
 
-static int use_active(struct fill *f, const struct snapshot_image *image)
+/* Without one it is empty. */
+static void read_active(struct fill *f, const struct snapshot_image *image)
 {
-	const struct agent_restore *restore = &f->agent->config.restore;
-	bool cold_volume[AGENT_RESTORE_VOLUMES] = { false }, cold_ram, any;
+	int fd = f->agent->config.restore.active_fd, r;
 	char why[SNAPSHOT_WHY_BYTES];
-	int r = restore->active_fd < 0 ? -ENOENT : active_read(restore->active_fd, image, &f->active, why);
 
-	if (r) {
-		if (restore->active_fd >= 0)
-			agent_say("the snapshot's active set is not used: %s", r == -EBADMSG ? why : strerror(-r));
-		return 0;
-	}
+	r = fd < 0 ? 0 : active_read(fd, image, &f->active, why);
+	if (r)
+		agent_say("the snapshot's active set is not used: %s", r == -EBADMSG ? why : strerror(-r));
 	for (uint64_t i = 0; i < f->active.count; i++)
 		if (is_ours(f, &f->active.list[i]))
 			f->use[f->active.list[i].page - f->ram_page] =
 				f->active.list[i].flags & ACTIVE_WRITTEN ? IN_USE_WRITTEN : IN_USE;
+}
+
+static int bring_active(struct fill *f, const struct snapshot_image *image)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+	bool cold_volume[AGENT_RESTORE_VOLUMES] = { false }, cold_ram, any;
+	int r;
+
 	if (!f->active.digest)
 		return copy_all_written(f);
 	any = cold_ram = is_cold(f, image, restore->ram_fd, SNAPSHOT_DATA, 0);
@@ -445,13 +486,13 @@ static void read_ahead(const struct fill *f, const struct active_set *learned)
 		struct stretch s;
 
 		n = 1;
-		if (!is_ours(f, p) || f->copied[first] || f->table[first].kind == SNAPSHOT_WORD)
+		if (!is_ours(f, p) || f->use[first] || f->table[first].kind == SNAPSHOT_WORD)
 			continue;
 		s = stretch_at(f, first);
 		while (i + n < learned->count && p[n].page > last + f->ram_page && p[n].page - f->ram_page - last <= AHEAD_GAP_PAGES &&
 		       p[n].page - f->ram_page < first + s.pages)
 			last = p[n++].page - f->ram_page;
-		(void)posix_fadvise(s.fd, (off_t)os_bytes(s.file_page), (off_t)os_bytes(last + 1 - first), POSIX_FADV_WILLNEED);
+		os_expect_read(s.fd, os_bytes(s.file_page), os_bytes(last + 1 - first));
 	}
 }
 
@@ -463,24 +504,30 @@ static bool use_learned(struct fill *f, const struct snapshot_image *image)
 	char why[SNAPSHOT_WHY_BYTES];
 	bool right = fd >= 0 && !active_read(fd, image, &learned, why) && learned.count <= ACTIVE_LEARNED_PAGES;
 
+	if (right)
+		read_ahead(f, &learned);
 	for (uint64_t i = 0; right && i < learned.count; i++) {
 		uint64_t page = learned.list[i].page - f->ram_page;
 
 		if (is_ours(f, &learned.list[i]) && f->table[page].kind != SNAPSHOT_WORD && !f->use[page])
 			f->use[page] = IN_USE;
 	}
-	if (right)
-		read_ahead(f, &learned);
 	active_free(&learned);
 	return right;
 }
 
-/* Pages that nothing brings before the guest runs. (Of a spare there are none.) */
-static void let_learn(const struct fill *f)
+/* Of a spare there is nothing to learn. */
+static bool may_learn(const struct fill *f)
 {
 	const struct agent_restore *restore = &f->agent->config.restore;
-	bool learns = f->masks && restore->learn_dir_fd >= 0 && restore->then != RESTORE_THEN_WAIT;
-	uint8_t *may = learns ? malloc(f->pages) : NULL;
+
+	return f->masks && restore->learn_dir_fd >= 0 && restore->then != RESTORE_THEN_WAIT;
+}
+
+/* Pages that nothing brings before the guest runs. */
+static void let_learn(const struct fill *f)
+{
+	uint8_t *may = malloc(f->pages);
 
 	for (uint64_t page = 0; may && page < f->pages; page++)
 		may[page] = f->table[page].kind != SNAPSHOT_WORD && !f->use[page] && !f->copied[page];
@@ -618,7 +665,7 @@ static int after(int r)
 static int fill_block(struct fill *f, const struct snapshot_image *image)
 {
 	int r = check_places(f, image);
-	bool learned;
+	bool learns;
 
 	if (r)
 		return r;
@@ -628,14 +675,17 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 	if (!f->copied || !f->use || !f->entries)
 		return -ENOMEM;
 	attach(f);
-	r = after(use_active(f, image));
-	learned = use_learned(f, image);
+	read_active(f, image);
+	learns = !use_learned(f, image) && may_learn(f); /* storage is asked for it before the active set is copied */
+	r = after(bring_active(f, image));
 	if (!r)
 		r = after(fill(f));
+	if (!r && learns)
+		learner_begin(f->agent);
 	stat_add(&f->agent->stats->pages_never_masked, count_zero(f));
 	if (!r && !f->agent->config.restore.pager.active)
 		touch_active(f);
-	if (!r && !learned)
+	if (!r && learns)
 		let_learn(f);
 	return r;
 }
@@ -710,9 +760,6 @@ static void *fill_main(void *job)
 int restorer_begin(struct agent *a, struct ram_block *block)
 {
 	struct job *job = malloc(sizeof *job);
-	sigset_t all, old;
-	pthread_t thread;
-	int r;
 
 	if (!job)
 		return -ENOMEM;
@@ -720,17 +767,8 @@ int restorer_begin(struct agent *a, struct ram_block *block)
 	pthread_mutex_lock(&fills.lock);
 	fills.pending++;
 	pthread_mutex_unlock(&fills.lock);
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS); /* an image that was cut */
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = pthread_create(&thread, NULL, fill_main, job);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (r) {
+	if (agent_start_thread("latent-fill", fill_main, job, true))
 		end_job(job);
-		return 0;
-	}
-	pthread_setname_np(thread, "latent-fill");
-	pthread_detach(thread);
 	return 0;
 }
 

@@ -21,6 +21,10 @@
 #define FREEZE_MS 2000
 #define LOCK_MS 500
 #define RETURN_PAGES 512u /* at once: 0.1 s if each waits for a disk; others may wait for this thread */
+#define COPY_FEATURES (OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_ASYNC)
+#define COPY_PAGES 4096u /* looked at with the guest standing, copied under the range lock: milliseconds */
+#define KEEP_US 8000000u
+#define COPY_FREEZE_MS 5 /* a thread that does not stop sooner is waited for in the pause */
 #define ARM_PAGES 16384u /* under the range lock at once: 64 MiB */
 #define SETTLE_PAGES 1024u /* looked at with the guest standing: 2 ms at the most */
 #define SETTLE_PAUSE_US 1000
@@ -38,16 +42,26 @@ static struct {
 	uint64_t private_runs, copied_pages;
 	pthread_mutex_t arm_lock; /* protects the next; behind the range lock */
 	uint8_t *armed[RAM_BLOCKS]; /* of each page: it is write-protected */
+	uint8_t *kept[RAM_BLOCKS];  /* of each page: it is a private copy, protected, and among the copies */
+	int copies_uffd;            /* protects those, by itself (WP_ASYNC); -1: nothing does */
 	int changed_fd;
 	uint8_t *changed;           /* of each page of all blocks: protected since the other side has looked */
 	uint64_t first[RAM_BLOCKS]; /* of each block in that */
 	uint64_t settled_to;        /* pages of all blocks that have been looked at */
 	bool moves;                 /* it is a migration: what the guest uses afterwards is not seen here */
 	bool taken;                 /* the point in time is over: the other side serves faults */
+	_Atomic bool stays;         /* and the guest goes on here, with its disks */
 	struct seen *seen;
 	enum { WATCH_OFF, WATCH_SOON, WATCH_ON } watch; /* soon: when the guest runs again */
 } saver = { .arm_lock = PTHREAD_MUTEX_INITIALIZER, .client = -1, .loader = -1, .returner = -1, .uffd = -1, .runs_fd = -1,
-	    .copies_fd = -1, .changed_fd = -1 };
+	    .copies_fd = -1, .changed_fd = -1, .copies_uffd = -1 };
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
 
 static size_t runs_bytes(void)
 {
@@ -90,7 +104,8 @@ static int make_armed(struct agent *a)
 		const struct ram_block *b = ram_block_at(a->ram, i);
 
 		saver.armed[i] = b ? calloc(b->pages, 1) : NULL;
-		if (b && !saver.armed[i])
+		saver.kept[i] = b ? calloc(b->pages, 1) : NULL;
+		if (b && (!saver.armed[i] || !saver.kept[i]))
 			return -ENOMEM;
 		saver.first[i] = first;
 		first += b ? b->pages : 0;
@@ -109,7 +124,8 @@ static int count_private(void *ctx, struct ram_block *b, uint64_t page, uint64_t
 /* The kernel would kill the VM for a cgroup's limit. */
 static int check_memory(uint64_t private, struct control_reply *p)
 {
-	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes() + saver.total_pages * (2 + sizeof(uint16_t));
+	uint64_t bytes = os_bytes(private + CONTROL_SAVE_EARLY_PAGES) + runs_bytes() +
+			 saver.total_pages * (3 + sizeof(uint16_t));
 	uint64_t room = os_memory_room("/proc/self/cgroup", "/sys/fs/cgroup");
 
 	if (bytes <= room)
@@ -133,6 +149,7 @@ static int begin(struct agent *a, struct control_reply *p)
 	}
 	scanner_yield(true);
 	reclaimer_yield(true);
+	learner_yield(a);
 	r = ram_unmask(a->ram); /* two cannot watch one mapping */
 	if (r)
 		return r;
@@ -155,12 +172,7 @@ static int begin(struct agent *a, struct control_reply *p)
 	if (!r)
 		r = ram_for_private(a->ram, count_private, &private);
 	ram_unlock(a->ram);
-	if (!r)
-		r = check_memory(private, p);
-	/* What the copies will need is allocated before the guest waits for it. */
-	if (!r && private)
-		(void)os_populate_write(saver.copies, os_bytes(private));
-	return r;
+	return r ? r : check_memory(private, p);
 }
 
 /* ---- the point in time ------------------------------------------------------------------------- */
@@ -214,6 +226,123 @@ static int arm_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages
 	return r;
 }
 
+/* The place of a page's copy. */
+static uint8_t *copy_of(unsigned index, uint64_t page)
+{
+	return saver.copies + os_bytes(saver.first[index] + page);
+}
+
+static int keep_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	memset(saver.kept[block_index(ctx, b)] + page, 1, pages);
+	return 0;
+}
+
+/* A read of the kernel that is under way would write them unseen: the threads that wait for one are waited for. */
+static bool protect_copies(struct agent *a, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	int r = saver.copies_uffd < 0 ? -EOPNOTSUPP : agent_freeze(COPY_FREEZE_MS);
+
+	if (!r) {
+		/* It is set before the first of them is begun; one that begins later finds the protection. */
+		r = a->kernel_io ? -EBUSY : ram_protect_copies(a->ram, b, page, pages, keep_run, a);
+		os_thaw();
+	}
+	return !r;
+}
+
+/* [range lock] False: there are none among the pages. */
+static bool find_copies(struct agent *a, unsigned index, struct ram_block *b, uint64_t page,
+			uint64_t pages)
+{
+	bool any = false;
+
+	if (!ram_has_overlay(b, page, pages) || ram_update_private(a->ram, b, page, pages))
+		return false;
+	for (uint64_t i = page; i < page + pages; i++) {
+		saver.kept[index][i] = ram_has_copies(b, i, 1);
+		any = any || saver.kept[index][i];
+	}
+	return any;
+}
+
+/* Memory for what was found, and what of it is swapped out. No lock: what may lie there meanwhile is looked at later. */
+static void bring_copies(unsigned index, uint8_t *hva, uint64_t page, uint64_t pages)
+{
+	const uint8_t *kept = saver.kept[index] + page;
+
+	for (uint64_t i = 0, n; i < pages; i += n ? n : 1) {
+		for (n = 0; i + n < pages && kept[i + n]; n++)
+			;
+		if (n) {
+			(void)os_populate_write(copy_of(index, page + i), os_bytes(n));
+			os_populate_read(hva + os_bytes(page + i), os_bytes(n));
+		}
+	}
+}
+
+/* [range lock] */
+static void take_copies(struct agent *a, unsigned index, struct ram_block *b, uint64_t page,
+			uint64_t pages)
+{
+	uint8_t *kept = saver.kept[index];
+
+	memset(kept + page, 0, pages);
+	if (!protect_copies(a, b, page, pages))
+		memset(kept + page, 0, pages);
+	for (uint64_t i = page; i < page + pages; i++)
+		if (kept[i])
+			memcpy(copy_of(index, i), b->hva + os_bytes(i), OS_PAGE_BYTES);
+}
+
+/* The next pages of a block; how many, 0: it has no more. */
+static uint64_t keep_some(struct agent *a, unsigned index, uint64_t page)
+{
+	struct ram_block *b;
+	uint64_t pages;
+	uint8_t *hva;
+	bool any;
+
+	ram_lock(a->ram);
+	b = saver.kept[index] ? ram_block_at(a->ram, index) : NULL;
+	pages = !b || page >= b->pages ? 0 : b->pages - page < COPY_PAGES ? b->pages - page : COPY_PAGES;
+	any = pages && find_copies(a, index, b, page, pages);
+	hva = b ? b->hva : NULL;
+	ram_unlock(a->ram);
+	if (!any)
+		return pages;
+	bring_copies(index, hva, page, pages);
+	ram_lock(a->ram);
+	if (ram_block_at(a->ram, index) == b)
+		take_copies(a, index, b, page, pages);
+	ram_unlock(a->ram);
+	return pages;
+}
+
+/* Private copies, before the guest waits for it; in the pause only those that it has written meanwhile, and those for which
+ * there was no time: the other side waits for the answer, and others for this thread. */
+static void keep_copies(struct agent *a)
+{
+	uint64_t until_us = os_now_us() + KEEP_US;
+
+	/* Kernel I/O may be writing copies at any time, and no protection sees it. */
+	saver.copies_uffd = a->kernel_io ? -1 : os_uffd_open_unserved(COPY_FEATURES);
+	ram_lock(a->ram);
+	if (saver.copies_uffd >= 0)
+		ram_watch_copies(a->ram, saver.copies_uffd);
+	ram_unlock(a->ram);
+	for (unsigned i = 0; i < RAM_BLOCKS; i++)
+		for (uint64_t page = 0, pages; os_now_us() < until_us && (pages = keep_some(a, i, page)); page += pages)
+			;
+}
+
+static void unwatch_copies(struct agent *a)
+{
+	if (saver.copies_uffd >= 0)
+		ram_unwatch_copies(a->ram, saver.copies_uffd);
+	close_fd(&saver.copies_uffd);
+}
+
 /* Most of the work, before the guest waits for it. */
 static int arm(struct agent *a)
 {
@@ -221,7 +350,8 @@ static int arm(struct agent *a)
 
 	if (!r)
 		faults_watch_peer(saver.client);
-
+	if (!r && !saver.moves)
+		keep_copies(a);
 	for (unsigned i = 0; !r && i < RAM_BLOCKS; i++) {
 		for (uint64_t page = 0, pages = 1; !r && pages; page += pages) {
 			struct ram_block *b;
@@ -316,9 +446,20 @@ void saver_written(struct agent *a, uintptr_t hva)
 	pthread_mutex_unlock(&saver.arm_lock);
 }
 
+static int forget_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	memset(saver.kept[block_index(ctx, b)] + page, 0, pages);
+	return 0;
+}
+
+/* [everybody stopped] What is not kept, or not as it is now. */
 static int copy_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	memcpy(saver.copies + os_bytes(saver.copied_pages), b->hva + os_bytes(page), os_bytes(pages));
+	unsigned index = (unsigned)block_index(ctx, b);
+
+	for (uint64_t i = page; i < page + pages; i++)
+		if (!saver.kept[index][i])
+			memcpy(copy_of(index, i), b->hva + os_bytes(i), OS_PAGE_BYTES);
 	saver.copied_pages += pages;
 	note_run(ctx, b, page, pages);
 	saver.private_runs++;
@@ -331,12 +472,15 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 	uint64_t begin_us;
 	int r;
 
+	scanner_yield(true);
 	saver.private_runs = saver.copied_pages = 0;
 	ram_lock(a->ram);
 	begin_us = os_now_us();
 	r = agent_freeze(FREEZE_MS);
 	if (!r) {
-		r = ram_for_private(a->ram, copy_run, a);
+		r = ram_for_written(a->ram, forget_run, a);
+		if (!r)
+			r = ram_for_copies(a->ram, copy_run, a);
 		pthread_mutex_lock(&saver.arm_lock);
 		if (!r)
 			r = ram_for_base(a->ram, arm_run, a);
@@ -350,20 +494,28 @@ static int take_point(struct agent *a, uint64_t *ret_paused_us)
 	ram_unlock(a->ram);
 	(void)faults_serve_writes(a, -1);
 	saver.watch = saver.moves ? WATCH_OFF : WATCH_SOON;
+	saver.stays = !r && !saver.moves;
 	return r;
 }
 
 /* ---- what the guest is using ------------------------------------------------------------------- */
 
-uint64_t saver_tick(void)
+uint64_t saver_tick(struct agent *a)
 {
 	if (saver.client < 0 || saver.watch == WATCH_OFF)
 		return UINT64_MAX;
 	if (saver.watch == WATCH_SOON) {
 		seen_begin(saver.seen);
 		saver.watch = WATCH_ON;
+	} else if (saver.taken) {
+		unwatch_copies(a); /* not sooner: it would hold up who lets the guest run */
 	}
 	return seen_look(saver.seen);
+}
+
+bool saver_stays(void)
+{
+	return saver.stays;
 }
 
 void saver_arm(struct agent *a, int client, struct control_reply *p)
@@ -371,6 +523,14 @@ void saver_arm(struct agent *a, int client, struct control_reply *p)
 	p->error = client == saver.client ? arm(a) : -EPROTO;
 	if (p->error)
 		snprintf(p->text, sizeof p->text, "guest RAM cannot be write-protected: %s", strerror(-p->error));
+}
+
+void saver_pass(int client, uint64_t pass_us, struct control_reply *p)
+{
+	if (client == saver.client && saver.moves)
+		scanner_accompany(pass_us);
+	else
+		p->error = -EPROTO;
 }
 
 void saver_watch(int client, struct control_reply *p)
@@ -388,13 +548,6 @@ static int unregister_run(void *ctx, struct ram_block *b, uint64_t page, uint64_
 	(void)ctx;
 	(void)os_uffd_unregister(saver.uffd, b->hva + os_bytes(page), os_bytes(pages));
 	return 0;
-}
-
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
 }
 
 /*
@@ -425,6 +578,7 @@ static void end(struct agent *a)
 		(void)ram_for_base(a->ram, unregister_run, NULL);
 	ram_hold(a->ram, false);
 	ram_unlock(a->ram);
+	unwatch_copies(a);
 	scanner_yield(false);
 	reclaimer_yield(false);
 	os_unview_file(saver.runs, runs_bytes());
@@ -438,9 +592,11 @@ static void end(struct agent *a)
 	close_fd(&saver.changed_fd);
 	for (unsigned i = 0; i < RAM_BLOCKS; i++) {
 		free(saver.armed[i]);
-		saver.armed[i] = NULL;
+		free(saver.kept[i]);
+		saver.armed[i] = saver.kept[i] = NULL;
 	}
 	saver.taken = saver.moves = false;
+	saver.stays = false;
 	seen_destroy(saver.seen);
 	saver.seen = NULL;
 	saver.watch = WATCH_OFF;

@@ -118,24 +118,12 @@ static void *look(void *arg)
 static int start_thread(struct scan *scan)
 {
 	pthread_condattr_t attributes;
-	sigset_t all, old;
-	pthread_t thread;
-	int r;
 
 	pthread_condattr_init(&attributes);
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	pthread_cond_init(&scanner.woken, &attributes);
 	pthread_condattr_destroy(&attributes);
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS); /* a statistics file that was cut */
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = -pthread_create(&thread, NULL, look, scan);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (r)
-		return r;
-	pthread_setname_np(thread, "latent-scan");
-	pthread_detach(thread);
-	return 0;
+	return agent_start_thread("latent-scan", look, scan, true);
 }
 
 static int start(struct agent *a)
@@ -155,6 +143,14 @@ static int start(struct agent *a)
 	return r;
 }
 
+static void wake(void)
+{
+	pthread_mutex_lock(&scanner.lock);
+	scanner.wake = true;
+	pthread_cond_signal(&scanner.woken);
+	pthread_mutex_unlock(&scanner.lock);
+}
+
 int scanner_set(struct agent *a, uint64_t period_us)
 {
 	int r;
@@ -168,10 +164,7 @@ int scanner_set(struct agent *a, uint64_t period_us)
 		return r;
 	scan_set_period(scanner.scan, period_us);
 	stat_set(&a->stats->scan.period_us_now, period_us);
-	pthread_mutex_lock(&scanner.lock);
-	scanner.wake = true;
-	pthread_cond_signal(&scanner.woken);
-	pthread_mutex_unlock(&scanner.lock);
+	wake();
 	return 0;
 }
 
@@ -185,10 +178,23 @@ uint64_t scanner_shortest_us(void)
 	return report.period_us ? report.shortest_us : 0;
 }
 
+static void stand_by(enum scan_other other, uint64_t pass_us)
+{
+	if (!scanner.scan || scanner.left)
+		return;
+	scan_set_migration_pass(scanner.scan, pass_us);
+	scan_yield(scanner.scan, other);
+	wake();
+}
+
 void scanner_yield(bool yield)
 {
-	if (scanner.scan && !scanner.left)
-		scan_yield(scanner.scan, yield);
+	stand_by(yield ? SCAN_YIELDS : SCAN_ALONE, 0);
+}
+
+void scanner_accompany(uint64_t pass_us)
+{
+	stand_by(SCAN_BESIDE, pass_us);
 }
 
 void scanner_leave(void)
@@ -198,7 +204,7 @@ void scanner_leave(void)
 	scanner.left = true;
 	if (!scanner.scan)
 		return;
-	scan_yield(scanner.scan, true);
+	scan_yield(scanner.scan, SCAN_YIELDS);
 	scan_set_period(scanner.scan, 0);
 	agent_say("what the guest uses is not looked at any more: QEMU watches guest RAM by itself");
 }

@@ -14,7 +14,6 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
 #include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,6 +46,7 @@ struct service {
 	uint64_t lease_break_us; /* how long the kernel makes a writer wait */
 	uint64_t next_try_us, try_after_us; /* of give_way, after a failure */
 	int last_error; /* of give_way: said once */
+	int halt_error; /* of stop_overtaken: said once */
 	int channel; /* to be sent, behind the reply to CONTROL_INCOMING; -1: none */
 	sem_t ready;
 };
@@ -254,6 +254,33 @@ static int detach(struct service *s, struct volume *only, struct settled *d)
 	return finish(s, d);
 }
 
+/*
+ * QEMU stood still for longer than the kernel makes a writer wait, or a file that nothing protects was cut. The guest must
+ * not go on as if nothing was: what it
+ * does with such pages may reach its disks. Tried again until it stands.
+ */
+static void stop_overtaken(struct service *s)
+{
+	struct volume *v;
+
+	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++) {
+		int r;
+
+		if (!volume_is_overtaken(v))
+			continue;
+		r = s->pause ? pause_halt(s->pause) : -ENOTCONN;
+		if (!r)
+			volume_tell_overtaken(v);
+		if (!r || r != s->halt_error)
+			agent_say("%s was %s: %s%s. Reset it (`system_reset`, `cont`), or start it anew", volume_path(v),
+				  volume_is_leased(v) ? "changed while QEMU stood still for longer than fs.lease-break-time, and "
+							"the guest may have pages of both" :
+							"cut while it was mapped, and the guest has lost pages",
+				  r ? "it should be stopped, and cannot be yet: " : "it is stopped", r ? strerror(-r) : "");
+		s->halt_error = r;
+	}
+}
+
 /* Files that somebody waits to write, and what is left from earlier. Acts first, then talks. */
 static void give_way(struct service *s)
 {
@@ -261,9 +288,11 @@ static void give_way(struct service *s)
 	struct volume *v;
 	int r;
 
+	stop_overtaken(s); /* before the guest can read on */
 	for (uint32_t i = 0; (v = volumes_nth(s->agent->volumes, i)); i++)
 		if (volume_lease_breaks(v))
 			(void)volume_break(v, VOLUME_WRITABLE);
+	stop_overtaken(s);
 	if (!any_volume(s, is_left))
 		return;
 	r = finish(s, &d);
@@ -384,6 +413,17 @@ static void do_scan(struct service *s, const struct control_request *q, struct c
 		snprintf(p->text, sizeof p->text, "the scan could not be started: %s", strerror(-p->error));
 }
 
+static void do_pass(int client, const struct control_request *q, struct control_reply *p)
+{
+	uint64_t pass_us;
+	const char *end = parse_number(q->path, &pass_us);
+
+	if (end && !*end)
+		saver_pass(client, pass_us, p);
+	else
+		p->error = -EINVAL;
+}
+
 static void answer(struct service *s, int client, const struct control_request *q, struct control_reply *p)
 {
 	switch (q->op) {
@@ -410,6 +450,9 @@ static void answer(struct service *s, int client, const struct control_request *
 		break;
 	case CONTROL_SAVE_ARM:
 		saver_arm(s->agent, client, p);
+		break;
+	case CONTROL_SAVE_PASS:
+		do_pass(client, q, p);
 		break;
 	case CONTROL_SAVE_POINT:
 		saver_point(s->agent, client, p);
@@ -481,7 +524,7 @@ static int follow_up(struct service *s, int client, uint32_t op)
 		saver_began(s->agent, client);
 	if (op == CONTROL_INCOMING)
 		return send_channel(s, client);
-	return op == CONTROL_ENTRIES ? layout_send_tables(s->agent, client) : 0;
+	return op == CONTROL_ENTRIES ? layout_send_tables(s->agent, client, false) : 0;
 }
 
 static void undo_save(struct service *s)
@@ -610,6 +653,7 @@ static uint64_t recount_ticks(struct service *s)
 static void tick(struct service *s, uint64_t ticks)
 {
 	(void)cost_model_get(); /* measured now after a restore: its first second is the guest's */
+	stop_overtaken(s);
 	if (os_now_us() >= s->next_try_us)
 		give_way(s);
 	release_clear(s);
@@ -637,7 +681,7 @@ static void serve(struct service *s)
 			[POLL_KEEPER] = { .fd = resume_poll_fd(s->agent), .events = POLLIN },
 			[POLL_REST] = { .fd = resume_rest_fd(s->agent), .events = POLLIN },
 		};
-		uint64_t saver_us = saver_tick(), learner_us = learner_tick(s->agent), now = os_now_us();
+		uint64_t saver_us = saver_tick(s->agent), learner_us = learner_tick(s->agent), now = os_now_us();
 		uint64_t wait_us = now < next_us ? next_us - now + 1000 : 0;
 
 		if (wait_us > saver_us)
@@ -714,19 +758,10 @@ static void *service_main(void *arg)
 
 static int start_thread(struct service *s)
 {
-	sigset_t all, old;
-	pthread_t thread;
-	int r;
+	int r = agent_start_thread("latent", service_main, s, true);
 
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS); /* a statistics or tracking file that was cut */
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	r = -pthread_create(&thread, NULL, service_main, s);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	if (r)
 		return r;
-	pthread_setname_np(thread, "latent");
-	pthread_detach(thread);
 	while (sem_wait(&s->ready) && errno == EINTR)
 		;
 	return 0;

@@ -184,12 +184,18 @@ static int step(struct save *s, const char *done)
 	return maker_step(done, s->why);
 }
 
+static void note_pause(struct save *s, enum save_pause done)
+{
+	s->result->pause_step_us[done] = s->vmm.stopped_us ? os_now_us() - s->vmm.stopped_us : 0;
+}
+
 static int go_on(struct save *s)
 {
 	int r = vmm_go_on(&s->vmm);
 
 	if (s->vmm.continued_us)
 		s->result->pause_us = s->vmm.continued_us - s->vmm.stopped_us;
+	s->result->pause_step_us[SAVE_RESUMED] = s->result->pause_us;
 	return r;
 }
 
@@ -228,19 +234,23 @@ static int pause_and_take(struct save *s)
 		r = step(s, "the migration of the device state is started");
 	if (!r)
 		r = vmm_wait_stopped(&s->vmm);
+	note_pause(s, SAVE_STOPPED);
 	if (!r)
 		r = step(s, "the guest is stopped");
 	if (!r)
 		r = switch_disks(s);
+	note_pause(s, SAVE_DISKS);
 	if (!r)
 		r = step(s, "the disks are switched");
 	if (!r)
 		r = vmm_save_devices(&s->vmm, &s->manifest.state_bytes);
 	s->result->state_bytes = s->manifest.state_bytes;
+	note_pause(s, SAVE_DEVICES);
 	if (!r)
 		r = step(s, "the device state is there");
 	if (!r)
 		r = source_point(s->source, &s->result->point_us, s->why);
+	note_pause(s, SAVE_POINT);
 	return r ? r : step(s, "the point in time is taken");
 }
 

@@ -24,8 +24,12 @@ struct save_options {
 	uint64_t limit_bytes_s; /* of writing; 0: none */
 };
 
+/* What is done while the guest stands, in this order. */
+enum save_pause { SAVE_STOPPED, SAVE_DISKS, SAVE_DEVICES, SAVE_POINT, SAVE_RESUMED, SAVE_PAUSE_STEPS };
+
 struct save_result {
 	uint64_t pause_us;       /* the guest stood */
+	uint64_t pause_step_us[SAVE_PAUSE_STEPS]; /* of that, until the step was done; 0: it stood before */
 	uint64_t point_us;       /* of that, for the point in time of RAM */
 	uint64_t load_us;        /* before all that: until a pager had loaded what the VM runs from */
 	uint64_t write_us, state_bytes, ram_bytes_written;

@@ -23,6 +23,7 @@
 #define LOAD_AGAIN_US 50000
 #define CHUNK_PAGES 128u
 #define ENTRIES_CHUNK 512u
+#define AHEAD_PAGES 32u /* of the guest's writes, at most: 128 KiB */
 #define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS + 2)
 
 /* What has become of a page that was write-protected. */
@@ -50,7 +51,7 @@ struct source {
 	} block[SNAPSHOT_BLOCKS];
 	struct control_run *runs; /* private copies */
 	struct control_run *base; /* what base holds; found while the guest runs again */
-	uint8_t *copies;
+	const uint8_t *copies;    /* of each page of the image: what is there if it is in one of these runs */
 	const uint16_t *seen; /* the agent's table */
 	uint8_t *changed;     /* the agent's table, which is ours to clear */
 	struct snapshot_image origin; /* with a cache: the snapshot that it is of */
@@ -65,6 +66,7 @@ struct source {
 	bool written; /* or given up: nobody takes copies any more */
 	struct early *early;
 	uint64_t early_count;
+	bool draining; /* they are being written, and there will be room */
 	_Atomic uint64_t faults;
 };
 
@@ -76,11 +78,13 @@ static int say(char *why, int r, const char *what)
 
 /* ---- talking to the agent -------------------------------------------------------------------- */
 
-static int ask(struct source *s, enum control_op op, struct control_reply *reply, char *why)
+static int ask_about(struct source *s, enum control_op op, uint64_t number, struct control_reply *reply, char *why)
 {
 	struct control_request request = { .magic = CONTROL_MAGIC, .version = CONTROL_VERSION, .op = (uint32_t)op };
-	ssize_t n = send(s->control, &request, sizeof request, MSG_NOSIGNAL);
+	ssize_t n;
 
+	snprintf(request.path, sizeof request.path, "%ju", (uintmax_t)number);
+	n = send(s->control, &request, sizeof request, MSG_NOSIGNAL);
 	if (n >= 0)
 		n = recv(s->control, reply, sizeof *reply, 0);
 	if (n < 0)
@@ -91,6 +95,11 @@ static int ask(struct source *s, enum control_op op, struct control_reply *reply
 	if (reply->error)
 		snprintf(why, SNAPSHOT_WHY_BYTES, "%.255s", reply->text[0] ? reply->text : "the VM's agent refuses");
 	return reply->error > 0 ? -EPROTO : reply->error;
+}
+
+static int ask(struct source *s, enum control_op op, struct control_reply *reply, char *why)
+{
+	return ask_about(s, op, 0, reply, why);
 }
 
 static void take_descriptors(struct source *s, struct msghdr *message)
@@ -296,11 +305,12 @@ static void unprotect(struct source *s, uint32_t block, uint64_t page, uint64_t 
 	(void)os_uffd_protect(s->fds[CONTROL_FD_UFFD], hva, os_bytes(pages), false);
 }
 
-/* Memory stays bounded: with too many copies waiting to be written, the guest waits. */
+/* Memory stays bounded: with too many copies waiting to be written, the guest waits. Not before anybody writes them: who
+ * looks for what there is to write (give_hole) may himself wait for the page of this copy. */
 static void keep_early(struct source *s, struct early *e)
 {
 	pthread_mutex_lock(&s->lock);
-	while (s->early_count >= CONTROL_SAVE_EARLY_PAGES && !s->written)
+	while (s->draining && s->early_count >= CONTROL_SAVE_EARLY_PAGES && !s->written)
 		pthread_cond_wait(&s->room, &s->lock);
 	if (s->written) {
 		free(e);
@@ -312,13 +322,12 @@ static void keep_early(struct source *s, struct early *e)
 	pthread_mutex_unlock(&s->lock);
 }
 
-static void serve_page(struct source *s, uint32_t block, uint64_t page)
+static void take_page(struct source *s, uint32_t block, uint64_t page)
 {
 	_Atomic uint8_t *state = &s->block[block].state[page];
 	uint8_t pending = PAGE_PENDING;
 	struct early *e = NULL;
 
-	s->faults++;
 	s->block[block].written[page] = 1;
 	while (*state == PAGE_PENDING && !(e = malloc(sizeof *e)))
 		usleep(1000); /* the writer frees some, or takes the page itself */
@@ -332,7 +341,30 @@ static void serve_page(struct source *s, uint32_t block, uint64_t page)
 		while (*state == PAGE_BUSY)
 			sched_yield();
 	}
-	unprotect(s, block, page, 1);
+}
+
+/* A guest that writes page after page will write the next ones, too: as many as are taken before it, each of which
+ * would be a fault for which it waits. */
+static uint64_t pages_ahead(struct source *s, uint32_t block, uint64_t page)
+{
+	const uint8_t *written = s->block[block].written;
+	uint64_t left = s->layout.block[block].pages - page - 1, before = 0, n = 0;
+
+	while (before < AHEAD_PAGES && before < page && written[page - 1 - before])
+		before++;
+	while (n < before && n < left && s->block[block].state[page + 1 + n] == PAGE_PENDING)
+		n++;
+	return n;
+}
+
+static void serve_page(struct source *s, uint32_t block, uint64_t page)
+{
+	uint64_t pages = 1 + pages_ahead(s, block, page);
+
+	s->faults++;
+	for (uint64_t i = 0; i < pages; i++)
+		take_page(s, block, page + i);
+	unprotect(s, block, page, pages);
 }
 
 static void *serve(void *arg)
@@ -400,12 +432,8 @@ static int take_runs(struct source *s, const struct control_reply *reply)
 		return -ENOMEM;
 	if (pread(s->fds[CONTROL_FD_RUNS], s->runs, bytes, 0) != (ssize_t)bytes)
 		return -EPROTO;
-	if (s->private_pages) {
-		s->copies = (uint8_t *)(uintptr_t)view(s->fds[CONTROL_FD_COPIES], 0, os_bytes(s->private_pages));
-		if (!s->copies)
-			return -ENOMEM;
-	}
-	return check_runs(s);
+	s->copies = view(s->fds[CONTROL_FD_COPIES], 0, os_bytes(s->total_pages));
+	return s->copies ? check_runs(s) : -ENOMEM;
 }
 
 /* The entries as they are now; all of base is pending. Cheap the second time, for little has changed. */
@@ -439,16 +467,13 @@ int source_watch(struct source *s, char why[SNAPSHOT_WHY_BYTES])
 	return ask(s, CONTROL_SAVE_WATCH, &reply, why);
 }
 
-int source_settle(struct source *s, uint64_t *ret_pages, char why[SNAPSHOT_WHY_BYTES])
+int source_settle(struct source *s, uint64_t *ret_pages, uint64_t *ret_left, char why[SNAPSHOT_WHY_BYTES])
 {
 	struct control_reply reply = { 0 };
-	int r;
+	int r = ask(s, CONTROL_SAVE_SETTLE, &reply, why);
 
-	*ret_pages = 0;
-	do {
-		r = ask(s, CONTROL_SAVE_SETTLE, &reply, why);
-		*ret_pages += r ? 0 : reply.pages;
-	} while (!r && reply.pages_all);
+	*ret_pages = r ? 0 : reply.pages;
+	*ret_left = r ? 0 : reply.pages_all;
 	return r;
 }
 
@@ -460,6 +485,13 @@ int source_arm(struct source *s, char why[SNAPSHOT_WHY_BYTES])
 	if (!r)
 		take_entries(s);
 	return r;
+}
+
+int source_pass(struct source *s, uint64_t pass_us, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct control_reply reply = { 0 };
+
+	return ask_about(s, CONTROL_SAVE_PASS, pass_us, &reply, why);
 }
 
 int source_point(struct source *s, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES])
@@ -664,14 +696,13 @@ static int write_base(struct writer *w)
 static int write_private(struct writer *w)
 {
 	struct source *s = w->source;
-	const uint8_t *bytes = s->copies;
 	int r = 0;
 
 	for (uint64_t i = 0; !r && i < s->private_runs; i++) {
 		const struct control_run *run = &s->runs[i];
+		uint64_t page = s->block[run->block].first + run->page;
 
-		r = store_pages(&w->store, s->block[run->block].first + run->page, bytes, run->pages);
-		bytes += os_bytes(run->pages);
+		r = store_pages(&w->store, page, s->copies + os_bytes(page), run->pages);
 		if (!r)
 			r = drain_early(w);
 		if (!r && w->progress->stop)
@@ -817,6 +848,9 @@ int source_write(struct source *s, int ram_fd, struct parent *parent, uint64_t l
 	if (!r)
 		r = store_begin(&image, ram_fd, parent, progress, &w.store);
 	if (!r) {
+		pthread_mutex_lock(&s->lock);
+		s->draining = true;
+		pthread_mutex_unlock(&s->lock);
 		r = write_all(&w);
 		store_end(&w.store);
 	}
@@ -946,7 +980,7 @@ void source_end(struct source *s)
 	if (s->changed)
 		os_unview_file(s->changed, s->total_pages);
 	if (s->copies)
-		munmap(s->copies, os_bytes(s->private_pages));
+		munmap((void *)(uintptr_t)s->copies, os_bytes(s->total_pages));
 	for (unsigned i = CONTROL_FD_UFFD + 1; i < s->fd_count; i++)
 		close(s->fds[i]);
 	if (s->end_fd >= 0)

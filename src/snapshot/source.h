@@ -26,10 +26,14 @@ int source_open(const char *path, struct source_progress *progress, struct sourc
 int source_begin(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
 /* From now on it is seen which pages the guest uses. */
 int source_watch(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
-/* For a migration: copies in overlays, whose writes nobody sees, become base as far as possible. Again and again. */
-int source_settle(struct source *source, uint64_t *ret_pages, char why[SNAPSHOT_WHY_BYTES]);
+/* For a migration: copies in overlays, whose writes nobody sees, become base as far as possible. It looks at some pages;
+ * again, until `*ret_left` is 0, and from then on at all of them once more. `*ret_pages`: that were copies. */
+int source_settle(struct source *source, uint64_t *ret_pages, uint64_t *ret_left, char why[SNAPSHOT_WHY_BYTES]);
 /* Most of the next step's work, while the guest runs. Again: what was written since is found changed. */
 int source_arm(struct source *source, char why[SNAPSHOT_WHY_BYTES]);
+/* For a migration: what is changed is told now, which will take so long; 0: not known. What the guest uses is looked at
+ * again within that time, if it is at all. */
+int source_pass(struct source *source, uint64_t pass_us, char why[SNAPSHOT_WHY_BYTES]);
 /* The guest is stopped: this is the instant. `*ret_paused_us`: for how long all of the VMM stood. */
 int source_point(struct source *source, uint64_t *ret_paused_us, char why[SNAPSHOT_WHY_BYTES]);
 
@@ -66,9 +70,9 @@ struct source_view {
 	} block[SNAPSHOT_BLOCKS];
 	int cache_fd;                    /* a pager's cache that pages are mapped from (layout->cache_file); -1: none */
 	/* After source_point: */
-	const struct control_run *runs;  /* of private copies, `copies` one after the other */
+	const struct control_run *runs;  /* of private copies */
 	uint64_t run_count;
-	const uint8_t *copies;
+	const uint8_t *copies;           /* in the order of all pages: there is something where runs are */
 };
 void source_get_view(const struct source *source, struct source_view *ret_view);
 

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 8u
+#define CONTROL_VERSION 10u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -25,8 +25,12 @@ enum control_op {
 	 *   SETTLE asked again until `pages_all` is 0: private copies in overlays, whose writes nobody could note, become
 	 *          base, the guest standing for a moment at a time, as far as the budget of mappings allows. A migration's
 	 *   ARM    base is write-protected; who writes a page of it goes on, and it is noted. What is protected now and
-	 *          was not before is in the table of changed pages. A migration arms again, as often as it likes
-	 *   POINT  with the guest stopped: private copies are copied out, and base that is not
+	 *          was not before is in the table of changed pages. A migration arms again, as often as it likes.
+	 *          A save's: private copies are copied out, where it can be seen which of them are written then
+	 *   PASS   a migration's, after ARM: what is changed is told now, which takes so long; `path`: microseconds, in
+	 *          decimal; 0: not known. If there is a scan, it goes on at that pace until POINT
+	 *   POINT  with the guest stopped: private copies are copied out, or those of them that were written since; each
+	 *          has its place in the file of copies, which is that of its page among all pages. And base that is not
 	 *          protected, or not any more, is. From then on the other side has to serve write faults.
 	 *   GIVE   a migration's, before the token is sent: the guest belongs to another host from now on, and is not let
 	 *          go on when the connection ends
@@ -37,6 +41,7 @@ enum control_op {
 	CONTROL_SAVE_WATCH,
 	CONTROL_SAVE_SETTLE,
 	CONTROL_SAVE_ARM,
+	CONTROL_SAVE_PASS,
 	CONTROL_SAVE_POINT,
 	CONTROL_SAVE_GIVE,
 	CONTROL_SAVE_END,
@@ -98,7 +103,7 @@ struct control_layout {
 enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */
-	CONTROL_FD_COPIES, /* contents of the private runs, one after the other; written by SAVE_POINT */
+	CONTROL_FD_COPIES, /* contents of private copies, each where its page is among all pages; written by SAVE_ARM and _POINT */
 	CONTROL_FD_SEEN,   /* uint16_t for each page of each block: when it was touched first (activity/seen.h) */
 	CONTROL_FD_CHANGED, /* a byte for each page of each block: 1 from SAVE_ARM and SAVE_POINT; the other side's to clear */
 	CONTROL_FD_BLOCKS

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define VM_STATS_MAGIC 0x54534c54u /* "TLST" */
-#define VM_STATS_VERSION 10u
+#define VM_STATS_VERSION 11u
 #define VM_STATS_VOLUMES 32u
 #define VM_STATS_CLASSES 6u
 #define VM_STATS_SCAN_SOURCES 3u
@@ -34,6 +34,7 @@ enum miss_reason {
 	MISS_SAVING,      /* guest RAM is being saved */
 	MISS_EXCLUDED,    /* a device of this VM needs all RAM in one file */
 	MISS_END_OF_FILE, /* beyond the last whole page */
+	MISS_KERNEL_IO,   /* io_uring or Linux AIO: the kernel reads it by itself */
 	MISS_BUFFER,      /* not read into guest RAM: metadata, compressed or encrypted clusters */
 	MISS_FAILED,      /* the kernel refused the mapping, or storage failed */
 	MISS_REASONS
@@ -123,7 +124,7 @@ struct vm_stats {
 	_Atomic uint32_t pid; /* 0 until guest RAM is mapped: the agent has not spoken yet */
 	_Atomic uint32_t overlays_allowed;
 	char excluded_by[160]; /* the sentence that says why overlays are not used, or empty */
-	_Atomic uint32_t other_io; /* drives use io_uring or Linux AIO: their reads are not seen */
+	_Atomic uint32_t other_io; /* drives use io_uring or Linux AIO: their reads are counted, and never mapped */
 	_Atomic uint64_t ram_bytes, started_unix_s;
 	stat_counter maps_ram_now, maps_other_now, maps_budget_now, maps_limit_now;
 	/* All of RAM is base (masked or not) or overlay; private pages are copies inside overlays, and counted there too. */

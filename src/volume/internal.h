@@ -7,6 +7,8 @@
 #include "volume/track.h"
 #include "volume/volume.h"
 
+#include <time.h>
+
 struct volumes {
 	struct ram *ram;
 	struct volume_options options;
@@ -17,6 +19,9 @@ struct volumes {
 	_Atomic uint32_t count;
 	struct volume *list[VM_STATS_VOLUMES];
 };
+
+/* Has a writer changed the file before what was mapped from it was private? */
+enum overtaken { OVERTAKEN_NO, OVERTAKEN_NOW, OVERTAKEN_TOLD };
 
 struct volume {
 	struct volumes *all;
@@ -35,6 +40,8 @@ struct volume {
 	uint64_t next_try_us, try_after_us; /* a lease is asked for again; volumes_tidy's own */
 	_Atomic uint32_t state; /* enum volume_state; leaves a mapping state under the range lock only */
 	_Atomic bool leased;
+	struct timespec changed;      /* ctime, when it was mapped first under the lease */
+	_Atomic uint32_t overtaken;   /* enum overtaken */
 	_Atomic uint64_t broken_us; /* CLOCK_MONOTONIC; 0: never */
 	_Atomic uint64_t next_page;  /* where the last read ended: sequential reads are read ahead, */
 	_Atomic uint64_t ahead_page; /* up to here, */

@@ -378,24 +378,45 @@ static int read_all(struct reader *r, const struct iovec *iov, int count, ssize_
 	return flush(r, ret_error);
 }
 
+static size_t bytes_of(const struct iovec *iov, int count)
+{
+	size_t bytes = 0;
+
+	for (int i = 0; i < count; i++)
+		bytes += iov[i].iov_len;
+	return bytes;
+}
+
+static void note_read(struct volume *v, size_t bytes)
+{
+	stat_add(&v->stats->reads, 1);
+	stat_add(&v->stats->bytes_asked, bytes);
+}
+
 ssize_t volumes_read(struct volumes *all, int fd, const struct iovec *iov, int count, off_t offset)
 {
 	struct iovec gathered[IOV_MAX];
 	struct reader r = { .all = all, .fd = fd, .offset = offset, .gathered = gathered };
 	ssize_t error = 0;
-	size_t bytes = 0;
 
-	for (int i = 0; i < count; i++)
-		bytes += iov[i].iov_len;
 	r.v = offset >= 0 ? volumes_attach(all, fd) : NULL;
-	if (r.v) {
-		stat_add(&r.v->stats->reads, 1);
-		stat_add(&r.v->stats->bytes_asked, bytes);
-	}
+	if (r.v)
+		note_read(r.v, bytes_of(iov, count));
 	(void)read_all(&r, iov, count, &error);
 	if (r.v)
 		volume_put(r.v);
 	return r.done ? (ssize_t)r.done : error;
+}
+
+void volumes_note_kernel_read(struct volumes *all, int fd, const struct iovec *iov, int count)
+{
+	struct reader r = { .all = all, .v = volumes_attach(all, fd) };
+
+	if (!r.v)
+		return;
+	note_read(r.v, bytes_of(iov, count));
+	note_miss(&r, MISS_KERNEL_IO, bytes_of(iov, count));
+	volume_put(r.v);
 }
 
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes)

@@ -304,6 +304,8 @@ static void prepare_mapping(struct volume *v)
 
 	if (fstat(v->fd, &st)) /* again: the size as it is now that it cannot change */
 		return;
+	v->changed = st.st_ctim;
+	v->overtaken = OVERTAKEN_NO;
 	v->pages = (uint64_t)st.st_size >> OS_PAGE_SHIFT;
 	v->stats->pages = v->pages;
 	r = add_to_core(v);
@@ -528,10 +530,36 @@ int volume_map(struct volume *v, struct ram_block *block, uint64_t page, uint64_
 
 /* ---- giving a file up ----------------------------------------------------------------------- */
 
+/* The kernel lets a writer in when fs.lease-break-time is over. What was written shows in the file's times. Of a file that is
+ * mapped without a lease it shows only that it was cut; of what was written there somebody has said that nobody would. */
+static void look_overtaken(struct volume *v)
+{
+	struct stat st;
+
+	if (v->overtaken != OVERTAKEN_NO || v->fd < 0 || !v->has_file || os_lease_is_held(v->fd) || fstat(v->fd, &st))
+		return;
+	if (v->leased ? st.st_ctim.tv_sec != v->changed.tv_sec || st.st_ctim.tv_nsec != v->changed.tv_nsec
+		      : (uint64_t)st.st_size < os_bytes(v->pages))
+		v->overtaken = volume_overlay_pages(v) ? OVERTAKEN_NOW : OVERTAKEN_NO;
+}
+
+bool volume_is_overtaken(struct volume *v)
+{
+	if (!v->closed && (v->leased ? volume_lease_breaks(v) : state_maps(v->state) && !v->is_cache))
+		look_overtaken(v);
+	return v->overtaken == OVERTAKEN_NOW;
+}
+
+void volume_tell_overtaken(struct volume *v)
+{
+	v->overtaken = OVERTAKEN_TOLD;
+}
+
 int volume_break(struct volume *v, enum volume_state why)
 {
 	struct ram *ram = v->all->ram;
 	uint64_t overlays;
+	int r = 0;
 
 	if (why == VOLUME_DETACHED)
 		v->detached = true;
@@ -547,7 +575,10 @@ int volume_break(struct volume *v, enum volume_state why)
 	}
 	overlays = ram_overlay_pages(ram, v->file); /* all: the private flags may be wrong */
 	ram_unlock(ram);
-	return overlays ? ram_privatize(ram, v->file) : 0;
+	if (overlays)
+		r = ram_privatize(ram, v->file);
+	look_overtaken(v);
+	return r;
 }
 
 void volumes_detach(struct volumes *all)

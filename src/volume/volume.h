@@ -60,6 +60,9 @@ struct volume *volumes_attach(struct volumes *all, int fd);
 /* The same for a pager's cache: it takes no lease, and nobody is expected to change what is there. */
 struct volume *volumes_attach_cache(struct volumes *all, int fd);
 
+/* A read that the kernel carries out by itself, after this call: counted for the volume, if `fd` is one. */
+void volumes_note_kernel_read(struct volumes *all, int fd, const struct iovec *iov, int count);
+
 /* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
 
@@ -102,6 +105,12 @@ struct volume *volumes_broken_lease(struct volumes *all);
  */
 int volume_break(struct volume *v, enum volume_state why);
 void volumes_detach(struct volumes *all); /* breaks all volumes for good, those to come too */
+/* A writer has changed the file before what is mapped from it was made private, for the process stood still for longer than
+ * fs.lease-break-time: what the guest finds in such pages may be what was written. Or it is mapped without a lease, and was
+ * cut. Known before volume_break, or as soon as that is done; until volume_tell_overtaken, or until it is mapped anew. For
+ * the thread of volumes_tidy. */
+bool volume_is_overtaken(struct volume *v);
+void volume_tell_overtaken(struct volume *v);
 int volume_settle(struct volume *v, uint64_t *ret_settled);
 void volume_release(struct volume *v);
 /* Before settling: what is swapped out comes back while the guest still runs. */

@@ -72,6 +72,7 @@ static void check_others(const struct wire_message *m)
 	struct wire_hello hello;
 	const struct digest *digests;
 	const struct wire_owed *owed;
+	const struct wire_same *same;
 	const uint64_t *wanted;
 	bool ballot;
 	size_t count;
@@ -85,7 +86,12 @@ static void check_others(const struct wire_message *m)
 		}
 		fuzz_require(pages == layout.pages);
 	}
-	if (m->type == WIRE_WANT && !wire_read_wanted(m, RAM_PAGES, &wanted, &count, why))
+	if (m->type == WIRE_HAVE && !wire_read_have(m, &wanted, &count, why))
+		fuzz_require(count && (const uint8_t *)(wanted + count) <= m->payload + m->bytes);
+	if (m->type == WIRE_SAME && !wire_read_same(m, RAM_PAGES, &same, &count, why))
+		for (size_t i = 0; i < count; i++)
+			fuzz_require((const uint8_t *)(same + i + 1) <= m->payload + m->bytes && same[i].page < RAM_PAGES);
+	if ((m->type == WIRE_WANT || m->type == WIRE_LACK) && !wire_read_wanted(m, RAM_PAGES, &wanted, &count, why))
 		for (size_t i = 0; i < count; i++)
 			fuzz_require(wanted[i] < RAM_PAGES);
 	if (m->type == WIRE_OWED && !wire_read_owed(m, RAM_PAGES, &owed, &count, why))

@@ -15,7 +15,6 @@ from lib import case, latent
 from lib.qmp import QmpError
 from lib.vm import VM, GuestError
 
-DISK_MIB = 32
 EVERYTHING = ["--min-run", "1", "--share-threshold", "0"]
 WRITE_FILES = """set -e
 mkdir /new
@@ -56,28 +55,6 @@ print(passes, *sorted(seen))
 """
 
 
-class DataDisk:
-    """A raw image of random bytes, read as a whole by the guest, which keeps it in its page cache."""
-
-    def __init__(self, directory, name):
-        self.path = latent.random_image(directory / f"{name}.raw", DISK_MIB)
-        self.sha256 = latent.sha256(self.path)
-        self.name = name
-        self.node = None
-
-    def arguments(self, **options):
-        return latent.extra_disk(self.path, self.name, **options)
-
-    def read_in(self, guest, node):
-        """The holder keeps the device open: at the last close the guest drops its pages."""
-        self.node = node
-        guest.sh_start(f"sleep 600 < {node}")
-        return self.hash_in(guest)
-
-    def hash_in(self, guest):
-        return guest.sh(f"sha256sum {self.node}").split()[0]
-
-
 def mapped_pages(guest, disk):
     return latent.volume(latent.stat(guest), disk.path)["pages_mapped_now"]
 
@@ -93,7 +70,7 @@ def start_with_disks(test, disks, **options):
     for letter, disk in zip("bcdefg", disks):
         test.check_equal(disk.read_in(guest, f"/dev/vd{letter}"), disk.sha256, f"{disk.name} is read right")
         pages = mapped_pages(guest, disk)
-        test.check(pages > DISK_MIB * 256 * 0.9, f"{disk.name}: {pages} pages are mapped")
+        test.check(pages > latent.DataDisk.MIB * 256 * 0.9, f"{disk.name}: {pages} pages are mapped")
     return guest
 
 
@@ -110,7 +87,7 @@ def check_pause(test, guest):
 
 def rewrite(path):
     with open(path, "r+b") as file:
-        for _ in range(DISK_MIB):
+        for _ in range(latent.DataDisk.MIB):
             file.write(os.urandom(1 << 20))
 
 
@@ -139,7 +116,7 @@ def new_contents_are_read(test, guest, disk):
         time.sleep(1)
     guest.drop_guest_caches()
     test.check_equal(disk.hash_in(guest), latent.sha256(disk.path), f"{disk.name}: and again")
-    test.check(mapped_pages(guest, disk) > DISK_MIB * 256 * 0.9, "the image is leased and mapped again")
+    test.check(mapped_pages(guest, disk) > latent.DataDisk.MIB * 256 * 0.9, "the image is leased and mapped again")
 
 
 def changed_once_more(test, guest, disk):
@@ -197,7 +174,7 @@ def read_while_rewritten(test, directory):
 
 
 def others_change_images(test, directory):
-    disks = [DataDisk(directory, name) for name in ("rewritten", "cut", "detached")]
+    disks = [latent.DataDisk(directory, name) for name in ("rewritten", "cut", "detached")]
     with start_with_disks(test, disks) as guest:
         change_under_load(test, guest, disks[0], rewrite, "rewritten", "/usr/lib/")
         change_under_load(test, guest, disks[1], cut, "truncated", "/usr/share/")
@@ -226,12 +203,12 @@ def refused(test, guest, disk):
 
 
 def second_vm_writes(test, directory):
-    alone, shared = DataDisk(directory, "alone"), DataDisk(directory, "shared")
+    alone, shared = latent.DataDisk(directory, "alone"), latent.DataDisk(directory, "shared")
     with start_with_disks(test, [alone]) as guest:
         refused(test, guest, alone)
     with start_with_disks(test, [shared], device_options=",share-rw=on") as guest:
         with start_writer(shared, shared=True) as writer:
-            writer.sh(f"head -c {DISK_MIB << 20} /dev/urandom > /dev/vdb; sync")
+            writer.sh(f"head -c {latent.DataDisk.MIB << 20} /dev/urandom > /dev/vdb; sync")
             check_given_up(test, guest, shared, "writable")
             test.check(latent.sha256(shared.path) != shared.sha256, "the second VM has written the image")
             writer.shutdown()
@@ -239,13 +216,13 @@ def second_vm_writes(test, directory):
 
 
 def written_from_the_start(test, directory):
-    disk = DataDisk(directory, "busy")
+    disk = latent.DataDisk(directory, "busy")
     with open(disk.path, "r+b"):
         with VM("reader", latent=EVERYTHING, extra=disk.arguments()) as guest:
             test.check_equal(disk.read_in(guest, "/dev/vdb"), disk.sha256, "an image that somebody writes is right")
             one = latent.volume(latent.stat(guest), disk.path)
             test.check_equal(one["state"], "writable", "its state says why it is not mapped")
-            test.check(one["misses"]["writable"]["bytes"] >= DISK_MIB << 20 and one["bytes_shortcut"] == 0,
+            test.check(one["misses"]["writable"]["bytes"] >= latent.DataDisk.MIB << 20 and one["bytes_shortcut"] == 0,
                        "its reads are counted as copied for that reason")
 
 

@@ -18,7 +18,8 @@ SILENT_S = 10  # src/migrate/link.h, LINK_SILENT_MS
 HEADER = struct.Struct("<IIII")  # docs/migration.md
 HELLO = struct.Struct("<QII16sII")
 MAGIC = 0x54415247494d544c
-HELLO_TYPE, READY, WANT, OWED = 0, 4, 13, 17
+HAVE_MOST, MANY = 65536, 4  # more than the guest has pages
+HELLO_TYPE, READY, WANT, OWED, HAVE, LACK = 0, 4, 13, 17, 18, 20
 
 
 def broken_off(test):
@@ -113,7 +114,7 @@ def send(peer, kind, payload=b"", n_bytes=None):
     peer.sendall(HEADER.pack(kind, len(payload) if n_bytes is None else n_bytes, checksum, 0) + payload)
 
 
-def greet(peer, version=1, page_bytes=4096, session=None):
+def greet(peer, version=2, page_bytes=4096, session=None):
     _, hello = receive(peer)
     send(peer, HELLO_TYPE, HELLO.pack(MAGIC, version, page_bytes, session or HELLO.unpack(hello)[3], 0, 0))
 
@@ -125,6 +126,12 @@ def greet_and_say(kind, payload=b"", n_bytes=None):
     return say
 
 
+def greet_and_flood(peer):
+    greet(peer)
+    for _ in range(MANY):
+        send(peer, HAVE, bytes(8 * HAVE_MOST))
+
+
 LIES = (
     ("another version", "speaks version 7", lambda peer: greet(peer, version=7)),
     ("other pages", "pages have 16384 bytes", lambda peer: greet(peer, page_bytes=16384)),
@@ -134,6 +141,8 @@ LIES = (
     ("a source's message", "which is ours to send", greet_and_say(2, b"{}")),
     ("a message without end", "bytes, and not", greet_and_say(READY, b"", 0xffffffff)),
     ("pages before there are any", "something else than it should", greet_and_say(WANT, struct.pack("<Q", 1 << 60))),
+    ("pages that it lacks before there are any", "something else than it should", greet_and_say(LACK, struct.pack("<Q", 1))),
+    ("more digests than there are pages", "has more pages than the VM", greet_and_flood),
     ("a debt before there is one", "something else than it should", greet_and_say(OWED, struct.pack("<QQ", 0, 1 << 63))),
 )
 

@@ -165,11 +165,19 @@ def kernel_does_the_io(test, directory):
     disk = latent.random_image(directory / "uring.raw", 4)
     drive = ["-drive", f"file={disk},format=raw,if=none,id=uring,readonly=on,aio=io_uring",
              "-device", "virtio-blk-pci,drive=uring"]
+    other = latent.random_image(directory / "native.raw", 2)
+    drive += ["-drive", f"file={other},format=raw,if=none,id=native,readonly=on,aio=native,cache.direct=on",
+              "-device", "virtio-blk-pci,drive=native"]
     with VM("uring", latent=EVERYTHING, extra=PORTS + drive) as guest:
         latent.check_hashes(test, guest, FILES)
         test.check_equal(guest.sh("sha256sum /dev/vdb").split()[0], latent.sha256(disk), "read by io_uring")
-        test.check(latent.stat(guest)["other_io"] and "aio=io_uring" in guest.qemu_log.read_text(),
+        test.check(latent.stat(guest)["other_io"] and "aio=native" in guest.qemu_log.read_text(),
                    "`latent run` and `latent stat` say that such reads are copied")
+        test.check_equal(guest.sh("sha256sum /dev/vdc").split()[0], latent.sha256(other), "read by Linux AIO")
+        for image in (disk, other):
+            one = latent.volume(latent.stat(guest), image)
+            test.check(one["bytes_asked"] == one["misses"]["kernel_io"]["bytes"] >= image.stat().st_size
+                       and not one["bytes_shortcut"], f"what is read of {image.name} is counted: {latent.describe(one)}")
         plug_vhost_user(guest, directory / "uring.sock", 0)
         refused = wait_for(lambda: "refused: vhost-user" in guest.qemu_log.read_text())
         test.check(refused and back_end.mem_tables == 0, "the back end does not get RAM that is mapped")
@@ -234,13 +242,20 @@ def bad_input(test, directory):
 
 def missing_image(test, path):
     """Where Latent sees it, with a status of its own; elsewhere QEMU says so, which `latent run` has become."""
-    for words in (["-drive", f"file={path},if=virtio"], ["-hda", path]):
+    middle, top = path.with_name("middle.qcow2"), path.with_name("top.qcow2")
+    for image, backing in ((middle, path), (top, middle)): # the second one by a relative name
+        subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b",
+                        backing if backing == path else backing.name, image, "1M"], check=True)
+    for words in (["-drive", f"file={path},if=virtio"], ["-hda", path],
+                  ["-blockdev", f"driver=file,node-name=none,filename={path}"],
+                  ["-drive", f"file={middle},if=virtio"], ["-hda", top],
+                  ["-blockdev", f"driver=qcow2,node-name=none,file.driver=file,file.filename={top}"]):
         result = latent.command("run", "--", *IDLE, *words)
         test.check(result.returncode == latent.NO_IMAGE and result.stderr.count("\n") == 1 and str(path) in result.stderr,
                    f"a missing image: status {result.returncode}: {result.stderr.strip()}")
-    result = latent.command("run", "--", *IDLE, "-blockdev", f"driver=file,node-name=none,filename={path}")
-    test.check(result.returncode == 1 and result.stderr.endswith(f"Could not open '{path}': No such file or directory\n"),
-               f"a missing image of a node: status {result.returncode}: {result.stderr.strip()}")
+    result = latent.command("run", "--", *IDLE, "-drive", f"file=nbd+unix:///?socket={path},if=virtio")
+    test.check(result.returncode == 1 and str(path) in result.stderr,
+               f"an image that another program serves: status {result.returncode}: {result.stderr.strip()}")
     check_never_was(test, "a QEMU that found no image", latent.run_dir())
 
 

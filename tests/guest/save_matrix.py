@@ -24,6 +24,9 @@ HELD_MIB = 64
 HELD_PAGES = HELD_MIB * 256
 CHURN_PAGES_PER_S = 10000
 CHANGED_PAGES = 1000
+# Random pages, and page after page: of these several are taken with one fault.
+LOADS = (f"latent-guest mem churn m 0 {HELD_PAGES} 600 {CHURN_PAGES_PER_S}",
+         f"while latent-guest mem write m {HELD_PAGES // 2} {HELD_PAGES // 2}; do sleep 0.02; done")
 
 
 def fill(test, guest):
@@ -72,11 +75,11 @@ def row(test, name, restored):
     try:
         with VM(name, latent=MAPPED if is_mapped else PLAIN, mem="512M") as guest:
             nonce = fill(test, guest)
-            load = guest.sh_start(f"latent-guest mem churn m 0 {HELD_PAGES} 600 {CHURN_PAGES_PER_S}") if is_active else None
+            loads = [guest.sh_start(load) for load in LOADS] if is_active else []
             for number in range(1, restored[-1] + 1):
                 time.sleep(0.5)
                 save(test, guest, number, directory / str(number), is_mapped, is_active)
-            if load:
+            for load in loads:
                 test.check(load.status is None, "it wrote all the time")
                 load.kill()
             check_memory(test, guest, f"after {restored[-1]} saves")

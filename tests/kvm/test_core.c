@@ -183,6 +183,20 @@ static void settle(uint64_t page, uint64_t pages)
 	vcpus_resume(b.vcpus);
 }
 
+/* The vCPU threads are stopped by a signal, as the agent stops QEMU's. */
+static void settle_frozen(uint64_t page, uint64_t pages)
+{
+	int r;
+
+	ram_lock(b.ram); /* before they stop: one of them may have it */
+	r = os_freeze(VCPU_FREEZE_SIGNAL, TAKE_MS);
+	REQUIRE(r == 0);
+	r = ram_settle(b.ram, b.block, page, pages, &b.settled);
+	os_thaw();
+	ram_unlock(b.ram);
+	REQUIRE(r == 0);
+}
+
 static void detach(uint64_t page, uint64_t pages)
 {
 	(void)page;
@@ -228,7 +242,8 @@ static struct churn {
 } churns[] = {
 	{ "disk read", read_image, 280, 0 }, { "overlay", map_overlay, 260, 0 }, { "zap", zap, 160, 0 },
 	{ "look", look, 80, 0 },	     { "reclaim", reclaim, 40, 0 },
-	{ "discard", discard, 120, 0 },	     { "settle", settle, 70, 0 },	 { "privatize", privatize, 4, 0 },
+	{ "discard", discard, 120, 0 },	     { "settle", settle, 40, 0 },	 { "frozen", settle_frozen, 30, 0 },
+	{ "privatize", privatize, 4, 0 },
 	{ "reconcile", reconcile, 6, 0 },    { "detach", detach, 4, 0 },
 };
 #define CHURNS (sizeof churns / sizeof churns[0])

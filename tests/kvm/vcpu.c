@@ -725,13 +725,14 @@ static int map_run(struct vcpus *m, struct vcpu *c)
 	return 0;
 }
 
-/* Signals of the program are for its own threads: only the kick is let through here. */
+/* Signals of the program are for its own threads: only the kick and os_freeze's are let through here. */
 static int start_thread(struct vcpu *c)
 {
-	sigset_t all_but_kick, old;
-	sigfillset(&all_but_kick);
-	sigdelset(&all_but_kick, kick_signal());
-	pthread_sigmask(SIG_SETMASK, &all_but_kick, &old);
+	sigset_t all_but_these, old;
+	sigfillset(&all_but_these);
+	sigdelset(&all_but_these, kick_signal());
+	sigdelset(&all_but_these, VCPU_FREEZE_SIGNAL);
+	pthread_sigmask(SIG_SETMASK, &all_but_these, &old);
 	int r = -pthread_create(&c->thread, NULL, vcpu_main, c);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	c->has_thread = !r;

@@ -137,6 +137,8 @@ void vcpu_peek(struct vcpus *m, unsigned cpu, struct vcpu_counts *ret);
  * KVM's faults can be interrupted, else when the page arrives: keep serving faults meanwhile.
  */
 void vcpus_pause(struct vcpus *m);
+/* vCPU threads do not block it: os_freeze may stop them with it, wherever they are. */
+#define VCPU_FREEZE_SIGNAL (SIGRTMAX - 4)
 void vcpus_resume(struct vcpus *m);
 
 /* ---- Who owns pages, and what they contain ---- */

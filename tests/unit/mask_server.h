@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 
 struct mask_server {
 	struct ram *ram;
@@ -24,6 +25,7 @@ static void *mask_server_main(void *arg)
 	struct pollfd p[] = { { .fd = s->uffd, .events = POLLIN }, { .fd = s->end_fd, .events = POLLIN } };
 	uintptr_t page;
 
+	os_never_freeze((pid_t)syscall(SYS_gettid)); /* others may wait for it */
 	for (;;) {
 		(void)poll(p, 2, -1);
 		if (p[1].revents)

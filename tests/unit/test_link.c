@@ -145,6 +145,60 @@ static void test_room_is_bounded_and_urgent_goes_first(void **state)
 		assert_int_equal(next_message(rig->source, rig->destination, &m, rig->why), 0);
 }
 
+/* Both sides do other things for longer than a peer may be silent, and only wait in between. */
+static void wait_long(struct rig *rig)
+{
+	uint64_t until_us = os_now_us() + (LINK_SILENT_MS + 2000) * 1000u;
+
+	while (os_now_us() < until_us) {
+		assert_int_equal(link_wait(rig->source, false, NULL, 0, 0, rig->why), 0);
+		assert_int_equal(link_wait(rig->destination, true, NULL, 0, 0, rig->why), 0);
+		usleep(50000);
+	}
+}
+
+static void test_who_only_waits_hears_the_peer(void **state)
+{
+	struct rig *rig = *state;
+	struct wire_message m;
+
+	connect_plain(rig);
+	/* Nor is a peer silent whose message nobody takes. */
+	assert_int_equal(link_send(rig->source, WIRE_PASS, NULL, 0, false), 0);
+	wait_long(rig);
+	assert_int_equal(link_receive(rig->destination, &m, rig->why), 0);
+	assert_int_equal(m.type, WIRE_PASS);
+	assert_int_equal(link_receive(rig->destination, &m, rig->why), -EAGAIN);
+}
+
+/* A message that lies there is no reason to turn round and round. */
+static void test_waiting_takes_its_time_beside_a_message(void **state)
+{
+	struct rig *rig = *state;
+	uint64_t begin_us;
+
+	connect_plain(rig);
+	assert_int_equal(link_send(rig->source, WIRE_PASS, NULL, 0, false), 0);
+	assert_int_equal(link_wait(rig->source, false, NULL, 0, 10, rig->why), 0);
+	assert_int_equal(link_wait(rig->destination, false, NULL, 0, 1000, rig->why), 0);
+	begin_us = os_now_us();
+	assert_int_equal(link_wait(rig->destination, false, NULL, 0, 200, rig->why), 0);
+	assert_true(os_now_us() - begin_us >= 150000);
+}
+
+static void test_a_silent_peer_is_given_up(void **state)
+{
+	struct rig *rig = *state;
+	uint64_t until_us = os_now_us() + (LINK_SILENT_MS + 5000) * 1000u;
+	int r = 0;
+
+	connect_plain(rig);
+	while (!r && os_now_us() < until_us)
+		r = link_wait(rig->source, false, NULL, 0, 100, rig->why);
+	assert_int_equal(r, -ETIMEDOUT);
+	assert_true(link_is_over(rig->source));
+}
+
 /* A peer that is no Latent. */
 static void test_wrong_bytes_end_it_before_they_are_received(void **state)
 {
@@ -430,6 +484,9 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(test_messages_arrive_whole_and_in_order, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_room_is_bounded_and_urgent_goes_first, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_who_only_waits_hears_the_peer, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_waiting_takes_its_time_beside_a_message, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_a_silent_peer_is_given_up, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_wrong_bytes_end_it_before_they_are_received, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_a_message_that_was_spoilt_is_no_message, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_an_end_is_seen, setup, teardown),

@@ -31,7 +31,7 @@ HEADER, HELLO = struct.Struct("<IIII"), struct.Struct("<QII16sII")
 BLOCK, FILES, RUN, PAGES, SWITCH = (struct.Struct(text) for text in ("<64sQ", "<II", "<QIHHQ", "<IIII", "<QQQ"))
 MAGIC, SESSION = 0x54415247494d544c, b"0123456789abcdef"
 HELLO_TYPE, REFUSE, MANIFEST, BLOCKS, READY, PAGES_TYPE, PASS, STATE, SWITCH_TYPE = range(9)
-LOADED, TOKEN, FILES_TYPE = 9, 10, 16
+LOADED, TOKEN, FILES_TYPE, SAME, LACK = 9, 10, 16, 19, 20
 MISSING, WORD, VOLUME, DATA = range(4)
 
 failures = []
@@ -80,13 +80,17 @@ def send(peer, kind, payload=b""):
 
 
 def hello(**changes):
-    fields = {"magic": MAGIC, "version": 1, "page_bytes": PAGE, "session": SESSION, "resume": 0, "reserved": 0, **changes}
+    fields = {"magic": MAGIC, "version": 2, "page_bytes": PAGE, "session": SESSION, "resume": 0, "reserved": 0, **changes}
     return HELLO.pack(*fields.values())
 
 
 def pages(*runs, contents=b"", data_pages=None, packed=0):
     count = len(contents) // PAGE if data_pages is None else data_pages
     return PAGES.pack(len(runs), count, packed, 0) + b"".join(RUN.pack(*run) for run in runs) + contents
+
+
+def same_page(page):
+    return struct.pack("<QQ32s", page, 1, b"")
 
 
 # ---- the VM ----
@@ -238,6 +242,7 @@ def try_all(machine, said):
          then(said, (PAGES_TYPE, pages((0, 2, DATA, 0, 0), contents=bytes(PAGE), data_pages=2)))),
         ("contents that are no frame", "cannot be unpacked",
          then(said, (PAGES_TYPE, pages((0, 1, DATA, 0, 0), contents=b"x" * 100, data_pages=1, packed=100)))),
+        ("equal pages beyond RAM", "beyond RAM", then(said, (SAME, same_page(all_pages)))),
         ("a token too early", "something else than it should", then(said, (TOKEN, b""))),
         ("a state that is not what was sent", "did not arrive as it was sent",
          then(said, (STATE, b"state"), (SWITCH_TYPE, SWITCH.pack(5, all_pages, 1)))),
@@ -310,6 +315,8 @@ def on_an_image(machine, said):
               read_stat["source_bits_fetched"] + read_stat["source_bits_now"] == n_pages,
               f"{read_stat['source_bits_fetched']} have been fetched by that")
         send(peer, PAGES_TYPE, pages((first, 1, WORD, 0, 7)))
+        send(peer, SAME, same_page(first + 1))
+        check(receive(peer, LACK) == struct.pack("<Q", first + 1), "what it has no snapshot of it lacks")
         send(peer, PASS)
         receive(peer, PASS)
         check(guest_ram("there", first, 1, machine.directory / "ram") == struct.pack("<Q", 7) * (PAGE // 8),

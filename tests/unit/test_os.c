@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/io_uring.h>
 #include <linux/fs.h>
 #include <pthread.h>
 #include <sched.h>
@@ -411,14 +412,15 @@ static void test_lease_breaks(void **state)
 		print_message("SKIP: the temporary directory's file system has no leases\n");
 		skip();
 	}
-	assert_true(os_lease_intact(fd));
+	assert_true(os_lease_intact(fd) && os_lease_is_held(fd));
 	writer = reopen(fd, O_WRONLY | O_NONBLOCK);
 	assert_int_equal(writer, -1);
 	assert_int_equal(errno, EWOULDBLOCK);
 	assert_int_equal(sigtimedwait(&set, &info, &second), signal_number);
 	assert_int_equal(info.si_fd, fd);
-	assert_false(os_lease_intact(fd));
+	assert_true(!os_lease_intact(fd) && os_lease_is_held(fd));
 	assert_int_equal(os_lease_release(fd), 0);
+	assert_false(os_lease_is_held(fd));
 	writer = reopen(fd, O_WRONLY | O_NONBLOCK);
 	assert_true(writer >= 0);
 	assert_int_equal(os_lease_take(fd, signal_number, gettid()), -EAGAIN);
@@ -1020,6 +1022,30 @@ static void test_freeze_in_vain(void **state)
 	pthread_join(runner, NULL);
 }
 
+/* A thread of the kernel's among ours, as KVM and vhost have them: it takes no signal, and need not stop. */
+static void test_freeze_beside_the_kernel(void **state)
+{
+	struct io_uring_params params = { .flags = IORING_SETUP_SQPOLL };
+	int fd = (int)syscall(SYS_io_uring_setup, 4, &params);
+	pthread_t runner;
+
+	(void)state;
+	if (fd < 0) {
+		print_message("SKIP: there is no io_uring here: %s\n", strerror(errno));
+		skip();
+	}
+	frozen.end = false;
+	frozen.steps[0] = 0;
+	assert_int_equal(pthread_create(&runner, NULL, run_steps, &frozen.steps[0]), 0);
+	while (!frozen.steps[0])
+		usleep(1000);
+	assert_int_equal(os_freeze(SIGRTMAX - 4, 5000), 0);
+	os_thaw();
+	frozen.end = true;
+	pthread_join(runner, NULL);
+	close(fd);
+}
+
 static void *run_exempt(void *arg)
 {
 	os_never_freeze((pid_t)syscall(SYS_gettid));
@@ -1116,6 +1142,7 @@ int main(void)
 		cmocka_unit_test(test_readable_pages),
 		cmocka_unit_test(test_freeze),
 		cmocka_unit_test(test_freeze_in_vain),
+		cmocka_unit_test(test_freeze_beside_the_kernel),
 		cmocka_unit_test(test_never_frozen),
 		cmocka_unit_test(test_missing_pages),
 		cmocka_unit_test(test_memfd_data),

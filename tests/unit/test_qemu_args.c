@@ -2,6 +2,7 @@
 /* QEMU's command line: the sizes are those that QEMU 7.2 itself was asked for. */
 #include "cli/qemu_args.h"
 
+#include "cli/qcow2.h"
 #include "vmdir/compat.h"
 
 #include <setjmp.h>
@@ -9,10 +10,13 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <endian.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #define MIB (1ull << 20)
 
@@ -289,6 +293,64 @@ static void config_files(void **state)
 	assert_refused(WORDS("-readconfig", "/nowhere"), "/nowhere");
 }
 
+/* A qcow2 header that names a backing file at `offset`, and that name. */
+static void write_image(const char *path, const char *backing, uint64_t offset, uint32_t bytes)
+{
+	struct qcow2_header header = { .magic = htobe32(QCOW2_MAGIC), .version = htobe32(3),
+				       .backing_offset = htobe64(offset), .backing_bytes = htobe32(bytes) };
+	FILE *file = fopen(path, "w");
+
+	assert_non_null(file);
+	assert_int_equal(fwrite(&header, sizeof header, 1, file), 1);
+	assert_int_equal(fseek(file, 512, SEEK_SET), 0);
+	assert_true(fputs(backing, file) >= 0);
+	assert_int_equal(fclose(file), 0);
+}
+
+static void name_image(const char *path, const char *backing) { write_image(path, backing, 512, (uint32_t)strlen(backing)); }
+
+static struct qemu_plan plan_drive(const char *format)
+{
+	char value[64];
+
+	snprintf(value, sizeof value, format, "top");
+	return accepted(WORDS("-drive", value));
+}
+
+static void missing_images(void **state)
+{
+	char directory[] = "/tmp/latent-args-XXXXXX";
+
+	(void)state;
+	assert_non_null(mkdtemp(directory));
+	assert_int_equal(chdir(directory), 0);
+	assert_string_equal(plan_drive("file=%s").missing, "top");
+	assert_string_equal(plan_drive("file=%s").missing_of, "");
+	assert_int_equal(mkdir("below", 0700), 0);
+	name_image("top", "below/middle");
+	assert_string_equal(plan_drive("file=%s").missing, "below/middle");
+	assert_string_equal(plan_drive("file=%s").missing_of, "top");
+	name_image("below/middle", "base"); /* beside the image that names it */
+	assert_string_equal(plan_drive("file=%s,format=qcow2").missing, "below/base");
+	assert_string_equal(plan_drive("file=%s,format=qcow2").missing_of, "below/middle");
+	assert_string_equal(plan_drive("file=%s,format=raw").missing, "");
+	assert_string_equal(plan_drive("file=%s,backing.file.filename=below/middle").missing, "");
+	assert_string_equal(accepted(WORDS("-blockdev", "driver=file,node-name=a,filename=below/base")).missing,
+			    "below/base");
+	assert_string_equal(accepted(WORDS("-blockdev", "driver=file,node-name=a,filename=top")).missing, "");
+	name_image("below/middle", "nbd://host/disk");
+	assert_string_equal(plan_drive("file=%s").missing, "");
+	name_image("below/middle", "../top"); /* a circle */
+	assert_string_equal(plan_drive("file=%s").missing, "");
+	write_image("top", "x", 512, 2000);
+	assert_string_equal(plan_drive("file=%s").missing, "");
+	write_image("top", "x", 512, 2);
+	assert_string_equal(plan_drive("file=%s").missing, "");
+	write_image("top", "x", UINT64_MAX, 1);
+	assert_string_equal(plan_drive("file=%s").missing, "");
+	assert_int_equal(unlink("top") | unlink("below/middle") | rmdir("below") | chdir("/") | rmdir(directory), 0);
+}
+
 /* What is wrong for QEMU too is left to QEMU. */
 static void left_to_qemu(void **state)
 {
@@ -314,6 +376,7 @@ int main(void)
 		cmocka_unit_test(properties),
 		cmocka_unit_test(block_drivers),
 		cmocka_unit_test(config_files),
+		cmocka_unit_test(missing_images),
 		cmocka_unit_test(left_to_qemu),
 	};
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* core/ram: each transition on its own, against what the kernel shows. */
+#include "os/probe.h"
 #include "ram_rig.h"
 
 #include <setjmp.h>
@@ -787,6 +788,91 @@ static void test_zap_clean_overlays(void **unused)
 	rig_close(&rig);
 }
 
+/* What a save takes of private copies: the first word of each page; and how many, as is said. */
+struct copies {
+	uint64_t *words;
+	uint64_t written, all;
+};
+
+static int note_protected(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct copies *c = ctx;
+
+	for (uint64_t i = page; i < page + pages; i++)
+		c->words[i] = *(uint64_t *)(void *)(b->hva + os_bytes(i));
+	return 0;
+}
+
+static int note_written(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct copies *c = ctx;
+
+	c->written += pages;
+	return note_protected(ctx, b, page, pages);
+}
+
+static int count_copies(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	struct copies *c = ctx;
+
+	(void)b;
+	(void)page;
+	c->all += pages;
+	return 0;
+}
+
+/* Copies that are taken while the guest runs, and at the instant only those that it has written since. */
+static void test_protect_copies(void **unused)
+{
+	static const uint64_t many[RIG_BLOCKS] = { 2000, 1 };
+	static uint64_t words[2000];
+	struct copies copies = { .words = words };
+	bool async = os_features_get()->pagemap_scan && os_features_get()->uffd_features & OS_UFFD_WP_ASYNC;
+	int uffd = async ? os_uffd_open_unserved(OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_ASYNC) : -1;
+	struct rig rig;
+
+	(void)unused;
+	if (uffd < 0) {
+		print_message("SKIP: no write-protection that serves itself here (Linux 6.7)\n");
+		skip();
+	}
+	rig_open(&rig, many, 3000, UINT64_C(1) << 40);
+	assert_int_equal(overlay(&rig, 100, 1500, 0, 0), 0);
+	assert_int_equal(overlay(&rig, 1700, 100, 1, 0), 0);
+	for (uint64_t page = 0; page < 2000; page += 2) /* of base, too, which is none of them */
+		guest_writes(&rig, page, 1);
+	ram_lock(rig.ram);
+	ram_watch_copies(rig.ram, uffd);
+	assert_int_equal(ram_protect_copies(rig.ram, rig.blocks[0].ram, 0, 1000, note_protected, &copies), 0);
+	assert_int_equal(ram_protect_copies(rig.ram, rig.blocks[0].ram, 1000, 1000, note_protected, &copies), 0);
+	ram_unlock(rig.ram);
+	for (uint64_t page = 100; page < 1600; page += 4) /* copies again */
+		rig_write(rig_hva(&rig, 0, page), 7000 + page);
+	for (uint64_t page = 102; page < 1600; page += 40) /* by the kernel */
+		assert_int_equal(pread(rig.files[1].fd, rig_hva(&rig, 0, page), OS_PAGE_BYTES, 0), OS_PAGE_BYTES);
+	for (uint64_t page = 101; page < 1600; page += 100) /* new copies */
+		rig_write(rig_hva(&rig, 0, page), 7000 + page);
+	ram_lock(rig.ram);
+	assert_int_equal(ram_for_written(rig.ram, note_written, &copies), 0);
+	assert_int_equal(ram_for_copies(rig.ram, count_copies, &copies), 0);
+	ram_unlock(rig.ram);
+	assert_int_equal(copies.written, 1500 / 4 + 38 + 15);
+	assert_int_equal(copies.all, 1500 / 2 + 100 / 2 + 15);
+	for (uint64_t page = 100; page < 1800; page++)
+		if (words[page])
+			assert_int_equal(words[page], *(uint64_t *)(void *)rig_hva(&rig, 0, page));
+	assert_true(words[100] && words[101] && words[102] && words[104] && words[1798] && !words[103]);
+	ram_unwatch_copies(rig.ram, uffd);
+	ram_lock(rig.ram);
+	copies.written = 0;
+	assert_int_equal(ram_for_written(rig.ram, note_written, &copies), 0);
+	ram_unlock(rig.ram);
+	assert_int_equal(copies.written, copies.all); /* nothing of it is left */
+	close(uffd);
+	check_reconciled(&rig);
+	rig_close(&rig);
+}
+
 static void test_settle(void **state)
 {
 	struct rig *rig = *state;
@@ -1296,6 +1382,7 @@ int main(void)
 		TEST(test_privatize),
 		cmocka_unit_test(test_privatize_much),
 		cmocka_unit_test(test_zap_clean_overlays),
+		cmocka_unit_test(test_protect_copies),
 		TEST(test_settle),
 		TEST(test_detach),
 		TEST(test_truncated_file_is_an_error),

@@ -355,15 +355,124 @@ static void test_yield(void **state)
 	begin();
 	look(3);
 	assert_int_equal(os_uffd_register_wp(uffd, hva, os_bytes(OVERLAY_PAGE)), -EBUSY);
-	scan_yield(scan, true);
+	scan_yield(scan, SCAN_YIELDS);
 	for (unsigned i = 0; i < 5; i++)
 		rest(scan_step(scan));
 	assert_int_equal(os_uffd_register_wp(uffd, hva, os_bytes(OVERLAY_PAGE)), 0);
 	assert_int_equal(os_uffd_unregister(uffd, hva, os_bytes(OVERLAY_PAGE)), 0);
-	scan_yield(scan, false);
+	scan_yield(scan, SCAN_ALONE);
 	look(5);
 	check_classes();
 	close(uffd);
+}
+
+/* All of base is write-protected for somebody else. */
+static int protect_base(void)
+{
+	int uffd = os_uffd_open_unserved(OS_UFFD_PAGEFAULT_FLAG_WP | OS_UFFD_WP_HUGETLBFS_SHMEM);
+	static const uint64_t from[] = { 0, OVERLAY_PAGE + OVERLAY_PAGES }, to[] = { OVERLAY_PAGE, PAGES };
+
+	for (unsigned i = 0; uffd >= 0 && i < 2; i++) {
+		uint8_t *hva = rig_hva(&rig, 0, from[i]);
+
+		assert_int_equal(os_uffd_register_wp(uffd, hva, os_bytes(to[i] - from[i])), 0);
+		assert_int_equal(os_uffd_protect(uffd, hva, os_bytes(to[i] - from[i]), true), 0);
+	}
+	return uffd;
+}
+
+static void check_protected(void)
+{
+	static uint8_t flags[PAGES];
+	struct os_pagemap *pagemap;
+
+	assert_int_equal(os_pagemap_open(&pagemap), 0);
+	assert_int_equal(os_pagemap_flags(pagemap, rig_hva(&rig, 0, 0), PAGES, flags), 0);
+	os_pagemap_close(pagemap);
+	for (uint64_t i = 0; i < PAGES; i++)
+		if (i < OVERLAY_PAGE || i >= OVERLAY_PAGE + OVERLAY_PAGES)
+			assert_true(flags[i] & OS_PAGE_PROTECTED);
+}
+
+/* A migration has protected base, and holds it: base is looked at, stays protected, and nobody is stopped for the rest. */
+static void test_beside(void **state)
+{
+	enum activity overlay;
+	unsigned frozen;
+	int uffd;
+
+	(void)state;
+	begin();
+	look(3);
+	overlay = activity_of(entry_at(OVERLAY_PAGE + 40));
+	scan_yield(scan, SCAN_YIELDS);
+	uffd = protect_base();
+	if (uffd < 0)
+		skip();
+	ram_lock(rig.ram);
+	ram_hold(rig.ram, true);
+	ram_unlock(rig.ram);
+	scan_yield(scan, SCAN_BESIDE);
+	set_activity(HOT_PAGE, ACTIVITY_FROZEN);
+	set_activity(COLD_PAGE, ACTIVITY_HOT);
+	frozen = freezes;
+	look(16); /* as often as a hot one is sampled, and some */
+	assert_int_equal(report().granularity_pages[SCAN_BASE], 1);
+	check_classes();
+	check_protected();
+	assert_int_equal(activity_of(entry_at(OVERLAY_PAGE + 40)), overlay);
+	assert_int_equal(freezes, frozen);
+	check_contents();
+	scan_yield(scan, SCAN_YIELDS);
+	close(uffd);
+	ram_lock(rig.ram);
+	ram_hold(rig.ram, false);
+	ram_unlock(rig.ram);
+	scan_yield(scan, SCAN_ALONE);
+	look(5);
+	check_classes();
+}
+
+/* Whoever turns it off meanwhile takes nothing away from who has it yield. */
+static void test_off_while_it_yields(void **state)
+{
+	int uffd;
+
+	(void)state;
+	begin();
+	scan_yield(scan, SCAN_YIELDS);
+	uffd = protect_base();
+	if (uffd < 0)
+		skip();
+	scan_set_period(scan, 0);
+	assert_int_equal(scan_step(scan), UINT64_MAX);
+	check_protected();
+	close(uffd);
+}
+
+/* The pass under way and those to come go at the pace of a migration, and afterwards as before. */
+static void test_pace_of_a_migration(void **state)
+{
+	const uint64_t long_us = 3600000000u, pass_us = SCAN_PERIOD_MIN_US;
+
+	(void)state;
+	begin();
+	scan_set_period(scan, long_us);
+	(void)scan_step(scan);
+	assert_int_equal(report().period_us, long_us);
+	scan_set_migration_pass(scan, pass_us);
+	for (uint64_t passes = report().passes; report().passes < passes + 3;) {
+		uint64_t us = scan_step(scan);
+
+		assert_true(us <= pass_us);
+		assert_int_equal(report().period_us, pass_us);
+		rest(us);
+	}
+	assert_int_not_equal(entry_at(HOT_PAGE), 0);
+	scan_set_migration_pass(scan, 0);
+	(void)scan_step(scan);
+	assert_int_equal(report().period_us, long_us);
+	assert_int_equal(entry_at(HOT_PAGE), 0); /* it is all new: looks were not as far apart as was asked for */
 }
 
 /* Masked pages are not used until somebody makes them come; they stay masked under all looks. */
@@ -558,6 +667,9 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_no_freezing, NULL, tear_down),
 		cmocka_unit_test_setup_teardown(test_held, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_yield, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_beside, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_off_while_it_yields, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(test_pace_of_a_migration, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_masked, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_off_and_on, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(test_report, set_up, tear_down),

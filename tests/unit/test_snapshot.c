@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* What a snapshot stores: equal pages once, what a parent has not at all; and chains joined. */
+#include "migrate/have.h"
 #include "os/os.h"
 #include "snapshot/active.h"
 #include "snapshot/flatten.h"
@@ -824,6 +825,109 @@ static void test_rest_ends_early(void **state)
 	assert_int_equal(rest_open(in_root("nothing"), &rest, why), -ENOENT);
 }
 
+/* ---- what a migration need not send ---------------------------------------------------------------- */
+
+static struct have *open_have(const char *one, const char *other)
+{
+	const char *dirs[] = { in_root(one), other ? in_root(other) : NULL };
+	struct have *have = NULL;
+
+	assert_int_equal(have_open(dirs, other ? 2 : 1, &have, why), 0);
+	return have;
+}
+
+/* Is a page with these contents found, by a source that tells the truth? */
+static bool finds(const struct have *have, uint64_t number)
+{
+	struct wire_same same = { .digest = digest_of(number) };
+	page_bytes found;
+
+	assert_true(have_digest(contents(number), same.sha256));
+	if (!have_find(have, &same, found))
+		return false;
+	assert_memory_equal(found, contents(number), OS_PAGE_BYTES);
+	return true;
+}
+
+/* All digests, asked for a few at a time, each once. */
+static uint64_t count_have(const struct have *have)
+{
+	uint64_t digests[3], at = 0, last = 0, all = 0;
+	size_t count;
+
+	while ((count = have_list(have, &at, digests, 3)))
+		for (size_t i = 0; i < count; i++, last = digests[i - 1])
+			assert_true(!all++ || digests[i] > last);
+	return all;
+}
+
+/* Pages that are stored in the snapshot, and in those that it refers to. */
+static void test_have(void **state)
+{
+	struct have *have;
+
+	(void)state;
+	make_chain();
+	have = open_have("a", NULL);
+	assert_int_equal(count_have(have), 8);
+	for (uint64_t i = 0; i < 8; i++)
+		assert_true(finds(have, i));
+	assert_false(finds(have, 50));
+	assert_false(finds(have, 105)); /* on the image: nothing is known of it */
+	have_close(have);
+	have = open_have("b", NULL);
+	assert_int_equal(count_have(have), 8);
+	for (uint64_t i = 0; i < 8; i++)
+		assert_true(finds(have, i) == (i != 2));
+	assert_true(finds(have, 50));
+	have_close(have);
+	have = open_have("a", "b");
+	assert_int_equal(count_have(have), 9);
+	assert_true(finds(have, 2) && finds(have, 50));
+	have_close(have);
+	have_close(NULL);
+}
+
+/* Quick digests only propose: what is read decides. */
+static void test_have_proves(void **state)
+{
+	struct wire_same same = { .digest = digest_of(3) };
+	page_bytes found;
+	struct have *have;
+	int ram;
+
+	(void)state;
+	make_chain();
+	have = open_have("a", NULL);
+	assert_false(have_find(have, &same, found));
+	assert_true(have_digest(contents(4), same.sha256)); /* the other page of a collision */
+	assert_false(have_find(have, &same, found));
+	ram = open(in_root("a/ram"), O_WRONLY | O_CLOEXEC);
+	assert_int_equal(os_write_all(ram, "x", 1, os_bytes(3) + 1000), 0);
+	assert_false(finds(have, 3));
+	assert_true(finds(have, 4));
+	assert_int_equal(ftruncate(ram, (off_t)os_bytes(4)), 0);
+	assert_false(finds(have, 4));
+	close(ram);
+	have_close(have);
+}
+
+static void test_have_refused(void **state)
+{
+	const char *dirs[2];
+	struct have *have;
+
+	(void)state;
+	make_chain();
+	dirs[0] = in_root("a");
+	dirs[1] = in_root("nowhere");
+	assert_true(have_open(dirs, 2, &have, why) < 0);
+	assert_non_null(strstr(why, "nowhere"));
+	run_command("rm %s", "a/pages");
+	dirs[0] = in_root("b");
+	assert_true(have_open(dirs, 1, &have, why) < 0);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -843,6 +947,9 @@ int main(void)
 		TEST(test_flatten_finds_damage),
 		TEST(test_rest_is_loaded),
 		TEST(test_rest_ends_early),
+		TEST(test_have),
+		TEST(test_have_proves),
+		TEST(test_have_refused),
 	};
 
 	alarm(60);

@@ -252,7 +252,12 @@ static void fill_entries(uint64_t *entries, uint64_t pages, uint64_t seed)
 	}
 }
 
-/* All pages once, in order, each as it was when the order was made. */
+static bool is_wanted(const struct activity_table *table, uint64_t page)
+{
+	return !table->wanted || table->wanted[page];
+}
+
+/* All that are wanted once, in order, each as it was when the order was made. */
 static void check_order(struct activity_table *tables, size_t count, enum activity_direction direction)
 {
 	static uint64_t was[3][ORDER_PAGES];
@@ -267,7 +272,8 @@ static void check_order(struct activity_table *tables, size_t count, enum activi
 	for (size_t t = 0; t < count; t++) {
 		fill_entries((uint64_t *)(uintptr_t)tables[t].entries, tables[t].pages, t);
 		memcpy(was[t], tables[t].entries, tables[t].pages * sizeof was[t][0]);
-		all += tables[t].pages;
+		for (uint64_t i = 0; i < tables[t].pages; i++)
+			all += is_wanted(&tables[t], i);
 	}
 	assert_int_equal(activity_order_create(tables, count, direction, &order), 0);
 	for (size_t t = 0; t < count; t++)
@@ -281,6 +287,7 @@ static void check_order(struct activity_table *tables, size_t count, enum activi
 		assert_true(now != heat || !runs || place > last); /* of one heat in the order of RAM */
 		for (uint64_t i = run.page; i < run.page + run.pages; i++) {
 			assert_false(came[run.table][i]);
+			assert_true(is_wanted(&tables[run.table], i));
 			came[run.table][i] = true;
 			assert_int_equal(activity_heat(was[run.table][i]), now);
 		}
@@ -289,7 +296,8 @@ static void check_order(struct activity_table *tables, size_t count, enum activi
 		pages += run.pages;
 	}
 	assert_int_equal(pages, all);
-	assert_true(runs <= all / 7 + 2 * count); /* runs, and not pages */
+	if (!count || !tables[0].wanted)
+		assert_true(runs <= all / 7 + 2 * count); /* runs, and not pages */
 	assert_false(activity_order_next(order, &run));
 	activity_order_destroy(order);
 }
@@ -297,7 +305,7 @@ static void check_order(struct activity_table *tables, size_t count, enum activi
 static void test_order(void **state)
 {
 	static uint64_t entries[3][ORDER_PAGES];
-	struct activity_table tables[] = { { entries[0], ORDER_PAGES }, { entries[1], 0 }, { entries[2], 11 } };
+	struct activity_table tables[] = { { entries[0], ORDER_PAGES, NULL }, { entries[1], 0, NULL }, { entries[2], 11, NULL } };
 
 	(void)state;
 	for (size_t count = 0; count <= 3; count++) {
@@ -305,6 +313,24 @@ static void test_order(void **state)
 		check_order(tables, count, ACTIVITY_HOTTEST_FIRST);
 	}
 	activity_order_destroy(NULL);
+}
+
+/* Few pages, or many of them; the first and the last one, and none. */
+static void test_order_of_some(void **state)
+{
+	static uint64_t entries[3][ORDER_PAGES];
+	static uint8_t wanted[ORDER_PAGES];
+	struct activity_table tables[] = { { entries[0], ORDER_PAGES, wanted }, { entries[1], 700, wanted }, { entries[2], 11, NULL } };
+
+	(void)state;
+	check_order(tables, 3, ACTIVITY_COLDEST_FIRST);
+	for (unsigned every = 1; every < 2 * ORDER_PAGES; every *= 3) {
+		for (unsigned i = 0; i < ORDER_PAGES; i++)
+			wanted[i] = (uint8_t)(i % every ? 0 : 1 + i % 2);
+		wanted[ORDER_PAGES - 1] = 1;
+		check_order(tables, 3, ACTIVITY_COLDEST_FIRST);
+		check_order(tables, 3, ACTIVITY_HOTTEST_FIRST);
+	}
 }
 
 int main(void)
@@ -322,6 +348,7 @@ int main(void)
 		cmocka_unit_test(test_thin),
 		cmocka_unit_test(test_heats),
 		cmocka_unit_test(test_order),
+		cmocka_unit_test(test_order_of_some),
 	};
 
 	return cmocka_run_group_tests_name("activity", tests, NULL, NULL) ? 1 : 0;

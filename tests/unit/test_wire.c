@@ -249,6 +249,35 @@ static void test_blocks(void **state)
 	assert_int_equal(read_blocks(two, 0, &layout), -EPROTO);
 }
 
+static void test_equal_pages(void **state)
+{
+	struct wire_same same[2] = { { .page = 0, .digest = 1 }, { .page = PAGES - 1, .digest = 2 } };
+	struct wire_message message = { WIRE_SAME, (const uint8_t *)same, sizeof same };
+	const struct wire_same *read;
+	const uint64_t *digests;
+	char why[SNAPSHOT_WHY_BYTES];
+	size_t count;
+
+	(void)state;
+	assert_int_equal(wire_read_same(&message, PAGES, &read, &count, why), 0);
+	assert_int_equal(count, 2);
+	assert_memory_equal(read, same, sizeof same);
+	same[1].page = PAGES;
+	assert_int_equal(wire_read_same(&message, PAGES, &read, &count, why), -EPROTO);
+	for (message.bytes = 0; message.bytes < sizeof same; message.bytes++)
+		if (message.bytes != sizeof same[0])
+			assert_int_equal(wire_read_same(&message, PAGES, &read, &count, why), -EPROTO);
+	message.bytes = sizeof(uint64_t) * 3;
+	assert_int_equal(wire_read_have(&message, &digests, &count, why), 0);
+	assert_int_equal(count, 3);
+	message.bytes--;
+	assert_int_equal(wire_read_have(&message, &digests, &count, why), -EPROTO);
+	refuse_header(WIRE_HAVE, 8, true);
+	refuse_header(WIRE_HAVE, 8 * (WIRE_HAVE_MAX + 1), false);
+	refuse_header(WIRE_SAME, sizeof same, false);
+	refuse_header(WIRE_LACK, 8, true);
+}
+
 static void test_wanted_pages_are_in_ram(void **state)
 {
 	uint64_t wanted[2] = { 0, PAGES - 1 };
@@ -329,6 +358,7 @@ int main(void)
 		cmocka_unit_test(test_headers),
 		cmocka_unit_test(test_hellos),
 		cmocka_unit_test(test_blocks),
+		cmocka_unit_test(test_equal_pages),
 		cmocka_unit_test(test_wanted_pages_are_in_ram),
 		cmocka_unit_test(test_missing_pages_are_in_ram),
 		cmocka_unit_test(test_files_are_as_many_as_the_manifest_has),

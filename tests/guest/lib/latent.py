@@ -98,9 +98,9 @@ def pagers(source=""):
     return found
 
 
-def command(*arguments, timeout_s=60, env=None):
-    """Runs `latent ARGUMENTS`; the CompletedProcess with text output, whatever its status."""
-    return subprocess.run([vm.BUILD_DIR / "latent", *map(str, arguments)], stdin=subprocess.DEVNULL,
+def command(*arguments, timeout_s=60, env=None, before=()):
+    """Runs `latent ARGUMENTS`, behind the words `before`; the CompletedProcess with text output, whatever its status."""
+    return subprocess.run([*before, vm.BUILD_DIR / "latent", *map(str, arguments)], stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=timeout_s,
                           env=dict(os.environ, **(env or {})))
 
@@ -234,6 +234,30 @@ def sha256(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class DataDisk:
+    """A raw image of random bytes, read as a whole by the guest, which keeps it in its page cache."""
+
+    MIB = 32
+
+    def __init__(self, directory, name):
+        self.path = random_image(directory / f"{name}.raw", self.MIB)
+        self.sha256 = sha256(self.path)
+        self.name = name
+        self.node = None
+
+    def arguments(self, **options):
+        return extra_disk(self.path, self.name, **options)
+
+    def read_in(self, guest, node):
+        """The holder keeps the device open: at the last close the guest drops its pages."""
+        self.node = node
+        guest.sh_start(f"sleep 600 < {node}")
+        return self.hash_in(guest)
+
+    def hash_in(self, guest):
+        return guest.sh(f"sha256sum {self.node}").split()[0]
 
 
 # ---- tracking structures ----

@@ -46,7 +46,7 @@ class Pair:
 
 
 def migrate(guest, address, *options, timeout_s=120):
-    return latent.command("migrate", "--json", *options, guest.name, address, timeout_s=timeout_s)
+    return latent.command("migrate", "--json", *options, guest.name, address, timeout_s=timeout_s, before=guest.before)
 
 
 def still_lives(guest, timeout_s=10):

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 
-from .guests import GuestError
+from .agent import GuestError
 
 BURST = "256kb"
 QUEUE_MS = 50

@@ -17,7 +17,7 @@ from .agent import GuestError
 
 # src/core/entry.h
 SOURCE_MASK, OVERLAY, PRIVATE, SHORT_SHIFT = 0x7, 1, 1 << 7, 8
-BASE, MASKED, WATCHED, WORDS, PAGE_SHIFT, FILE_SHIFT = 0, 2, 3, 0xfff, 16, 52
+BASE, MASKED, WATCHED, SPILL, WORDS, PAGE_SHIFT, FILE_SHIFT = 0, 2, 3, 0xffe, 0xfff, 16, 52
 # src/activity/states.h
 CLASS_OF_STATE = ("new", "hot", "warm", "warm", "warm", "cool", "cool", "cold", "cold", "cold", "frozen")
 IS_COLD = ("cold", "frozen")
@@ -46,6 +46,20 @@ def source_of(entry):
     if entry & SOURCE_MASK != OVERLAY:
         return "base"
     return "copy" if entry & PRIVATE else "clean"
+
+
+def is_packed(entry):
+    """Its contents are in the store of reclaim, and nowhere else."""
+    return entry & SOURCE_MASK == MASKED and entry >> FILE_SHIFT == SPILL
+
+
+def held_gfns(guest, name):
+    """(page of the holder, guest page number) of all that it holds."""
+    for line in guest.sh(f"latent-guest mem pfns {name}").splitlines():
+        words = line.split()
+        if len(words) == 3 and all(word.isdigit() for word in words):
+            first, pfn, count = map(int, words)
+            yield from ((first + i, pfn + i) for i in range(count))
 
 
 def scan(guest):
@@ -113,14 +127,7 @@ class Areas:
 
     def gfns(self):
         """{guest page number: name of the area}; RAM lies below the PCI hole, so that these are the block's pages."""
-        result = {}
-        for line in self.guest.sh("latent-guest mem pfns m").splitlines():
-            words = line.split()
-            if len(words) == 3 and all(word.isdigit() for word in words):
-                first, pfn, count = map(int, words)
-                for i in range(count):
-                    result[pfn + i] = self.NAMES[(first + i) // self.pages]
-        return result
+        return {gfn: self.NAMES[page // self.pages] for page, gfn in held_gfns(self.guest, "m")}
 
     def scores(self):
         """{source: {"hot": Score, "cold": Score}}, and for each (area, source) how many pages have which class."""

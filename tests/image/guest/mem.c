@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause-Patent */
 /* Anonymous memory with contents that can be verified at any time.
  *
- *   mem hold NAME MIB SEED [random|zero|word|mixed]
+ *   mem hold NAME MIB SEED [random|zero|word|mixed|text]
  *        starts a holder in the background; returns when the memory is filled
  *   mem check NAME [FIRST COUNT]            verifies pages
  *   mem write NAME FIRST COUNT              gives pages new contents
@@ -37,7 +37,7 @@
 #define REQUEST_MAX_BYTES 256
 #define MAX_WORDS 8
 
-enum kind { RANDOM, ZERO, WORD, MIXED };
+enum kind { RANDOM, ZERO, WORD, MIXED, TEXT };
 
 static struct {
 	uint64_t *words;
@@ -79,6 +79,8 @@ static uint64_t expected_word(enum kind kind, uint64_t state, uint64_t index)
 		return 0;
 	case WORD:
 		return (state % 16) * 0x0101010101010101u;
+	case TEXT: /* differs from page to page, and packs well */
+		return index % 8 ? 0x2c736567617020 + index % 8 : (state + index) * 0x9e3779b97f4a7c15u;
 	default:
 		return (state + index) * 0x9e3779b97f4a7c15u;
 	}
@@ -411,9 +413,9 @@ static void become_holder(const char *name, uint64_t mib, int ready_fd)
 
 static int parse_kind(const char *text, enum kind *ret_kind)
 {
-	static const char *const names[] = { "random", "zero", "word", "mixed" };
+	static const char *const names[] = { "random", "zero", "word", "mixed", "text" };
 
-	for (int i = 0; i < 4; i++) {
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
 		if (strcmp(text, names[i]) == 0) {
 			*ret_kind = (enum kind)i;
 			return 0;

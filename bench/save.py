@@ -83,11 +83,6 @@ def measure_after_resume(result, plain, latent, pairs):
         result.metric(f"{side.lower()}_throughput_after_resume", common.median(found))
 
 
-def written_in_a_second(guest):
-    """Pages, as fast as it can."""
-    return int(guest.sh(WRITE.format(HELD_MIB * 256)).split("=")[1])
-
-
 def written_beside(guest, snapshot):
     """The writer of the save works meanwhile."""
     guest.monitor.events.clear()

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from . import guests as common
 from .guests import GuestError, host, vm
-from lib.latent import run_dir
 
 BEAT_PORT = "org.latent.beat"
 # The guest prints a rising number each millisecond, and has a working set: 2,000 pages in ten places of what it
@@ -138,12 +137,18 @@ def memory_is_right(guest):
 
 @contextlib.contextmanager
 def directories_in(directory):
-    """VMs' directories are made there: a snapshot and the disks of the VM have to be on one file system."""
+    """VMs' directories are made there: a snapshot and the disks of the VM have to be on one file system. So is what
+    restores learn."""
     before, tempfile.tempdir = tempfile.tempdir, str(directory)
+    cache_before = os.environ.get("LATENT_CACHE_DIR")
+    os.environ["LATENT_CACHE_DIR"] = str(directory / "cache")
     try:
         yield
     finally:
         tempfile.tempdir = before
+        del os.environ["LATENT_CACHE_DIR"]
+        if cache_before is not None:
+            os.environ["LATENT_CACHE_DIR"] = cache_before
 
 
 # ---- what was saved ----
@@ -228,7 +233,7 @@ class Saved:
     def files(self):
         """Everything that a start reads: a cold one finds none of it in the page cache."""
         mine = {path for path in self.directory.rglob("*") if path.is_file()}
-        return mine | {self.image} | ({self.disk} if self.disk else set())
+        return mine | {self.image} | ({self.disk} if self.disk else set()) | set(learned_lists())
 
     def cool(self):
         for path in self.files():
@@ -339,7 +344,7 @@ class NothingLearned:
 
 
 def learned_dir():
-    return run_dir() / ".learned"
+    return Path(os.environ["LATENT_CACHE_DIR"], "learned")
 
 
 def learn(saved):

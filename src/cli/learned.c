@@ -8,20 +8,57 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define DIR_NAME ".learned"
-#define KEPT 64 /* lists of so many snapshots; the oldest ones go */
+#define KEPT 32 /* of so many snapshots: 16 MiB each at the most; the oldest ones go */
 
+/* On a disk, if it is to be of use: it is contents, and outlives the host's next start. */
+static int find_path(char path[VMDIR_PATH_BYTES])
+{
+	const char *chosen = getenv("LATENT_CACHE_DIR"), *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+	int length;
+
+	if (chosen && *chosen)
+		length = snprintf(path, VMDIR_PATH_BYTES, "%s/learned", chosen);
+	else if (!geteuid())
+		length = snprintf(path, VMDIR_PATH_BYTES, "/var/cache/latent/learned");
+	else if (xdg && *xdg)
+		length = snprintf(path, VMDIR_PATH_BYTES, "%s/latent/learned", xdg);
+	else
+		length = snprintf(path, VMDIR_PATH_BYTES, "%s/.cache/latent/learned", home ? home : "");
+	return length < VMDIR_PATH_BYTES && path[0] == '/' ? 0 : -EINVAL;
+}
+
+static void make_dirs(char *path)
+{
+	for (char *slash = path; slash; slash = strchr(slash + 1, '/')) {
+		if (slash == path)
+			continue;
+		*slash = 0;
+		(void)mkdir(path, 0700);
+		*slash = '/';
+	}
+	(void)mkdir(path, 0700);
+}
+
+/* What is in it becomes guest memory: nobody else may write there. */
 static int open_dir(void)
 {
-	char root[VMDIR_PATH_BYTES], why[VMDIR_WHY_BYTES], path[VMDIR_PATH_BYTES];
+	char path[VMDIR_PATH_BYTES];
+	struct stat st;
+	int fd;
 
-	if (vmdir_root(true, root, why) || (size_t)snprintf(path, sizeof path, "%s/" DIR_NAME, root) >= sizeof path ||
-	    (mkdir(path, 0700) && errno != EEXIST))
+	if (find_path(path))
 		return -1;
-	return open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+	make_dirs(path);
+	fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW); /* QEMU gets it */
+	if (fd >= 0 && (fstat(fd, &st) || st.st_uid != geteuid() || st.st_mode & 077)) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
 }
 
 static int is_list(const struct dirent *entry) { return entry->d_name[0] != '.'; }

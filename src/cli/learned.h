@@ -4,7 +4,9 @@
  * writes it (qemu/learner.c), the next ones bring it before the guest runs (qemu/restorer.c). REAP (Ustiugov et al.,
  * ASPLOS 2021) records a working set so.
  *
- *   ROOT/.learned/ID   a list as in snapshot/active.h; ID names the snapshot's file `pages`, in this state
+ *   CACHE/learned/ID   a list with contents, as in snapshot/active.h; ID names the snapshot's file `pages`, in this state
+ *
+ * CACHE: LATENT_CACHE_DIR, or root's /var/cache/latent, or latent/ in a user's XDG_CACHE_HOME.
  */
 #ifndef LATENT_CLI_LEARNED_H
 #define LATENT_CLI_LEARNED_H

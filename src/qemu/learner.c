@@ -2,13 +2,14 @@
 /*
  * What a restored guest asks for in its first second and is not in the active set: see "Learned" in ARCHITECTURE.md.
  * The first restore of a snapshot on this host finds it in the page table, in the order in which it came there, and
- * writes it down for those that come after it.
+ * writes it down, with its contents, for those that come after it.
  */
 #include "qemu/agent.h"
 
 #include "os/os.h"
 #include "os/probe.h"
 #include "snapshot/active.h"
+#include "snapshot/image.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -151,6 +152,19 @@ static void look(struct agent *a, struct os_pagemap *pagemap, struct part *part)
 	}
 }
 
+/* With what the snapshot has there: from its files, for the guest may have written its pages since. */
+static int write_contents(const struct agent_restore *restore, int fd)
+{
+	struct snapshot_image image = { 0 };
+	char why[SNAPSHOT_WHY_BYTES];
+	int r = snapshot_image_read(restore->pages_fd, &image, why);
+
+	if (!r)
+		r = active_write(fd, learner.list, learner.count, &image, restore->ram_fd, restore->volume_fd);
+	snapshot_image_free(&image);
+	return r;
+}
+
 /* Under its name when all of it is there. */
 static void write_list(const struct agent_restore *restore)
 {
@@ -162,7 +176,7 @@ static void write_list(const struct agent_restore *restore)
 	fd = openat(restore->learn_dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return;
-	if (active_write(fd, learner.list, learner.count, NULL, -1, NULL) ||
+	if (write_contents(restore, fd) ||
 	    renameat(restore->learn_dir_fd, name, restore->learn_dir_fd, restore->learn_name))
 		(void)unlinkat(restore->learn_dir_fd, name, 0);
 	close(fd);

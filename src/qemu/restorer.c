@@ -43,7 +43,7 @@ struct fill {
 	const struct snapshot_page *table;
 	uint64_t pages, ram_page;
 	struct volume *ram, *volume[AGENT_RESTORE_VOLUMES]; /* NULL: it cannot be mapped, and is read */
-	struct active_set active;
+	struct active_set active, learned;
 	bool masks;         /* pages can be masked, */
 	bool mask_ram, mask_volume[AGENT_RESTORE_VOLUMES]; /* if these files cannot change */
 	bool *copied;       /* of each page: its contents are in base */
@@ -323,20 +323,37 @@ static bool is_cold(const struct fill *f, const struct snapshot_image *image, in
 	return looked && resident * 2 < looked;
 }
 
+/* Which files' pages in use are out of memory. */
+struct cold {
+	bool any, ram, volume[AGENT_RESTORE_VOLUMES];
+};
+
+static struct cold find_cold(const struct fill *f, const struct snapshot_image *image)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+	struct cold cold = { .ram = is_cold(f, image, restore->ram_fd, SNAPSHOT_DATA, 0) };
+
+	cold.any = cold.ram;
+	for (uint32_t i = 0; i < image->volumes; i++) {
+		cold.volume[i] = is_cold(f, image, restore->volume_fd[i], SNAPSHOT_VOLUME, i);
+		cold.any = cold.any || cold.volume[i];
+	}
+	return cold;
+}
+
 static bool is_ours(const struct fill *f, const struct active_page *p)
 {
 	return p->page >= f->ram_page && p->page - f->ram_page < f->pages;
 }
 
-/* Is it to be copied, `at` in the active set? */
-static bool is_cold_page(const struct fill *f, uint64_t at, bool cold_ram, const bool *cold_volume)
+/* Is it to be copied? */
+static bool is_cold_page(const struct fill *f, const struct active_page *p, const struct cold *cold)
 {
-	const struct active_page *p = &f->active.list[at];
 	const struct snapshot_page *is = is_ours(f, p) ? &f->table[p->page - f->ram_page] : NULL;
 
-	if (!is || is->kind == SNAPSHOT_WORD)
+	if (!is || is->kind == SNAPSHOT_WORD || f->copied[p->page - f->ram_page])
 		return false;
-	return is->kind == SNAPSHOT_VOLUME ? cold_volume[is->volume] : cold_ram;
+	return is->kind == SNAPSHOT_VOLUME ? cold->volume[is->volume] : cold->ram;
 }
 
 /* Into the memfd, not by the guest's address: that would clear each page first, and take a fault for it. */
@@ -351,18 +368,17 @@ static int write_page_run(struct fill *f, uint64_t page, const uint8_t *contents
 	return r;
 }
 
-/* `chunk` has the contents of pages at..at+n of the active set. Those to be copied are written, as many at once as follow
+/* `chunk` has the contents of pages at..at+n of the set. Those to be copied are written, as many at once as follow
  * each other; how many are damaged is added to `wrong`. */
-static int copy_chunk(struct fill *f, const uint8_t *chunk, uint64_t at, uint64_t n, const bool *wanted,
-		      uint64_t *wrong)
+static int copy_chunk(struct fill *f, const struct active_set *set, const uint8_t *chunk, uint64_t at, uint64_t n,
+		      const bool *wanted, uint64_t *wrong)
 {
 	uint64_t first = 0, run = 0; /* the run ends before i */
 	int r = 0;
 
 	for (uint64_t i = 0; !r && i < n; i++) {
-		bool is = wanted[i] &&
-			  XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == f->active.digest[at + i];
-		uint64_t page = f->active.list[at + i].page - f->ram_page;
+		bool is = wanted[i] && XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == set->digest[at + i];
+		uint64_t page = set->list[at + i].page - f->ram_page;
 
 		*wrong += wanted[i] && !is;
 		if (run && (!is || page != first + run)) {
@@ -375,26 +391,24 @@ static int copy_chunk(struct fill *f, const uint8_t *chunk, uint64_t at, uint64_
 	return r || !run ? r : write_page_run(f, first, chunk + os_bytes(n - run), run);
 }
 
-/* All that is in use and whose file is cold, from one piece of storage. What is damaged there is left to its file. */
-static int copy_cold(struct fill *f, bool cold_ram, const bool cold_volume[AGENT_RESTORE_VOLUMES])
+/* All of the set whose file is cold, from one piece of storage. What is damaged there is left to its file; how many
+ * pages that is. */
+static int copy_cold(struct fill *f, const struct active_set *set, int fd, const struct cold *cold, uint64_t *ret_wrong)
 {
 	uint8_t *chunk = malloc(os_bytes(CHUNK_PAGES));
-	int fd = f->agent->config.restore.active_fd, r = chunk ? 0 : -ENOMEM;
-	uint64_t wrong = 0;
+	int r = chunk ? 0 : -ENOMEM;
 
-	for (uint64_t at = 0; !r && at < f->active.count; at += CHUNK_PAGES) {
-		uint64_t n = f->active.count - at < CHUNK_PAGES ? f->active.count - at : CHUNK_PAGES;
+	*ret_wrong = 0;
+	for (uint64_t at = 0; !r && at < set->count; at += CHUNK_PAGES) {
+		uint64_t n = set->count - at < CHUNK_PAGES ? set->count - at : CHUNK_PAGES;
 		bool wanted[CHUNK_PAGES];
 
 		for (uint64_t i = 0; i < n; i++)
-			wanted[i] = is_cold_page(f, at + i, cold_ram, cold_volume);
-		r = os_read_all(fd, chunk, os_bytes(n), f->active.contents_offset + os_bytes(at));
+			wanted[i] = is_cold_page(f, &set->list[at + i], cold);
+		r = os_read_all(fd, chunk, os_bytes(n), set->contents_offset + os_bytes(at));
 		if (!r)
-			r = copy_chunk(f, chunk, at, n, wanted, &wrong);
+			r = copy_chunk(f, set, chunk, at, n, wanted, ret_wrong);
 	}
-	if (wrong)
-		agent_say("%llu pages of the snapshot's active set are not what was saved, and come from elsewhere",
-			  (unsigned long long)wrong);
 	free(chunk);
 	return r;
 }
@@ -458,35 +472,31 @@ static void read_active(struct fill *f, const struct snapshot_image *image)
 				f->active.list[i].flags & ACTIVE_WRITTEN ? IN_USE_WRITTEN : IN_USE;
 }
 
-static int bring_active(struct fill *f, const struct snapshot_image *image)
+static int bring_active(struct fill *f, const struct cold *cold)
 {
-	const struct agent_restore *restore = &f->agent->config.restore;
-	bool cold_volume[AGENT_RESTORE_VOLUMES] = { false }, cold_ram, any;
-	int r;
+	uint64_t wrong = 0;
+	int r = cold->any ? copy_cold(f, &f->active, f->agent->config.restore.active_fd, cold, &wrong) : 0;
 
-	if (!f->active.digest)
-		return copy_all_written(f);
-	any = cold_ram = is_cold(f, image, restore->ram_fd, SNAPSHOT_DATA, 0);
-	for (uint32_t i = 0; i < image->volumes; i++) {
-		cold_volume[i] = is_cold(f, image, restore->volume_fd[i], SNAPSHOT_VOLUME, i);
-		any = any || cold_volume[i];
-	}
-	r = any ? copy_cold(f, cold_ram, cold_volume) : 0;
-	return r ? r : copy_all_written(f);
+	if (wrong)
+		agent_say("%llu pages of the snapshot's active set are not what was saved, and come from elsewhere",
+			  (unsigned long long)wrong);
+	return r;
 }
 
 /* ---- what an earlier restore has learned --------------------------------------------------------- */
 
-/* From storage, all at once, while the rest is done: runs of pages that are asked for, and what is between them. */
-static void read_ahead(const struct fill *f, const struct active_set *learned)
+/* From storage, all at once: runs of pages that are asked for and were not copied, and what is between them. */
+static void read_ahead(const struct fill *f)
 {
+	const struct active_set *learned = &f->learned;
+
 	for (uint64_t i = 0, n; i < learned->count; i += n) {
 		const struct active_page *p = &learned->list[i];
 		uint64_t first = p->page - f->ram_page, last = first;
 		struct stretch s;
 
 		n = 1;
-		if (!is_ours(f, p) || f->use[first] || f->table[first].kind == SNAPSHOT_WORD)
+		if (!is_ours(f, p) || f->copied[first] || f->table[first].kind == SNAPSHOT_WORD)
 			continue;
 		s = stretch_at(f, first);
 		while (i + n < learned->count && p[n].page > last + f->ram_page && p[n].page - f->ram_page - last <= AHEAD_GAP_PAGES &&
@@ -496,24 +506,51 @@ static void read_ahead(const struct fill *f, const struct active_set *learned)
 	}
 }
 
-/* They are in use, too. false: there is no list, or it is damaged and will be made anew. */
-static bool use_learned(struct fill *f, const struct snapshot_image *image)
+/* They are in use, too. Without a list, or with one that is damaged and will be made anew, there are none. */
+static void read_learned(struct fill *f, const struct snapshot_image *image)
 {
 	int fd = f->agent->config.restore.learned_fd;
-	struct active_set learned = { 0 };
 	char why[SNAPSHOT_WHY_BYTES];
-	bool right = fd >= 0 && !active_read(fd, image, &learned, why) && learned.count <= ACTIVE_LEARNED_PAGES;
 
-	if (right)
-		read_ahead(f, &learned);
-	for (uint64_t i = 0; right && i < learned.count; i++) {
-		uint64_t page = learned.list[i].page - f->ram_page;
+	if (fd < 0 || active_read(fd, image, &f->learned, why))
+		return;
+	if (f->learned.count > ACTIVE_LEARNED_PAGES || !f->learned.digest) {
+		active_free(&f->learned);
+		return;
+	}
+	os_expect_read(fd, f->learned.contents_offset, os_bytes(f->learned.count));
+	for (uint64_t i = 0; i < f->learned.count; i++) {
+		uint64_t page = f->learned.list[i].page - f->ram_page;
 
-		if (is_ours(f, &learned.list[i]) && f->table[page].kind != SNAPSHOT_WORD && !f->use[page])
+		if (is_ours(f, &f->learned.list[i]) && f->table[page].kind != SNAPSHOT_WORD && !f->use[page])
 			f->use[page] = IN_USE;
 	}
-	active_free(&learned);
-	return right;
+}
+
+static void bring_learned(struct fill *f, const struct cold *cold)
+{
+	const struct agent_restore *restore = &f->agent->config.restore;
+	uint64_t wrong = 0;
+	int r = cold->any ? copy_cold(f, &f->learned, restore->learned_fd, cold, &wrong) : 0;
+
+	if ((r || wrong) && restore->learn_dir_fd >= 0) /* the next restore makes it anew */
+		(void)unlinkat(restore->learn_dir_fd, restore->learn_name, 0);
+	read_ahead(f);
+}
+
+/* Before the guest runs: what it uses. */
+static int bring_in_use(struct fill *f, const struct snapshot_image *image)
+{
+	struct cold cold = { 0 };
+	int r = 0;
+
+	if (f->active.digest) {
+		cold = find_cold(f, image);
+		r = bring_active(f, &cold);
+	}
+	if (!r)
+		bring_learned(f, &cold);
+	return r ? r : copy_all_written(f);
 }
 
 /* Of a spare there is nothing to learn. */
@@ -595,6 +632,7 @@ static void detach(struct fill *f)
 		if (f->volume[i])
 			volume_put(f->volume[i]);
 	active_free(&f->active);
+	active_free(&f->learned);
 	free(f->copied);
 	free(f->use);
 	free(f->entries);
@@ -676,8 +714,9 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 		return -ENOMEM;
 	attach(f);
 	read_active(f, image);
-	learns = !use_learned(f, image) && may_learn(f); /* storage is asked for it before the active set is copied */
-	r = after(bring_active(f, image));
+	read_learned(f, image);
+	learns = !f->learned.count && may_learn(f);
+	r = after(bring_in_use(f, image));
 	if (!r)
 		r = after(fill(f));
 	if (!r && learns)

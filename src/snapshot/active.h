@@ -13,7 +13,7 @@
 #define ACTIVE_MAGIC 0x455649544341544cull /* "LTACTIVE" */
 #define ACTIVE_VERSION 2u
 #define ACTIVE_WRITTEN 1u
-#define ACTIVE_LEARNED_PAGES 4096u /* 16 MiB: of a list that an earlier restore has made, which each restore brings */
+#define ACTIVE_LEARNED_PAGES 4096u /* 16 MiB: of what an earlier restore has learned, which each restore brings */
 #define ACTIVE_MAX_PAGES 65536u /* 256 MiB: more is no working set that somebody waits for */
 
 struct active_header {

@@ -41,7 +41,7 @@ struct agent_restore {
 	uint32_t active;
 	int32_t pages_fd, ram_fd, state_fd;
 	int32_t active_fd; /* -1: the snapshot has none */
-	/* What an earlier restore of it on this host asked for beside the active set: a list as in snapshot/active.h.
+	/* What an earlier restore of it on this host asked for beside the active set, as in snapshot/active.h.
 	 * -1: nothing is known; then it is what this one asks for, and becomes that file of learn_dir_fd (-1: it is not). */
 	int32_t learned_fd, learn_dir_fd;
 	char learn_name[AGENT_LEARN_BYTES];

@@ -9,7 +9,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from lib import case, host, latent
+from lib import activity, case, host, latent
 from lib.vm import VM
 
 HELD_MIB = 32  # never looked at in the first second
@@ -31,7 +31,7 @@ def records(path):
 
 def lists():
     """Those that are complete."""
-    return [path for path in (latent.run_dir() / ".learned").glob("*") if not path.name.startswith(".")]
+    return [path for path in Path(os.environ["LATENT_CACHE_DIR"], "learned").glob("*") if not path.name.startswith(".")]
 
 
 def digests(snapshot):
@@ -56,7 +56,8 @@ def restore(guest, snapshot, *options):
 
 def check(test, guest, nonce, what):
     test.check_equal(guest.sh("cat /run/nonce"), nonce, f"{what}: it is the saved guest")
-    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"{what}: every page of its memory is right")
+    for holder in "mrs":
+        test.check(guest.sh(f"latent-guest mem check {holder}", timeout=120).startswith("ok"), f"{what}: every page of {holder} is right")
 
 
 def gfns(guest, holder):
@@ -114,6 +115,7 @@ def body(test):
             before = digests(snapshot)
             path, pages = learn(test, guest, snapshot, held, read, sparse)
             used(test, guest, snapshot, nonce, path, pages)
+            from_one_piece(test, guest, snapshot, nonce, path)
             damaged(test, guest, snapshot, nonce, path)
             test.check(digests(snapshot) == before, "the snapshot is what it was, byte by byte")
     finally:
@@ -140,10 +142,32 @@ def used(test, guest, snapshot, nonce, path, pages):
     test.check(path.read_bytes() == list_before, "a list that is there is not made again")
 
 
+def from_one_piece(test, guest, snapshot, nonce, path):
+    """Pages of files that are not in memory come from the copy beside the list; if that is damaged, from where they are."""
+    restore(guest, snapshot, "--paused")
+    table = activity.entries(guest)
+    copied = sum(table[page] & activity.SOURCE_MASK in (activity.BASE, activity.WATCHED) for page in records(path))
+    test.check(copied == len(records(path)), f"{copied} of {len(records(path))} pages were copied")
+    guest.qmp("cont")
+    check(test, guest, nonce, "copied")
+    guest.kill9()
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) - len(records(path)) * host.PAGE_BYTES, len(data), host.PAGE_BYTES):
+        data[at] ^= 1
+    path.write_bytes(data)
+    restore(guest, snapshot)
+    check(test, guest, nonce, "copies with flipped bits")
+    test.check(not path.exists(), "and they are gone")
+    guest.kill9()
+    restore(guest, snapshot)
+    latent.wait_for("they are made anew", path.exists)
+    guest.kill9()
+
+
 def damaged(test, guest, snapshot, nonce, path):
     """Nothing depends on it, and the next restore makes it anew."""
     good = path.read_bytes()
-    for what, data in (("cut", good[:len(good) // 2]), ("with a flipped bit", good[:-16] + bytes([good[-16] ^ 1]) + good[-15:]),
+    for what, data in (("cut", good[:len(good) // 2]), ("with a flipped bit", good[:40] + bytes([good[40] ^ 1]) + good[41:]),
                        ("empty", b"")):
         path.write_bytes(data)
         restore(guest, snapshot)

@@ -42,6 +42,7 @@ def private_run_dir():
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="latent-run-", dir=base))
     os.environ["LATENT_RUNTIME_DIR"] = str(path)
+    os.environ["LATENT_CACHE_DIR"] = str(path / ".cache")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
@@ -53,7 +54,7 @@ def run_dir():
 def vm_dirs():
     """Names of the VMs' directories, dead or alive."""
     return sorted(path.name for path in run_dir().iterdir()
-                  if path.is_dir() and path.name not in ("volumes", ".pagers", ".digests", ".learned"))
+                  if path.is_dir() and path.name not in ("volumes", ".pagers", ".digests", ".cache"))
 
 
 def end_all_vms():

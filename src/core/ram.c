@@ -1010,8 +1010,12 @@ void ram_get_source_counts(struct ram *ram, struct ram_source_counts *counts)
 	ram_unlock(ram);
 }
 
+typedef int (*pagemap_look)(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found,
+			    void *ctx);
+
 struct private_runs {
 	struct ram *ram;
+	pagemap_look look;
 	struct ram_block *block;
 	ram_run each;
 	void *ctx;
@@ -1053,12 +1057,9 @@ static bool next_overlays(const struct ram_block *b, uint64_t *page, uint64_t *r
 	return end > first;
 }
 
-typedef int (*pagemap_look)(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages, os_page_run found,
-			    void *ctx);
-
 static int for_copies_found(struct ram *ram, pagemap_look look, ram_run each, void *ctx)
 {
-	struct private_runs p = { .ram = ram, .each = each, .ctx = ctx };
+	struct private_runs p = { .ram = ram, .look = look, .each = each, .ctx = ctx };
 	int r = 0;
 
 	assert_locked(ram);
@@ -1138,8 +1139,7 @@ static int step_protect_copies(struct ram *ram, struct ram_block *b, const struc
 			       void *ctx)
 {
 	struct private_runs *p = ctx;
-	int r = os_pagemap_protect_copies(ram->pagemap, page_hva(b, range->page), range->pages,
-					  note_private, p);
+	int r = p->look(ram->pagemap, page_hva(b, range->page), range->pages, note_private, p);
 
 	if (r) /* some may be protected all the same: whoever looks for copies must know of them */
 		(void)ram_update_private(ram, b, range->page, range->pages);
@@ -1149,7 +1149,16 @@ static int step_protect_copies(struct ram *ram, struct ram_block *b, const struc
 int ram_protect_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, ram_run each,
 		       void *ctx)
 {
-	struct private_runs p = { .ram = ram, .block = b, .each = each, .ctx = ctx };
+	struct private_runs p = { ram, os_pagemap_protect_copies, b, each, ctx, 0 };
+
+	assert_locked(ram);
+	return for_overlays(ram, b, page, pages, step_protect_copies, &p);
+}
+
+int ram_protect_written(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, ram_run each,
+			void *ctx)
+{
+	struct private_runs p = { ram, os_pagemap_protect_written, b, each, ctx, 0 };
 
 	assert_locked(ram);
 	return for_overlays(ram, b, page, pages, step_protect_copies, &p);

@@ -170,6 +170,8 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx);
  * ram_protect_copies: [locked; writers stopped, the kernel's too] Protects the private copies among the pages and calls
  *     `each` for every run of them, which may neither allocate nor map. What is protected is flagged as private, also on
  *     failure. -EOPNOTSUPP: not with this kernel.
+ * ram_protect_written: the same for those alone that were written since they were protected, or are not. On failure any of
+ *     the pages may have been protected without a word.
  * ram_for_written: [locked] as ram_for_private, but `each` is called only for those that were written since they were
  *     protected, or are not.
  * ram_for_copies: [locked] calls `each` for every run of private copies, as the flags are.
@@ -179,6 +181,8 @@ int ram_for_private(struct ram *ram, ram_run each, void *ctx);
 void ram_watch_copies(struct ram *ram, int uffd);
 int ram_protect_copies(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages,
 		       ram_run each, void *ctx);
+int ram_protect_written(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages, ram_run each,
+			void *ctx);
 int ram_for_written(struct ram *ram, ram_run each, void *ctx);
 int ram_for_copies(struct ram *ram, ram_run each, void *ctx);
 void ram_unwatch_copies(struct ram *ram, int uffd);

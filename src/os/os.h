@@ -201,7 +201,9 @@ int os_pagemap_private_runs(struct os_pagemap *pagemap, uint8_t *hva, uint64_t p
 
 /* The same, in mappings that may be registered with OS_UFFD_WP_ASYNC. protect: and they are protected from then on;
  * -EPERM: not registered, -EOPNOTSUPP: no PAGEMAP_SCAN. written: only those that were written since then, or were not
- * protected; without PAGEMAP_SCAN all. A copy that was swapped out keeps its protection. */
+ * protected; without PAGEMAP_SCAN all. protect_written: these, and they are protected. A copy that was swapped out keeps its protection. */
+int os_pagemap_protect_written(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,
+			       os_page_run found, void *ctx);
 int os_pagemap_protect_copies(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,
 			      os_page_run found, void *ctx);
 int os_pagemap_written_copies(struct os_pagemap *pagemap, uint8_t *hva, uint64_t pages,

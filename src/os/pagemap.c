@@ -40,7 +40,6 @@ enum { SCAN_REGIONS = 256, CLASSIC_WORDS = 512 };
 struct os_pagemap {
 	int fd;
 	bool classic;
-	struct scan_region regions[SCAN_REGIONS];
 	uint64_t words[CLASSIC_WORDS];
 };
 
@@ -174,14 +173,15 @@ static int runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const s
 		     os_page_run found, void *ctx)
 {
 	uint64_t states = SCAN_PRESENT | (wanted->swapped ? SCAN_SWAPPED : 0);
+	struct scan_region regions[SCAN_REGIONS];
 	struct scan_arg arg = {
 		.size = sizeof arg,
 		.start = (uintptr_t)hva,
 		.end = (uintptr_t)hva + os_bytes(pages),
-		.vec = (uintptr_t)p->regions,
+		.vec = (uintptr_t)regions,
 		.vec_len = SCAN_REGIONS,
 		.flags = wanted->protect ? SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC : 0,
-		.category_inverted = wanted->file ? 0 : SCAN_FILE,
+		.category_inverted = wanted->file_matters && !wanted->file ? SCAN_FILE : 0,
 		.category_mask =
 			(wanted->file_matters ? SCAN_FILE : 0) | (wanted->written ? SCAN_WRITTEN : 0),
 		.category_anyof_mask = states,
@@ -189,15 +189,15 @@ static int runs_scan(struct os_pagemap *p, uint8_t *hva, uint64_t pages, const s
 	};
 
 	while (arg.start < arg.end) {
-		int regions = ioctl(p->fd, SCAN_IOCTL, &arg);
+		int count = ioctl(p->fd, SCAN_IOCTL, &arg);
 
-		if (regions < 0) {
+		if (count < 0) {
 			if (errno == EINTR)
 				continue;
 			return -errno;
 		}
-		for (int i = 0; i < regions; i++) {
-			const struct scan_region *r = &p->regions[i];
+		for (int i = 0; i < count; i++) {
+			const struct scan_region *r = &regions[i];
 
 			found(ctx, (uint8_t *)(uintptr_t)r->start, (r->end - r->start) / OS_PAGE_BYTES);
 		}
@@ -225,12 +225,40 @@ int os_pagemap_protect_copies(struct os_pagemap *p, uint8_t *hva, uint64_t pages
 	return p->classic ? -EOPNOTSUPP : runs(p, hva, pages, &wanted, found, ctx);
 }
 
+int os_pagemap_protect_written(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found,
+			       void *ctx)
+{
+	const struct wanted wanted = { .file_matters = true, .swapped = true, .written = true, .protect = true };
+
+	return p->classic ? -EOPNOTSUPP : runs(p, hva, pages, &wanted, found, ctx);
+}
+
+struct second_look {
+	struct os_pagemap *pagemap;
+	os_page_run found;
+	void *ctx;
+	int error;
+};
+
+static void look_again(void *ctx, uint8_t *hva, uint64_t pages)
+{
+	struct second_look *s = ctx;
+
+	if (!s->error)
+		s->error = os_pagemap_private_runs(s->pagemap, hva, pages, s->found, s->ctx);
+}
+
+/* Whether a page is of a file costs the kernel a look at its struct page: asked only of those that are not protected. */
 int os_pagemap_written_copies(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found,
 			      void *ctx)
 {
-	return runs(p, hva, pages,
-		    &(struct wanted){ .file_matters = true, .swapped = true, .written = true }, found,
-		    ctx);
+	struct second_look s = { p, found, ctx, 0 };
+	int r;
+
+	if (p->classic)
+		return os_pagemap_private_runs(p, hva, pages, found, ctx);
+	r = runs_scan(p, hva, pages, &(struct wanted){ .swapped = true, .written = true }, look_again, &s);
+	return r ? r : s.error;
 }
 
 int os_pagemap_present_runs(struct os_pagemap *p, uint8_t *hva, uint64_t pages, os_page_run found, void *ctx)

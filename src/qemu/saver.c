@@ -30,6 +30,9 @@
 #define SETTLE_PAUSE_US 1000
 #define SETTLE_REQUEST_US 100000
 
+/* KEPT: it is a private copy, protected, and among the copies. RENEW: protected, and to be copied again. */
+enum kept { NOT_KEPT, KEPT, RENEW };
+
 static struct {
 	int client; /* -1: nobody saves */
 	int loader; /* for whom a pager loads all; -1: nobody */
@@ -42,7 +45,7 @@ static struct {
 	uint64_t private_runs, copied_pages;
 	pthread_mutex_t arm_lock; /* protects the next; behind the range lock */
 	uint8_t *armed[RAM_BLOCKS]; /* of each page: it is write-protected */
-	uint8_t *kept[RAM_BLOCKS];  /* of each page: it is a private copy, protected, and among the copies */
+	uint8_t *kept[RAM_BLOCKS];  /* of each page, enum kept */
 	int copies_uffd;            /* protects those, by itself (WP_ASYNC); -1: nothing does */
 	int changed_fd;
 	uint8_t *changed;           /* of each page of all blocks: protected since the other side has looked */
@@ -234,7 +237,7 @@ static uint8_t *copy_of(unsigned index, uint64_t page)
 
 static int keep_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
 {
-	memset(saver.kept[block_index(ctx, b)] + page, 1, pages);
+	memset(saver.kept[block_index(ctx, b)] + page, KEPT, pages);
 	return 0;
 }
 
@@ -295,6 +298,14 @@ static void take_copies(struct agent *a, unsigned index, struct ram_block *b, ui
 			memcpy(copy_of(index, i), b->hva + os_bytes(i), OS_PAGE_BYTES);
 }
 
+/* Of the block from `page` on, so many at the most. */
+static uint64_t pages_left(const struct ram_block *b, uint64_t page, uint64_t most)
+{
+	if (!b || page >= b->pages)
+		return 0;
+	return b->pages - page < most ? b->pages - page : most;
+}
+
 /* The next pages of a block; how many, 0: it has no more. */
 static uint64_t keep_some(struct agent *a, unsigned index, uint64_t page)
 {
@@ -305,7 +316,7 @@ static uint64_t keep_some(struct agent *a, unsigned index, uint64_t page)
 
 	ram_lock(a->ram);
 	b = saver.kept[index] ? ram_block_at(a->ram, index) : NULL;
-	pages = !b || page >= b->pages ? 0 : b->pages - page < COPY_PAGES ? b->pages - page : COPY_PAGES;
+	pages = pages_left(b, page, COPY_PAGES);
 	any = pages && find_copies(a, index, b, page, pages);
 	hva = b ? b->hva : NULL;
 	ram_unlock(a->ram);
@@ -336,6 +347,58 @@ static void keep_copies(struct agent *a)
 			;
 }
 
+static int renew_run(void *ctx, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	memset(saver.kept[block_index(ctx, b)] + page, RENEW, pages);
+	return 0;
+}
+
+/* [range lock; everybody stopped] What was written since it was kept is protected again; what is clean leaves the page
+ * table, where the pause would have to take it out. */
+static void renew(struct agent *a, unsigned index, struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	if (a->kernel_io || ram_update_private(a->ram, b, page, pages)) /* which may be writing copies just now */
+		return;
+	if (saver.copies_uffd >= 0 && ram_protect_written(a->ram, b, page, pages, renew_run, a))
+		memset(saver.kept[index] + page, NOT_KEPT, pages); /* what was written is not known */
+	(void)ram_zap_clean(a->ram, b, page, pages);
+}
+
+/* The next pages of a block, once more; how many, 0: it has no more. */
+static uint64_t renew_some(struct agent *a, unsigned index, uint64_t page)
+{
+	bool stood = false;
+	struct ram_block *b;
+	uint64_t pages;
+
+	ram_lock(a->ram);
+	b = saver.kept[index] ? ram_block_at(a->ram, index) : NULL;
+	pages = pages_left(b, page, COPY_PAGES);
+	if (pages && ram_has_overlay(b, page, pages) && !agent_freeze(COPY_FREEZE_MS)) {
+		renew(a, index, b, page, pages);
+		os_thaw();
+		stood = true;
+	}
+	for (uint64_t i = page; stood && i < page + pages; i++) {
+		if (saver.kept[index][i] != RENEW)
+			continue;
+		memcpy(copy_of(index, i), b->hva + os_bytes(i), OS_PAGE_BYTES);
+		saver.kept[index][i] = KEPT;
+	}
+	ram_unlock(a->ram);
+	return pages;
+}
+
+/* What was written while all else was done. */
+static void renew_copies(struct agent *a)
+{
+	uint64_t until_us = os_now_us() + KEEP_US;
+
+	for (unsigned i = 0; i < RAM_BLOCKS; i++)
+		for (uint64_t page = 0, pages; os_now_us() < until_us && (pages = renew_some(a, i, page)); page += pages)
+			;
+}
+
 static void unwatch_copies(struct agent *a)
 {
 	if (saver.copies_uffd >= 0)
@@ -358,13 +421,15 @@ static int arm(struct agent *a)
 
 			ram_lock(a->ram);
 			b = ram_block_at(a->ram, i);
-			pages = b && page < b->pages ? (b->pages - page < ARM_PAGES ? b->pages - page : ARM_PAGES) : 0;
+			pages = pages_left(b, page, ARM_PAGES);
 			pthread_mutex_lock(&saver.arm_lock);
 			r = pages ? ram_for_base_of(b, page, pages, arm_run, a) : 0;
 			pthread_mutex_unlock(&saver.arm_lock);
 			ram_unlock(a->ram);
 		}
 	}
+	if (!r && !saver.moves)
+		renew_copies(a);
 	return r;
 }
 
@@ -383,7 +448,7 @@ static bool settle_next(struct agent *a, uint64_t *settled, int *ret_r)
 			b = NULL;
 		}
 	}
-	pages = !b ? 0 : b->pages - page < SETTLE_PAGES ? b->pages - page : SETTLE_PAGES;
+	pages = pages_left(b, page, SETTLE_PAGES);
 	*ret_r = b ? ram_update_private(a->ram, b, page, pages) : 0;
 	if (b && !*ret_r && ram_has_copies(b, page, pages)) {
 		*ret_r = agent_freeze(FREEZE_MS);

@@ -821,6 +821,27 @@ static int count_copies(void *ctx, struct ram_block *b, uint64_t page, uint64_t 
 	return 0;
 }
 
+/* What was written is found once, and then only what is written after that. */
+static void protect_written(struct rig *rig, struct copies *copies)
+{
+	struct ram_block *b = rig->blocks[0].ram;
+
+	copies->written = 0;
+	ram_lock(rig->ram);
+	assert_int_equal(ram_protect_written(rig->ram, b, 0, 2000, note_written, copies), 0);
+	assert_int_equal(copies->written, 1500 / 4 + 38 + 15);
+	assert_int_equal(ram_for_written(rig->ram, note_written, copies), 0);
+	assert_int_equal(copies->written, 1500 / 4 + 38 + 15);
+	rig_write(rig_hva(rig, 0, 100), 9100);  /* a copy */
+	rig_write(rig_hva(rig, 0, 1703), 9703); /* a clean page */
+	assert_int_equal(ram_protect_written(rig->ram, b, 0, 1000, note_written, copies), 0);
+	assert_int_equal(copies->written, 1500 / 4 + 38 + 15 + 1);
+	assert_int_equal(ram_for_written(rig->ram, note_written, copies), 0);
+	assert_int_equal(copies->written, 1500 / 4 + 38 + 15 + 2);
+	ram_unlock(rig->ram);
+	assert_true(copies->words[100] == 9100 && copies->words[1703] == 9703);
+}
+
 /* Copies that are taken while the guest runs, and at the instant only those that it has written since. */
 static void test_protect_copies(void **unused)
 {
@@ -862,9 +883,11 @@ static void test_protect_copies(void **unused)
 		if (words[page])
 			assert_int_equal(words[page], *(uint64_t *)(void *)rig_hva(&rig, 0, page));
 	assert_true(words[100] && words[101] && words[102] && words[104] && words[1798] && !words[103]);
+	protect_written(&rig, &copies);
 	ram_unwatch_copies(rig.ram, uffd);
 	ram_lock(rig.ram);
-	copies.written = 0;
+	copies.written = copies.all = 0;
+	assert_int_equal(ram_for_copies(rig.ram, count_copies, &copies), 0);
 	assert_int_equal(ram_for_written(rig.ram, note_written, &copies), 0);
 	ram_unlock(rig.ram);
 	assert_int_equal(copies.written, copies.all); /* nothing of it is left */

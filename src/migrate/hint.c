@@ -3,8 +3,10 @@
 
 #include "os/os.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -45,27 +47,37 @@ void hint_number(const struct manifest *m, const struct control_layout *layout, 
 
 /* ---- the destination's ------------------------------------------------------------------------------- */
 
+/* The source says what a disk is called, and nothing else of this host's is its business. */
+static bool is_disk_of(DIR *descriptors, const char *path)
+{
+	const struct dirent *entry;
+	struct stat wanted, st;
+
+	if (!descriptors || stat(path, &wanted) || !(S_ISREG(wanted.st_mode) || S_ISBLK(wanted.st_mode)))
+		return false;
+	rewinddir(descriptors);
+	while ((entry = readdir(descriptors)))
+		if (!fstatat(dirfd(descriptors), entry->d_name, &st, 0) && st.st_ino == wanted.st_ino && st.st_dev == wanted.st_dev)
+			return true;
+	return false;
+}
+
 /* What another host has written since it was cached here must be read anew: O_DIRECT, or what comes near it. */
 static void open_file(struct hint_files *files, uint32_t n, const char *path, bool own)
 {
 	int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, fd = own ? open(path, flags | O_DIRECT) : -1;
-	struct stat st;
 
 	files->file[n].own = own;
 	files->file[n].direct = fd >= 0;
-	if (fd < 0)
-		fd = open(path, flags);
-	if (fd >= 0 && (fstat(fd, &st) || !(S_ISREG(st.st_mode) || S_ISBLK(st.st_mode)))) {
-		close(fd);
-		fd = -1;
-	}
-	files->file[n].fd = fd;
+	files->file[n].fd = fd >= 0 ? fd : open(path, flags);
 }
 
-int hint_open(const struct manifest *m, const char *(*find)(void *ctx, const char *path), void *ctx,
+int hint_open(const struct manifest *m, pid_t vmm, const char *(*find)(void *ctx, const char *path), void *ctx,
 	      struct hint_files *files)
 {
 	const struct manifest_layer *layer;
+	DIR *descriptors;
+	char path[32];
 	bool own;
 
 	for (uint32_t n = 0; n < WIRE_HINT_FILES; n++)
@@ -73,8 +85,13 @@ int hint_open(const struct manifest *m, const char *(*find)(void *ctx, const cha
 	files->room = aligned_alloc(OS_PAGE_BYTES, RUN_PAGES << OS_PAGE_SHIFT);
 	if (!files->room)
 		return -ENOMEM;
+	snprintf(path, sizeof path, "/proc/%d/fd", (int)vmm);
+	descriptors = opendir(path);
 	for (uint32_t n = 0; n < WIRE_HINT_FILES && (layer = hint_layer(m, n, &own)); n++)
-		open_file(files, n, find(ctx, layer->volume.path), own);
+		if (is_disk_of(descriptors, find(ctx, layer->volume.path)))
+			open_file(files, n, find(ctx, layer->volume.path), own);
+	if (descriptors)
+		closedir(descriptors);
 	return 0;
 }
 

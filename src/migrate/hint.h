@@ -13,6 +13,8 @@
 #include "snapshot/manifest.h"
 #include "vmdir/control.h"
 
+#include <sys/types.h>
+
 /* The n-th file; NULL: there are less. `*ret_own` (may be NULL): the guest writes it. */
 const struct manifest_layer *hint_layer(const struct manifest *manifest, uint32_t n, bool *ret_own);
 
@@ -33,8 +35,8 @@ struct hint_files {
 	uint8_t *room;
 };
 
-/* Opens what can be read. -ENOMEM; whatever the result, it is to be closed. */
-int hint_open(const struct manifest *manifest, const char *(*find)(void *ctx, const char *path), void *ctx,
+/* Opens what can be read, and is open in this VMM: the rest is not there. -ENOMEM; whatever the result, it is to be closed. */
+int hint_open(const struct manifest *manifest, pid_t vmm, const char *(*find)(void *ctx, const char *path), void *ctx,
 	      struct hint_files *ret_files);
 void hint_close(struct hint_files *files); /* one that is all zero, too */
 uint64_t hint_there(const struct hint_files *files); /* bit n: file n is open */

@@ -315,10 +315,10 @@ static int say_have(struct receive *c)
 	return r;
 }
 
-/* The VMM, which is the user's own, has them open. */
+/* After the VMM, which has them open. */
 static int open_hints(struct receive *c)
 {
-	int r = hint_open(&c->manifest, c->options->find, c->options->ctx, &c->hints);
+	int r = hint_open(&c->manifest, c->vm.pid, c->options->find, c->options->ctx, &c->hints);
 
 	if (r)
 		return snapshot_fail(c->why, r, "no memory to read disks");

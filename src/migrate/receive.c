@@ -438,13 +438,13 @@ static int take_hints(struct receive *c, const struct wire_message *m)
 
 	if (!r)
 		hint = memcpy(c->room, hint, count * sizeof *hint); /* a tick ends the message */
-	for (size_t i = 0, n; !r && i < count; i += n) {
-		n = 0;
-		r = tick(c);
-		if (r)
-			break;
-		n = hint_read(&c->hints, hint + i, count - i, &contents, &got);
+	for (size_t i = 0; !r && i < count;) {
+		size_t n = hint_read(&c->hints, hint + i, count - i, &contents, &got);
+
 		r = take_hinted(c, hint + i, n, contents, got, stale, &stales);
+		if (!r)
+			r = tick(c);
+		i += n;
 	}
 	if (r)
 		return r;

@@ -107,34 +107,28 @@ static int add_had(struct send *s, const struct wire_message *m)
 	return 0;
 }
 
-static int take_lacked(struct send *s, const struct wire_message *m)
+/* `most`: pages that it may speak of. */
+static int take_not_found(struct send *s, const struct wire_message *m, uint64_t most,
+			  void (*tell_again)(struct teller *, uint64_t))
 {
 	const uint64_t *pages;
 	size_t count;
-	struct teller_counts told;
 	int r = wire_read_wanted(m, s->progress->pages_all, &pages, &count, s->why);
 
-	teller_get_counts(s->teller, &told);
-	if (!r && count > told.same - told.lacked)
-		r = snapshot_fail(s->why, -EPROTO, "the destination lacks more pages than it was told it has");
+	if (!r && count > most)
+		r = snapshot_fail(s->why, -EPROTO, "the destination has not found more pages than it was to look for");
 	for (size_t i = 0; !r && i < count; i++)
-		teller_lack(s->teller, pages[i]);
+		tell_again(s->teller, pages[i]);
 	return r;
 }
 
-static int take_stale(struct send *s, const struct wire_message *m)
+static int take_lacked(struct send *s, const struct wire_message *m)
 {
-	const uint64_t *pages;
-	size_t count;
 	struct teller_counts told;
-	int r = wire_read_wanted(m, s->progress->pages_all, &pages, &count, s->why);
 
 	teller_get_counts(s->teller, &told);
-	if (!r && count > told.hints - told.stale)
-		r = snapshot_fail(s->why, -EPROTO, "the destination misses more pages on disks than it was told of");
-	for (size_t i = 0; !r && i < count; i++)
-		teller_stale(s->teller, pages[i]);
-	return r;
+	return m->type == WIRE_LACK ? take_not_found(s, m, told.same - told.lacked, teller_lack)
+				    : take_not_found(s, m, told.hints - told.stale, teller_stale);
 }
 
 /* What may come at any time; the others are the caller's. 1: it was none of them. */
@@ -145,10 +139,8 @@ static int take_any(struct send *s, const struct wire_message *m)
 		return take_refusal(s, m);
 	if (m->type == WIRE_HAVE && !s->teller)
 		return add_had(s, m);
-	if (m->type == WIRE_LACK && s->teller && !s->told)
+	if ((m->type == WIRE_LACK || m->type == WIRE_STALE) && s->teller && !s->told)
 		return take_lacked(s, m);
-	if (m->type == WIRE_STALE && s->teller && !s->told)
-		return take_stale(s, m);
 	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
 }
 

@@ -22,19 +22,21 @@ def body(test):
         mostly_on_disks(test, first, second, pair, "as the guest has written it")
         second.drop_guest_caches()
         second.sh(CHECK, timeout=120)
-        mostly_on_disks(test, second, first, pair, "as the guest has read it")
+        sent = mostly_on_disks(test, second, first, pair, "as the guest has read it", "--no-postcopy")
+        test.check_equal(sent["pages_missing"], 0, "and all was there before it ran")
         to_an_older_copy(test, first, second, pair)
         test.check_equal(second.sh("echo alive").strip(), "alive", "it runs on")
 
 
-def mostly_on_disks(test, here, there, pair, what):
-    sent, got = move(test, here, there, pair.socket())
+def mostly_on_disks(test, here, there, pair, what, *options):
+    sent, got = move(test, here, there, pair.socket(), *options)
     test.check_equal(got["pages_on_disks"], sent["pages_on_disks"], "both sides have counted the same pages as on disks")
     test.check(sent["pages_on_disks"] > FILE_PAGES * 9 // 10, f"{sent['pages_on_disks']} pages were on disks, "
                f"{sent['pages_stale_on_disks']} were not found there: {what}")
     test.check(sent["bytes_sent"] < FILE_MIB << 19, f"{sent['bytes_sent'] >> 20} MiB were sent")
     there.sh(CHECK, timeout=120)
     test.check(True, f"{what}: the file is right in its cache")
+    return sent
 
 
 def to_an_older_copy(test, here, there, pair):

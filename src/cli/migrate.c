@@ -46,12 +46,15 @@ static struct send_progress progress;
 static void show(void *ctx)
 {
 	static const char *const names[] = { "looking at it", "the other host prepares", "passes", "switch", "the rest", "done" };
-	char sent[CLI_SIZE_TEXT], left[CLI_SIZE_TEXT];
+	char sent[CLI_SIZE_TEXT], left[CLI_SIZE_TEXT], same[CLI_SIZE_TEXT], disks[CLI_SIZE_TEXT];
 
 	(void)ctx;
 	fprintf(stderr, "\r\033[K%s: pass %ju, sent %s, left %s ",
 		progress.cut ? "the link is cut; trying again" : names[progress.phase], (uintmax_t)progress.pass,
 		cli_size(progress.bytes_sent, sent), cli_size(os_bytes(progress.pages_left), left));
+	if (progress.same || progress.disks)
+		fprintf(stderr, "(the same there %s, on disks %s) ", cli_size(os_bytes(progress.same), same),
+			cli_size(os_bytes(progress.disks), disks));
 }
 
 /* For `latent stat`. */
@@ -62,7 +65,8 @@ static void tell(void *fd)
 	const struct moving moving = {
 		.side = MOVING_AWAY, .phase = phases[progress.phase], .cut = progress.cut, .pass = (uint32_t)progress.pass,
 		.bytes = progress.bytes_sent, .pages_all = progress.pages_all, .words = progress.words,
-		.volumes = progress.volume, .contents = progress.data, .left = progress.pages_left, .wanted = progress.wanted,
+		.volumes = progress.volume, .same = progress.same, .disks = progress.disks, .contents = progress.data,
+		.left = progress.pages_left, .wanted = progress.wanted,
 	};
 
 	moving_say(*(int *)fd, &moving);
@@ -133,6 +137,8 @@ static void print_json(const struct send_options *send, const struct send_result
 	add(json, "pages_words", result->told.words);
 	add(json, "pages_on_volumes", result->told.volume);
 	add(json, "pages_same", result->told.same - result->told.lacked);
+	add(json, "pages_on_disks", result->told.hints - result->told.stale);
+	add(json, "pages_stale_on_disks", result->told.stale);
 	add(json, "pages_sent", result->told.data);
 	add(json, "pages_sent_of_volumes", result->told.contents_instead);
 	add(json, "pages_missing", result->pages_missing);
@@ -144,15 +150,16 @@ static void print_json(const struct send_options *send, const struct send_result
 
 static void print_text(const struct send_options *send, const struct send_result *result)
 {
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT];
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT], e[CLI_SIZE_TEXT], f[CLI_SIZE_TEXT];
 
 	printf("%s runs there; it stood for %.1f ms\n", send->name, (double)result->downtime_us / 1000);
 	printf("  sent %s in %.2f s and %ju passes\n", cli_size(result->bytes_sent, a), (double)result->total_us / 1e6,
 	       (uintmax_t)result->passes);
-	printf("  RAM told as words %s, as places on images %s, as the same content %s, as contents %s; "
-	       "after the switch %s\n",
+	printf("  RAM told as words %s, as places on images %s, as the same content %s, as places on disks %s, "
+	       "as contents %s; after the switch %s\n",
 	       cli_size(os_bytes(result->told.words), a), cli_size(os_bytes(result->told.volume), b),
 	       cli_size(os_bytes(result->told.same - result->told.lacked), e),
+	       cli_size(os_bytes(result->told.hints - result->told.stale), f),
 	       cli_size(os_bytes(result->told.data), c), cli_size(os_bytes(result->pages_missing), d));
 }
 

@@ -319,6 +319,7 @@ static void print(const struct command *c, const struct receive_result *r)
 	json_object_object_add(json, "pages_words", json_object_new_uint64(r->words));
 	json_object_object_add(json, "pages_on_volumes", json_object_new_uint64(r->volume));
 	json_object_object_add(json, "pages_same", json_object_new_uint64(r->same));
+	json_object_object_add(json, "pages_on_disks", json_object_new_uint64(r->disks));
 	json_object_object_add(json, "pages_received", json_object_new_uint64(r->data));
 	json_object_object_add(json, "pages_missing", json_object_new_uint64(r->pages_missing));
 	json_object_object_add(json, "pages_wanted", json_object_new_uint64(r->pages_wanted));
@@ -367,7 +368,8 @@ static void tell(void *ctx)
 	const struct moving moving = {
 		.side = MOVING_HERE, .phase = phases[progress.phase], .cut = progress.cut, .bytes = progress.bytes_received,
 		.pages_all = progress.pages_all, .words = progress.words, .volumes = progress.volume,
-		.contents = progress.data, .left = progress.pages_missing, .wanted = progress.wanted,
+		.same = progress.same, .disks = progress.disks, .contents = progress.data, .left = progress.pages_missing,
+		.wanted = progress.wanted,
 	};
 
 	struct command *c = ctx;

@@ -41,7 +41,7 @@ static const char *phase_text(const struct moving *m)
 
 void stat_print_moving(const struct vm_view *view)
 {
-	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT];
+	char a[CLI_SIZE_TEXT], b[CLI_SIZE_TEXT], c[CLI_SIZE_TEXT], d[CLI_SIZE_TEXT];
 	struct moving m;
 
 	if (!read_moving(view, &m))
@@ -53,8 +53,10 @@ void stat_print_moving(const struct vm_view *view)
 		printf("  ");
 	printf("%s %s; RAM told as words %s, as places on images %s, ", m.side == MOVING_AWAY ? "sent" : "received",
 	       cli_size(m.bytes, a), cli_size(m.words * PAGE_BYTES, b), cli_size(m.volumes * PAGE_BYTES, c));
-	printf("as contents %s\n  %s %s; pages that were waited for %ju\n", cli_size(m.contents * PAGE_BYTES, a),
-	       m.side == MOVING_AWAY ? "to be told" : "missing", cli_size(m.left * PAGE_BYTES, b), (uintmax_t)m.wanted);
+	printf("as the same content %s, as places on disks %s, as contents %s\n", cli_size(m.same * PAGE_BYTES, a),
+	       cli_size(m.disks * PAGE_BYTES, b), cli_size(m.contents * PAGE_BYTES, c));
+	printf("  %s %s; pages that were waited for %ju\n", m.side == MOVING_AWAY ? "to be told" : "missing",
+	       cli_size(m.left * PAGE_BYTES, d), (uintmax_t)m.wanted);
 }
 
 static void add(struct json_object *json, const char *key, uint64_t number)
@@ -78,6 +80,8 @@ struct json_object *stat_moving_to_json(const struct vm_view *view)
 	add(json, "pages_all_now", m.pages_all);
 	add(json, "pages_words", m.words);
 	add(json, "pages_on_volumes", m.volumes);
+	add(json, "pages_same", m.same);
+	add(json, "pages_on_disks", m.disks);
 	add(json, "pages_contents", m.contents);
 	add(json, "pages_left_now", m.left);
 	add(json, "pages_wanted", m.wanted);

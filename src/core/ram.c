@@ -121,22 +121,35 @@ static size_t table_bytes(const struct ram_block *b)
 	return (size_t)b->pages * sizeof *b->entries;
 }
 
-static int create_entries(struct ram_block *b)
+static int create_table(const struct ram_block *b, const char *what, int *fd, _Atomic uint64_t **words)
 {
 	char name[RAM_NAME_BYTES + 16];
 	void *table;
 	int r;
 
-	snprintf(name, sizeof name, "latent-entries:%s", b->name);
-	r = os_table_create(name, table_bytes(b), &b->entries_fd, &table);
+	snprintf(name, sizeof name, "latent-%s:%s", what, b->name);
+	r = os_table_create(name, table_bytes(b), fd, &table);
 	if (!r)
-		b->entries = table;
+		*words = table;
+	return r;
+}
+
+static int create_tables(struct ram_block *b)
+{
+	int r = create_table(b, "entries", &b->entries_fd, &b->entries);
+
+	if (r)
+		return r;
+	r = create_table(b, "origins", &b->origins_fd, &b->origins);
+	if (r)
+		os_table_destroy(b->entries_fd, (void *)b->entries, table_bytes(b));
 	return r;
 }
 
 static void destroy_block(struct ram_block *b)
 {
 	os_table_destroy(b->entries_fd, (void *)b->entries, table_bytes(b));
+	os_table_destroy(b->origins_fd, (void *)b->origins, table_bytes(b));
 	free(b);
 }
 
@@ -262,7 +275,7 @@ int ram_add_block(struct ram *ram, const char *name, void *hva, uint64_t pages, 
 	b->pages = pages;
 	b->memfd = memfd;
 	b->memfd_offset = memfd_offset;
-	r = create_entries(b);
+	r = create_tables(b);
 	if (r) {
 		free(b);
 		return r;

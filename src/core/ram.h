@@ -53,6 +53,8 @@ struct ram_block {
 	struct os_policy policy; /* and an overlay, too */
 	_Atomic uint64_t *entries;
 	int entries_fd;       /* the shared memory that holds the entries */
+	_Atomic uint64_t *origins; /* core/origin.h; whoever has read or written a file writes them, with no lock */
+	int origins_fd;
 };
 
 /* A longest run of pages in one mapping. */

@@ -3,6 +3,7 @@
 
 #include "migrate/files.h"
 #include "migrate/guest.h"
+#include "migrate/hint.h"
 #include "migrate/record.h"
 #include "os/os.h"
 #include "snapshot/vmm.h"
@@ -49,6 +50,7 @@ struct receive {
 	uint8_t session[WIRE_SESSION_BYTES];
 	struct digest digest[WIRE_FILES_MAX];
 	struct files files;
+	struct hint_files hints;
 	struct record record;
 	bool has_token; /* the guest is not ended any more because the link is */
 	bool lost;      /* but the source has it again */
@@ -121,7 +123,7 @@ static int say(struct receive *c, enum wire_type type, const void *payload, size
 {
 	int r;
 
-	/* No source leaves so much unread: each page is lacked once. Room cannot be waited for, as it may do so itself. */
+	/* No source leaves so much unread: each page is lacked, or stale, once. Room cannot be waited for, as it may do so itself. */
 	if (link_waiting(c->link) > LINK_ROOM + c->limits.pages * sizeof(uint64_t))
 		return snapshot_fail(c->why, -EPROTO, "the source does not listen");
 	r = link_send(c->link, type, payload, bytes, true);
@@ -313,6 +315,17 @@ static int say_have(struct receive *c)
 	return r;
 }
 
+/* After the VMM, which has them open. */
+static int open_hints(struct receive *c)
+{
+	int r = hint_open(&c->manifest, c->vm.pid, c->options->find, c->options->ctx, &c->hints);
+
+	if (r)
+		return snapshot_fail(c->why, r, "no memory to read disks");
+	c->limits.disks = hint_there(&c->hints);
+	return 0;
+}
+
 static int prepare(struct receive *c)
 {
 	struct wire_ready ready = { 0 };
@@ -327,7 +340,10 @@ static int prepare(struct receive *c)
 	if (!r)
 		r = check_volumes(c);
 	if (!r)
+		r = open_hints(c);
+	if (!r)
 		r = say_have(c);
+	ready.disks = c->limits.disks;
 	for (uint32_t i = 0; i < c->manifest.volumes; i++)
 		ready.volumes |= (uint64_t)(c->incoming.volume_fd[i] >= 0) << i;
 	return r ? r : say(c, WIRE_READY, &ready, sizeof ready);
@@ -382,8 +398,58 @@ static int take_same(struct receive *c, const struct wire_message *m)
 	}
 	if (r)
 		return r;
-	c->result->same += count - lacks;
+	c->progress->same = c->result->same += count - lacks;
 	return lacks ? say(c, WIRE_LACK, lacked, lacks * sizeof lacked[0]) : 0;
+}
+
+static bool has_digest(const uint8_t *page, const uint8_t wanted[WIRE_SHA256_BYTES])
+{
+	uint8_t sha256[WIRE_SHA256_BYTES];
+
+	return have_digest(page, sha256) && !memcmp(sha256, wanted, sizeof sha256);
+}
+
+/* Of pages that one read has brought, as far as it came. */
+static int take_hinted(struct receive *c, const struct wire_hint *hint, size_t count, const uint8_t *contents, size_t got,
+		       uint64_t *stale, size_t *stales)
+{
+	int r = 0;
+
+	for (size_t i = 0; !r && i < count; i++, contents += OS_PAGE_BYTES) {
+		const struct wire_run run = { .page = hint[i].page, .pages = 1, .kind = WIRE_DATA };
+
+		if (i < got && has_digest(contents, hint[i].sha256))
+			r = guest_take(c->guest, &run, contents, c->why);
+		else
+			stale[(*stales)++] = hint[i].page;
+	}
+	return r;
+}
+
+/* What the disk has is put in place as if it had been received, before anything else of the guest's happens here; of the
+ * others the source is told. */
+static int take_hints(struct receive *c, const struct wire_message *m)
+{
+	uint64_t stale[WIRE_HINTS_MAX];
+	const struct wire_hint *hint;
+	const uint8_t *contents;
+	size_t count, got, stales = 0;
+	int r = wire_read_hints(m, &c->limits, &hint, &count, c->why);
+
+	if (!r)
+		hint = memcpy(c->room, hint, count * sizeof *hint); /* a tick ends the message */
+	for (size_t i = 0; !r && i < count;) {
+		size_t n = hint_read(&c->hints, hint + i, count - i, &contents, &got);
+
+		r = take_hinted(c, hint + i, n, contents, got, stale, &stales);
+		if (!r)
+			r = tick(c);
+		i += n;
+	}
+	if (r)
+		return r;
+	c->progress->disks = c->result->disks += count - stales;
+	return stales ? say(c, WIRE_STALE, stale, stales * sizeof stale[0]) : 0;
 }
 
 static int take_state(struct receive *c, const struct wire_message *m)
@@ -510,6 +576,8 @@ static int take_passes(struct receive *c)
 			r = take_pages(c, &m);
 		else if (m.type == WIRE_SAME)
 			r = take_same(c, &m);
+		else if (m.type == WIRE_HINT)
+			r = take_hints(c, &m);
 		else if (m.type == WIRE_PASS && !(r = step(guest_finish_passes(c->guest, c->why))))
 			r = say(c, WIRE_PASS, NULL, 0);
 		else if (m.type == WIRE_STATE)
@@ -802,6 +870,7 @@ static void free_receive(struct receive *c)
 	vmm_close(&c->vmm);
 	link_close(c->link);
 	files_close(&c->files);
+	hint_close(&c->hints);
 	if (c->state_fd >= 0)
 		close(c->state_fd);
 	if (c->vm.pid_fd >= 0)

@@ -44,14 +44,15 @@ struct receive_progress {
 	_Atomic bool stop;
 	_Atomic int phase; /* enum receive_phase */
 	_Atomic bool cut;  /* the source is waited for */
-	_Atomic uint64_t pages_all, pages_missing, bytes_received, words, volume, data, wanted;
+	_Atomic uint64_t pages_all, pages_missing, bytes_received, words, volume, same, disks, data, wanted;
 };
 
 struct receive_result {
 	char name[64];
 	pid_t pid;
 	uint64_t bytes_received, total_us;
-	uint64_t words, volume, same, data; /* pages, each time that they were told; same: that were here */
+	/* Pages, each time that they were told; same: that were here; disks: that were found on a disk. */
+	uint64_t words, volume, same, disks, data;
 	uint64_t pages_missing;       /* at the switch */
 	uint64_t pages_wanted;        /* of those, waited for by the guest */
 	uint64_t load_us;             /* from the source's last word to the guest's resume */

@@ -107,19 +107,28 @@ static int add_had(struct send *s, const struct wire_message *m)
 	return 0;
 }
 
-static int take_lacked(struct send *s, const struct wire_message *m)
+/* `most`: pages that it may speak of. */
+static int take_not_found(struct send *s, const struct wire_message *m, uint64_t most,
+			  void (*tell_again)(struct teller *, uint64_t))
 {
 	const uint64_t *pages;
 	size_t count;
-	struct teller_counts told;
 	int r = wire_read_wanted(m, s->progress->pages_all, &pages, &count, s->why);
 
-	teller_get_counts(s->teller, &told);
-	if (!r && count > told.same - told.lacked)
-		r = snapshot_fail(s->why, -EPROTO, "the destination lacks more pages than it was told it has");
+	if (!r && count > most)
+		r = snapshot_fail(s->why, -EPROTO, "the destination has not found more pages than it was to look for");
 	for (size_t i = 0; !r && i < count; i++)
-		teller_lack(s->teller, pages[i]);
+		tell_again(s->teller, pages[i]);
 	return r;
+}
+
+static int take_lacked(struct send *s, const struct wire_message *m)
+{
+	struct teller_counts told;
+
+	teller_get_counts(s->teller, &told);
+	return m->type == WIRE_LACK ? take_not_found(s, m, told.same - told.lacked, teller_lack)
+				    : take_not_found(s, m, told.hints - told.stale, teller_stale);
 }
 
 /* What may come at any time; the others are the caller's. 1: it was none of them. */
@@ -130,7 +139,7 @@ static int take_any(struct send *s, const struct wire_message *m)
 		return take_refusal(s, m);
 	if (m->type == WIRE_HAVE && !s->teller)
 		return add_had(s, m);
-	if (m->type == WIRE_LACK && s->teller && !s->told)
+	if ((m->type == WIRE_LACK || m->type == WIRE_STALE) && s->teller && !s->told)
 		return take_lacked(s, m);
 	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
 }
@@ -154,7 +163,7 @@ static int await(struct send *s, enum wire_type type, struct wire_message *m)
 		}
 		if (r || m->type == type)
 			return r;
-		if (m->type == WIRE_LACK)
+		if (m->type == WIRE_LACK || m->type == WIRE_STALE)
 			until_us = os_now_us() + ANSWER_MS * 1000ull; /* it reads, and that may take its time */
 		r = take_any(s, m);
 		if (r)
@@ -266,6 +275,20 @@ static int digest_files(struct send *s)
 	return files_digest(&s->manifest, &reading, s->files.digest, s->why);
 }
 
+/* The other host finds on shared storage what this one has brought there; QEMU has less to do in the pause. What cannot be
+ * brought there QEMU will say. */
+static void sync_disks(const struct send *s)
+{
+	for (uint32_t i = 0; i < s->manifest.disks; i++) {
+		int fd = open(s->manifest.disk[i].layer[0].volume.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+
+		if (fd >= 0) {
+			(void)fdatasync(fd);
+			close(fd);
+		}
+	}
+}
+
 /* Where it cannot be made, or the disk is no file, only a user can say who has the guest when both sides cannot talk. */
 static void make_ballot(struct send *s)
 {
@@ -304,6 +327,7 @@ static int introduce(struct send *s)
 {
 	struct wire_message m;
 	struct wire_ready ready = { 0 };
+	struct hint_numbers numbers;
 	int r = put_manifest(s);
 
 	if (!r)
@@ -320,6 +344,8 @@ static int introduce(struct send *s)
 		return r;
 	teller_had(s->teller, s->had, s->had_count);
 	s->had = NULL;
+	hint_number(&s->manifest, source_layout(s->source), ready.disks, &numbers);
+	teller_may_hint(s->teller, &numbers);
 	return 0;
 }
 
@@ -332,6 +358,8 @@ static void note_progress(struct send *s)
 	teller_get_counts(s->teller, &told);
 	s->progress->words = told.words;
 	s->progress->volume = told.volume;
+	s->progress->same = told.same - told.lacked;
+	s->progress->disks = told.hints - told.stale;
 	s->progress->data = told.data;
 	s->progress->pages_left = teller_left(s->teller);
 	s->progress->wanted = s->result->pages_wanted;
@@ -393,15 +421,19 @@ static int keep_rate(struct send *s)
 static int put_all(struct send *s, int (*fill)(struct teller *, struct wire_batch *, char *))
 {
 	const struct wire_same *same;
-	size_t count;
+	const struct wire_hint *hint;
+	size_t count, hints;
 	int r;
 
 	for (;;) {
 		r = fill(s->teller, s->batch, s->why);
 		same = teller_same(s->teller, &count);
-		if (r || (!s->batch->runs && !count))
+		hint = teller_hints(s->teller, &hints);
+		if (r || (!s->batch->runs && !count && !hints))
 			return r;
 		r = count ? put(s, WIRE_SAME, same, count * sizeof *same) : 0;
+		if (!r && hints)
+			r = put(s, WIRE_HINT, hint, hints * sizeof *hint);
 		if (!r && s->batch->runs)
 			r = put_batch(s, false);
 		if (!r)
@@ -487,7 +519,7 @@ static uint64_t lacked(const struct send *s)
 	struct teller_counts told;
 
 	teller_get_counts(s->teller, &told);
-	return told.lacked;
+	return told.lacked + told.stale;
 }
 
 /* While the guest runs: until another pass would be no good. */
@@ -801,6 +833,8 @@ static int prepare(struct send *s)
 		r = describe(s);
 	if (!r)
 		r = digest_files(s);
+	if (!r)
+		sync_disks(s);
 	if (!r && getrandom(s->record.session, sizeof s->record.session, 0) != sizeof s->record.session)
 		r = snapshot_fail(s->why, -EIO, "no random numbers");
 	if (!r)

@@ -30,7 +30,7 @@ struct send_progress {
 	_Atomic bool stop;
 	_Atomic int phase; /* enum send_phase */
 	_Atomic bool cut;  /* the destination is looked for again */
-	_Atomic uint64_t pass, pages_left, pages_all, bytes_sent, words, volume, data, wanted;
+	_Atomic uint64_t pass, pages_left, pages_all, bytes_sent, words, volume, same, disks, data, wanted;
 };
 
 struct send_result {

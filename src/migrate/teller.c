@@ -3,6 +3,7 @@
 
 #include "activity/order.h"
 #include "core/entry.h"
+#include "core/origin.h"
 #include "migrate/have.h"
 #include "os/os.h"
 
@@ -13,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* LACKED: to be told, and not as one that the destination has. OWED: told as missing; its contents are still to come. */
+/* LACKED: to be told, and not as one that the destination has or that is on a disk. OWED: told as missing; its contents are still to come. */
 enum state { TOLD, TO_TELL, LACKED, OWED };
 
 /* Private copies of pages of an overlay, in the order of pages. */
@@ -42,6 +43,9 @@ struct teller {
 	uint64_t had_count;
 	struct wire_same same[WIRE_SAME_MAX];
 	size_t same_count;
+	struct hint_numbers numbers;
+	struct wire_hint hint[WIRE_HINTS_MAX];
+	size_t hint_count;
 	struct teller_counts counts;
 };
 
@@ -54,6 +58,7 @@ int teller_create(struct source *source, uint64_t there, struct teller **ret_tel
 		t->layout = source_layout(source);
 		t->there = there;
 		memset(t->volume_fd, -1, sizeof t->volume_fd);
+		memset(&t->numbers, -1, sizeof t->numbers);
 		t->state = malloc((size_t)t->view.pages);
 	}
 	if (!t || !t->state) {
@@ -343,6 +348,62 @@ const struct wire_same *teller_same(struct teller *t, size_t *ret_count)
 	return t->same;
 }
 
+/* ---- what is on a disk -------------------------------------------------------------------------------- */
+
+void teller_may_hint(struct teller *t, const struct hint_numbers *numbers)
+{
+	t->numbers = *numbers;
+}
+
+/* The place that the page was read from, or written to, if it has not become something else since. -1: there is none. */
+static int32_t find_hint(const struct teller *t, const struct source_block *b, uint64_t page, const struct saying *s,
+			 uint64_t *file_page)
+{
+	uint64_t origin;
+
+	if (t->stands || t->state[page] != TO_TELL || s->run.kind != WIRE_DATA)
+		return -1;
+	origin = __atomic_load_n(&b->origins[page - b->first], __ATOMIC_RELAXED);
+	*file_page = origin_file_page(origin);
+	if (!origin || origin_file(origin) >= t->layout->origins || !origin_fits(origin, s->contents))
+		return -1;
+	return t->numbers.file[origin_file(origin)];
+}
+
+/* As add_same. */
+static bool add_hint(struct teller *t, const struct source_block *b, uint64_t page, const struct saying *s)
+{
+	struct wire_hint *hint = &t->hint[t->hint_count];
+	uint64_t file_page;
+	int32_t file = find_hint(t, b, page, s, &file_page);
+
+	if (file < 0)
+		return false;
+	*hint = (struct wire_hint){ .page = page, .file_page = file_page, .file = (uint32_t)file };
+	if (!have_digest(s->contents, hint->sha256))
+		return false;
+	t->hint_count++;
+	t->counts.hints++;
+	return true;
+}
+
+static int by_place(const void *a, const void *b)
+{
+	const struct wire_hint *x = a, *y = b;
+
+	if (x->file != y->file)
+		return x->file < y->file ? -1 : 1;
+	return (x->file_page > y->file_page) - (x->file_page < y->file_page);
+}
+
+const struct wire_hint *teller_hints(struct teller *t, size_t *ret_count)
+{
+	qsort(t->hint, t->hint_count, sizeof t->hint[0], by_place);
+	*ret_count = t->hint_count;
+	t->hint_count = 0;
+	return t->hint;
+}
+
 /* ---- telling ------------------------------------------------------------------------------------------- */
 
 static void count(struct teller *t, const struct saying *s)
@@ -391,6 +452,11 @@ static int tell(struct teller *t, const struct source_block *b, uint64_t page, b
 	if (may_have(t, page, &s) && add_same(t, page, &s)) {
 		set_state(t, page, TOLD);
 		*ret_full = t->same_count == WIRE_SAME_MAX;
+		return 0;
+	}
+	if (!missing && add_hint(t, b, page, &s)) {
+		set_state(t, page, TOLD);
+		*ret_full = t->hint_count == WIRE_HINTS_MAX;
 		return 0;
 	}
 	if (missing && s.run.kind == WIRE_DATA)
@@ -446,6 +512,12 @@ int teller_add(struct teller *t, uint64_t page, struct wire_batch *batch, bool *
 void teller_lack(struct teller *t, uint64_t page)
 {
 	t->counts.lacked++;
+	set_state(t, page, LACKED);
+}
+
+void teller_stale(struct teller *t, uint64_t page)
+{
+	t->counts.stale++;
 	set_state(t, page, LACKED);
 }
 

@@ -11,7 +11,8 @@
 #include <zstd.h>
 
 _Static_assert(sizeof(struct wire_run) == 24 && sizeof(struct wire_hello) == 40 &&
-	       sizeof(struct wire_header) == 16 && sizeof(struct wire_same) == 48, "as it is on the wire");
+	       sizeof(struct wire_header) == 16 && sizeof(struct wire_same) == 48 &&
+	       sizeof(struct wire_hint) == 56, "as it is on the wire");
 _Static_assert(sizeof(struct wire_pages_header) + WIRE_RUNS_MAX * sizeof(struct wire_run) +
 	       (WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT) <= WIRE_PAYLOAD_MAX, "a batch fits");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "structures are sent as they are");
@@ -44,6 +45,8 @@ static const struct {
 	[WIRE_HAVE] = { "have", DESTINATION, 8, WIRE_HAVE_MAX * 8 },
 	[WIRE_SAME] = { "same", SOURCE, sizeof(struct wire_same), WIRE_SAME_MAX * sizeof(struct wire_same) },
 	[WIRE_LACK] = { "lack", DESTINATION, 8, WIRE_SAME_MAX * 8 },
+	[WIRE_HINT] = { "hint", SOURCE, sizeof(struct wire_hint), WIRE_HINTS_MAX * sizeof(struct wire_hint) },
+	[WIRE_STALE] = { "stale", DESTINATION, 8, WIRE_HINTS_MAX * 8 },
 };
 
 static int wrong(char why[SNAPSHOT_WHY_BYTES], const char *what, uint64_t number)
@@ -288,6 +291,26 @@ int wire_read_same(const struct wire_message *message, uint64_t pages, const str
 	for (size_t i = 0; i < *ret_count; i++)
 		if ((*ret_same)[i].page >= pages)
 			return wrong(why, "an equal page beyond RAM", (*ret_same)[i].page);
+	return 0;
+}
+
+int wire_read_hints(const struct wire_message *message, const struct wire_limits *limits,
+		    const struct wire_hint **ret_hints, size_t *ret_count, char why[SNAPSHOT_WHY_BYTES])
+{
+	*ret_hints = (const struct wire_hint *)(const void *)message->payload;
+	*ret_count = message->bytes / sizeof **ret_hints;
+	if (!*ret_count || *ret_count > WIRE_HINTS_MAX || message->bytes % sizeof **ret_hints)
+		return wrong(why, "hints of such a length", message->bytes);
+	for (size_t i = 0; i < *ret_count; i++) {
+		const struct wire_hint *hint = &(*ret_hints)[i];
+
+		if (hint->page >= limits->pages)
+			return wrong(why, "a hint for a page beyond RAM", hint->page);
+		if (hint->file >= WIRE_HINT_FILES || !(limits->disks >> hint->file & 1))
+			return wrong(why, "a hint at a disk that is not there", hint->file);
+		if (hint->file_page >= WIRE_HINT_PAGES || hint->reserved)
+			return wrong(why, "a hint at a place that no disk has", hint->file_page);
+	}
 	return 0;
 }
 

@@ -13,7 +13,7 @@
 #include "snapshot/image.h"
 
 #define WIRE_MAGIC 0x54415247494d544cull /* "LTMIGRAT" */
-#define WIRE_VERSION 2u
+#define WIRE_VERSION 3u
 #define WIRE_SESSION_BYTES 16
 #define WIRE_PAYLOAD_MAX (2u << 20)
 #define WIRE_RUNS_MAX 4096u
@@ -25,6 +25,9 @@
 #define WIRE_OWED_MAX 4096u
 #define WIRE_HAVE_MAX 65536u /* digests in one message */
 #define WIRE_SAME_MAX WIRE_WANTED_MAX
+#define WIRE_HINTS_MAX WIRE_WANTED_MAX
+#define WIRE_HINT_FILES 64u /* of disks, that hints may name */
+#define WIRE_HINT_PAGES (1ull << 50) /* no file has more */
 #define WIRE_SHA256_BYTES 32u
 
 enum wire_type {
@@ -49,6 +52,8 @@ enum wire_type {
 	WIRE_HAVE,   /* destination, before WIRE_READY, any number of times: an array of u64, XXH3-64 of pages of its snapshots */
 	WIRE_SAME,   /* source, while its guest runs: an array of struct wire_same, pages that the destination may have */
 	WIRE_LACK,   /* destination, before its WIRE_PASS: pages of WIRE_SAME that it has not, an array of u64 */
+	WIRE_HINT,   /* source, while its guest runs: an array of struct wire_hint, pages that a disk may have */
+	WIRE_STALE,  /* destination, before its WIRE_PASS: pages of WIRE_HINT that it has not found there, an array of u64 */
 	WIRE_TYPES
 };
 
@@ -74,6 +79,7 @@ struct wire_hello {
 
 struct wire_ready {
 	uint64_t volumes; /* bit n: volume n of the manifest is there, and is the same */
+	uint64_t disks;   /* bit n: file n of its disks (disk by disk, from the top) can be read, and hints may name it */
 };
 
 /* Digests follow: of the manifest's volumes, then of what its disks lie over, disk by disk, from the top. */
@@ -89,6 +95,13 @@ struct wire_owed {
 /* The page's contents are those with this SHA-256. `digest`: their XXH3-64, to find them by. */
 struct wire_same {
 	uint64_t page, digest;
+	uint8_t sha256[WIRE_SHA256_BYTES];
+};
+
+/* The page's contents have this SHA-256, and may be those of page `file_page` of file `file` of the disks. */
+struct wire_hint {
+	uint64_t page, file_page;
+	uint32_t file, reserved; /* reserved: 0 */
 	uint8_t sha256[WIRE_SHA256_BYTES];
 };
 
@@ -145,6 +158,7 @@ struct wire_limits {
 	uint64_t pages; /* of RAM */
 	uint32_t volumes;
 	uint64_t volume_pages[SNAPSHOT_VOLUMES]; /* 0: not to be had */
+	uint64_t disks; /* bit n: hints may name file n */
 };
 
 /* Every run lies in RAM and in its volume, and the contents are as long as they must be. The payload must be
@@ -164,7 +178,9 @@ int wire_read_have(const struct wire_message *message, const uint64_t **ret_dige
 		   char why[SNAPSHOT_WHY_BYTES]);
 int wire_read_same(const struct wire_message *message, uint64_t pages, const struct wire_same **ret_same,
 		   size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
-/* Of WIRE_WANT and WIRE_LACK. `ret_pages` points into the payload. */
+int wire_read_hints(const struct wire_message *message, const struct wire_limits *limits,
+		    const struct wire_hint **ret_hints, size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
+/* Of WIRE_WANT, WIRE_LACK and WIRE_STALE. `ret_pages` points into the payload. */
 int wire_read_wanted(const struct wire_message *message, uint64_t pages, const uint64_t **ret_pages,
 		     size_t *ret_count, char why[SNAPSHOT_WHY_BYTES]);
 

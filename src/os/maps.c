@@ -376,7 +376,8 @@ int os_write_all(int fd, const void *from, size_t bytes, uint64_t offset)
 	if (r)
 		return r;
 	for (size_t done = 0; done < bytes;) {
-		ssize_t n = pwrite(fd, (const uint8_t *)from + done, bytes - done, (off_t)(offset + done));
+		/* Not pwrite(2): as os_read_all. */
+		long n = syscall(SYS_pwrite64, fd, (const uint8_t *)from + done, bytes - done, (off_t)(offset + done));
 
 		if (n > 0)
 			done += (size_t)n;

@@ -158,7 +158,7 @@ void incoming_want(struct agent *agent, uintptr_t hva);
 int incoming_attach(int *ret_channel);
 
 /* layout.c, from the service thread. layout_send: at most LAYOUT_FDS descriptors; -EPIPE. */
-#define LAYOUT_FDS (CONTROL_FD_BLOCKS + 2 * RAM_BLOCKS + 2)
+#define LAYOUT_FDS (CONTROL_FD_BLOCKS + CONTROL_FDS_PER_BLOCK * RAM_BLOCKS + 2)
 void layout_describe(const struct ram_block *block, struct control_block *to);
 int layout_send(int client, const struct control_layout *layout, const int *fds, size_t count);
 /* What follows the reply to CONTROL_ENTRIES. */

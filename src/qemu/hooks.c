@@ -9,6 +9,7 @@
  *   madvise, fallocate     discards (balloon, free page reporting), marks
  *   mbind                  NUMA policies
  *   pread, preadv          reads of disk images: shortcut I/O
+ *   pwrite, pwritev        what guest RAM has in common with a disk
  *   posix_fadvise          what QEMU wants dropped from the page cache
  *   open, openat           files that get a writer; device nodes that exclude overlays
  *   sendmsg                guest RAM's descriptor on its way to another process (vhost-user)
@@ -282,6 +283,47 @@ HOOK ssize_t pread64(int fd, void *buffer, size_t bytes, off64_t offset)
 {
 	return read_one(fd, buffer, bytes, offset);
 }
+
+/* ---- writes ----------------------------------------------------------------------------------- */
+
+static ssize_t write_vector(int fd, const struct iovec *iov, int count, off_t offset)
+{
+	struct agent *a = agent_get();
+	ssize_t n = raw(SYS_pwritev, fd, (long)iov, count, offset, 0, 0);
+
+	if (a && n > 0 && into_ram(a, iov, count))
+		volumes_note_write(a->volumes, fd, iov, count, offset, (size_t)n);
+	return n;
+}
+
+static ssize_t write_one(int fd, const void *buffer, size_t bytes, off_t offset)
+{
+	struct iovec iov = { (void *)(uintptr_t)buffer, bytes };
+
+	return write_vector(fd, &iov, 1, offset);
+}
+
+HOOK ssize_t pwritev(int fd, const struct iovec *iov, int count, off_t offset)
+{
+	return write_vector(fd, iov, count, offset);
+}
+
+HOOK ssize_t pwritev64(int fd, const struct iovec *iov, int count, off64_t offset)
+{
+	return write_vector(fd, iov, count, offset);
+}
+
+HOOK ssize_t pwrite(int fd, const void *buffer, size_t bytes, off_t offset)
+{
+	return write_one(fd, buffer, bytes, offset);
+}
+
+HOOK ssize_t pwrite64(int fd, const void *buffer, size_t bytes, off64_t offset)
+{
+	return write_one(fd, buffer, bytes, offset);
+}
+
+/* ---- what QEMU drops ---------------------------------------------------------------------------- */
 
 /*
  * When a VM is activated after a migration, QEMU drops what the host has cached of its images, for another

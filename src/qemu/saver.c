@@ -692,6 +692,18 @@ bool saver_client_gone(struct agent *a, int client)
 
 /* ---- requests ---------------------------------------------------------------------------------- */
 
+static void describe_origins(struct agent *a, struct control_layout *layout)
+{
+	uint64_t ignored_pages;
+	uint32_t ignored_file;
+	struct volume *v;
+
+	for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
+		(void)volume_describe(v, &layout->origin[i].dev, &layout->origin[i].ino, &ignored_pages, &ignored_file);
+		layout->origins = i + 1;
+	}
+}
+
 static void describe(struct agent *a, struct control_layout *layout)
 {
 	struct volume *v;
@@ -715,6 +727,7 @@ static void describe(struct agent *a, struct control_layout *layout)
 			layout->volumes++;
 		}
 	}
+	describe_origins(a, layout);
 }
 
 static int send_layout(struct agent *a, int client)
@@ -733,6 +746,7 @@ static int send_layout(struct agent *a, int client)
 			return -EAGAIN; /* blocks come and go just now */
 		fds[count++] = b->memfd;
 		fds[count++] = b->entries_fd;
+		fds[count++] = b->origins_fd;
 	}
 	if (layout.has_cache) {
 		fds[count++] = restore->ram_fd;

@@ -24,7 +24,7 @@
 #define CHUNK_PAGES 128u
 #define ENTRIES_CHUNK 512u
 #define AHEAD_PAGES 32u /* of the guest's writes, at most: 128 KiB */
-#define MAX_FDS (CONTROL_FD_BLOCKS + 2 * SNAPSHOT_BLOCKS + 2)
+#define MAX_FDS (CONTROL_FD_BLOCKS + CONTROL_FDS_PER_BLOCK * SNAPSHOT_BLOCKS + 2)
 
 /* What has become of a page that was write-protected. */
 enum page_state { PAGE_FREE, PAGE_PENDING, PAGE_BUSY, PAGE_SAVED };
@@ -43,7 +43,8 @@ struct source {
 	unsigned fd_count;
 	struct {
 		const uint8_t *view;      /* base, as this process sees it */
-		const uint64_t *entries;  /* the agent's table */
+		const uint64_t *entries;  /* the agent's table, */
+		const uint64_t *origins;  /* and another one */
 		uint64_t *point;          /* the entries as they were at the instant */
 		_Atomic uint8_t *state;   /* enum page_state */
 		uint8_t *written;         /* since the instant, as far as it is known */
@@ -102,6 +103,20 @@ static int ask(struct source *s, enum control_op op, struct control_reply *reply
 	return ask_about(s, op, 0, reply, why);
 }
 
+/* Of each block, as the agent sends them. */
+enum { FD_BASE, FD_ENTRIES, FD_ORIGINS };
+
+static const int *block_fds(const struct source *s, uint32_t block)
+{
+	return &s->fds[CONTROL_FD_BLOCKS + CONTROL_FDS_PER_BLOCK * block];
+}
+
+/* Of the pager's cache, which come last: that, and the `pages` of the snapshot that it is of. */
+static const int *cache_fds(const struct source *s)
+{
+	return block_fds(s, s->layout.blocks);
+}
+
 static void take_descriptors(struct source *s, struct msghdr *message)
 {
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
@@ -120,7 +135,8 @@ static int check_layout(struct source *s)
 	struct control_layout *l = &s->layout;
 
 	if (!l->blocks || l->blocks > SNAPSHOT_BLOCKS || l->volumes > SNAPSHOT_VOLUMES ||
-	    l->has_cache > 1 || s->fd_count != CONTROL_FD_BLOCKS + 2 * l->blocks + 2 * l->has_cache)
+	    l->has_cache > 1 || l->origins > sizeof l->origin / sizeof l->origin[0] ||
+	    s->fd_count != CONTROL_FD_BLOCKS + CONTROL_FDS_PER_BLOCK * l->blocks + 2 * l->has_cache)
 		return -EPROTO;
 	for (uint32_t i = 0; i < l->blocks; i++) {
 		struct control_block *b = &l->block[i];
@@ -172,14 +188,15 @@ static int map_blocks(struct source *s)
 {
 	for (uint32_t i = 0; i < s->layout.blocks; i++) {
 		const struct control_block *b = &s->layout.block[i];
-		int memfd = s->fds[CONTROL_FD_BLOCKS + 2 * i], entries = s->fds[CONTROL_FD_BLOCKS + 2 * i + 1];
+		const int *fds = block_fds(s, i);
 
-		s->block[i].view = view(memfd, b->memfd_offset, os_bytes(b->pages));
-		s->block[i].entries = view(entries, 0, (size_t)b->pages * sizeof(uint64_t));
+		s->block[i].view = view(fds[FD_BASE], b->memfd_offset, os_bytes(b->pages));
+		s->block[i].entries = view(fds[FD_ENTRIES], 0, (size_t)b->pages * sizeof(uint64_t));
+		s->block[i].origins = view(fds[FD_ORIGINS], 0, (size_t)b->pages * sizeof(uint64_t));
 		s->block[i].point = malloc((size_t)b->pages * sizeof(uint64_t));
 		s->block[i].state = calloc((size_t)b->pages, 1);
 		s->block[i].written = calloc((size_t)b->pages, 1);
-		if (!s->block[i].view || !s->block[i].entries || !s->block[i].point || !s->block[i].state || !s->block[i].written)
+		if (!s->block[i].view || !s->block[i].entries || !s->block[i].origins || !s->block[i].point || !s->block[i].state || !s->block[i].written)
 			return -ENOMEM;
 		/* Touched now, not while the guest waits. */
 		for (uint64_t page = 0; page < b->pages; page += ENTRIES_CHUNK)
@@ -221,7 +238,7 @@ static int take_layout(struct source *s, char *why)
 		r = map_blocks(s);
 	}
 	if (!r && s->layout.has_cache) {
-		r = snapshot_image_read(s->fds[CONTROL_FD_BLOCKS + 2 * s->layout.blocks + 1], &s->origin, why);
+		r = snapshot_image_read(cache_fds(s)[1], &s->origin, why);
 		if (r)
 			return r;
 	}
@@ -635,7 +652,7 @@ static void give_hole(struct source *s, uint32_t block, uint64_t page, uint64_t 
 static int find_base(struct source *s, uint32_t block, uint64_t page, uint64_t end)
 {
 	const struct control_block *b = &s->layout.block[block];
-	int memfd = s->fds[CONTROL_FD_BLOCKS + 2 * block], r = 0;
+	int memfd = block_fds(s, block)[FD_BASE], r = 0;
 
 	while (!r && page < end) {
 		uint64_t from, to, first = end, last = end;
@@ -782,7 +799,7 @@ static int write_cache_run(struct writer *w, uint32_t block, uint64_t page, uint
 
 	if (from >= s->origin.pages || pages > s->origin.pages - from)
 		return -EPROTO;
-	r = os_read_all(s->fds[CONTROL_FD_BLOCKS + 2 * s->layout.blocks], copy, os_bytes(pages), os_bytes(from));
+	r = os_read_all(cache_fds(s)[0], copy, os_bytes(pages), os_bytes(from));
 	for (uint64_t i = 0; !r && i < pages; i++)
 		r = is_as_saved(s, from + i, copy + os_bytes(i)) ? 0 : -EBADMSG;
 	return r ? r : store_pages(&w->store, s->block[block].first + page, copy, pages);
@@ -909,11 +926,12 @@ void source_get_view(const struct source *s, struct source_view *v)
 	for (uint32_t i = 0; i < v->blocks; i++)
 		v->block[i] = (struct source_block){
 			.first = s->block[i].first, .pages = s->layout.block[i].pages,
-			.memfd = s->fds[CONTROL_FD_BLOCKS + 2 * i], .memfd_offset = s->layout.block[i].memfd_offset,
-			.base = s->block[i].view, .entries = s->block[i].entries, .changed = s->changed + s->block[i].first,
+			.memfd = block_fds(s, i)[FD_BASE], .memfd_offset = s->layout.block[i].memfd_offset,
+			.base = s->block[i].view, .entries = s->block[i].entries, .origins = s->block[i].origins,
+			.changed = s->changed + s->block[i].first,
 		};
 	if (s->layout.has_cache)
-		v->cache_fd = s->fds[CONTROL_FD_BLOCKS + 2 * v->blocks];
+		v->cache_fd = cache_fds(s)[0];
 }
 
 void source_get_counts(const struct source *s, struct source_counts *c)
@@ -971,6 +989,8 @@ void source_end(struct source *s)
 			munmap((void *)(uintptr_t)s->block[i].view, os_bytes(pages));
 		if (s->block[i].entries)
 			munmap((void *)(uintptr_t)s->block[i].entries, (size_t)pages * sizeof(uint64_t));
+		if (s->block[i].origins)
+			munmap((void *)(uintptr_t)s->block[i].origins, (size_t)pages * sizeof(uint64_t));
 		free(s->block[i].point);
 		free(s->block[i].written);
 		free((void *)s->block[i].state);

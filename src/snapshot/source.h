@@ -66,6 +66,7 @@ struct source_view {
 		uint64_t memfd_offset;
 		const uint8_t *base;
 		const uint64_t *entries; /* core/entry.h */
+		const uint64_t *origins; /* core/origin.h */
 		uint8_t *changed;        /* 1 from source_arm and source_point; the caller's to clear */
 	} block[SNAPSHOT_BLOCKS];
 	int cache_fd;                    /* a pager's cache that pages are mapped from (layout->cache_file); -1: none */

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CONTROL_MAGIC 0x4c43544cu /* "LTCL" */
-#define CONTROL_VERSION 10u
+#define CONTROL_VERSION 11u
 
 enum control_op {
 	CONTROL_REFRESH, /* bring the statistics up to date: copies from pagemap, groups, mappings */
@@ -96,10 +96,15 @@ struct control_layout {
 		uint64_t dev, ino, pages;
 		uint32_t file, reserved; /* file: the index in page entries */
 	} volume[32];
+	/* Files that origins name (core/origin.h), by their numbers there. */
+	uint32_t origins, reserved;
+	struct control_origin {
+		uint64_t dev, ino;
+	} origin[32];
 };
 
-/* The descriptors of SAVE_BEGIN: these, for each block its memfd and the table of its page entries, and if there is a
- * cache, that (it is whole) and the `pages` of the snapshot that it is of. */
+/* The descriptors of SAVE_BEGIN: these, for each block its memfd, the table of its page entries and that of its pages'
+ * origins, and if there is a cache, that (it is whole) and the `pages` of the snapshot that it is of. */
 enum control_save_fd {
 	CONTROL_FD_UFFD,   /* write faults; addresses are the VMM's */
 	CONTROL_FD_RUNS,   /* struct control_run; written by SAVE_POINT */
@@ -108,6 +113,7 @@ enum control_save_fd {
 	CONTROL_FD_CHANGED, /* a byte for each page of each block: 1 from SAVE_ARM and SAVE_POINT; the other side's to clear */
 	CONTROL_FD_BLOCKS
 };
+#define CONTROL_FDS_PER_BLOCK 3
 
 struct control_run {
 	uint64_t block, page, pages;

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define MOVING_MAGIC 0x564d544cu /* "LTMV" */
-#define MOVING_VERSION 1u
+#define MOVING_VERSION 2u
 
 enum moving_side { MOVING_AWAY, MOVING_HERE, MOVING_SIDES };
 enum moving_phase { MOVING_PREPARES, MOVING_PASSES, MOVING_SWITCHES, MOVING_REST, MOVING_PHASES };
@@ -20,9 +20,9 @@ struct moving {
 	uint32_t cut;         /* 1: the link is, and the other side is waited for */
 	uint32_t pass;        /* of the source */
 	uint64_t bytes;       /* sent, or received */
-	/* Pages: of RAM; told as words, as places on images, as contents, each time that they were; to be told, or missing;
-	 * waited for by the guest. */
-	uint64_t pages_all, words, volumes, contents, left, wanted;
+	/* Pages: of RAM; told as words, as places on images, as the same content, as places on disks, as contents, each time
+	 * that they were; to be told, or missing; waited for by the guest. */
+	uint64_t pages_all, words, volumes, same, disks, contents, left, wanted;
 };
 
 /* Returns the descriptor. -EAGAIN: another mover has it. */

@@ -6,6 +6,7 @@
  */
 #include "volume/internal.h"
 
+#include "core/origin.h"
 #include "os/os.h"
 
 #include <errno.h>
@@ -85,6 +86,52 @@ static void note_storage(struct volume *v, uint64_t missing, uint64_t joined)
 		stat_add(&v->stats->reads_joined, 1);
 	stat_add(&v->stats->pages_joined, joined);
 	stat_add(&v->stats->bytes_from_storage, os_bytes(missing - joined));
+}
+
+/* ---- origins -------------------------------------------------------------------------------- */
+
+/* Whole pages of guest RAM at `hva` have what the file has there. */
+static void note_origin(struct volume *v, const uint8_t *hva, size_t bytes, uint64_t offset)
+{
+	unsigned number = (unsigned)(v->stats - v->all->stats->volumes);
+	size_t head = -(uintptr_t)hva & (OS_PAGE_BYTES - 1);
+	struct ram_block *b;
+	uint64_t page, file_page;
+
+	if (((uintptr_t)hva ^ offset) & (OS_PAGE_BYTES - 1) || head + OS_PAGE_BYTES > bytes)
+		return;
+	b = ram_find(v->all->ram, hva, bytes);
+	if (!b)
+		return;
+	hva += head;
+	page = (uint64_t)(hva - b->hva) >> OS_PAGE_SHIFT;
+	file_page = (offset + head) >> OS_PAGE_SHIFT;
+	for (size_t left = bytes - head; left >= OS_PAGE_BYTES && file_page < ORIGIN_FILE_PAGES; left -= OS_PAGE_BYTES) {
+		atomic_store_explicit(&b->origins[page++], origin_make(number, file_page++, hva), memory_order_relaxed);
+		hva += OS_PAGE_BYTES;
+	}
+}
+
+/* Of a read or a write that has got so far. */
+static void note_origins(struct volume *v, const struct iovec *iov, int count, uint64_t offset, size_t bytes)
+{
+	for (int i = 0; i < count && bytes; i++) {
+		size_t n = iov[i].iov_len < bytes ? iov[i].iov_len : bytes;
+
+		note_origin(v, iov[i].iov_base, n, offset);
+		offset += n;
+		bytes -= n;
+	}
+}
+
+void volumes_note_write(struct volumes *all, int fd, const struct iovec *iov, int count, off_t offset, size_t bytes)
+{
+	struct volume *v = offset >= 0 ? volumes_attach(all, fd) : NULL;
+
+	if (!v)
+		return;
+	note_origins(v, iov, count, (uint64_t)offset, bytes);
+	volume_put(v);
 }
 
 /* ---- copying -------------------------------------------------------------------------------- */
@@ -167,6 +214,8 @@ static int flush(struct reader *r, ssize_t *ret_error)
 		*ret_error = -errno;
 		return 1;
 	}
+	if (r->v)
+		note_origins(r->v, r->gathered, r->gathered_count, (uint64_t)r->offset - r->gathered_bytes, (size_t)n);
 	r->done += (size_t)n;
 	n = (size_t)n < r->gathered_bytes;
 	r->gathered_count = 0;

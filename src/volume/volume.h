@@ -63,6 +63,9 @@ struct volume *volumes_attach_cache(struct volumes *all, int fd);
 /* A read that the kernel carries out by itself, after this call: counted for the volume, if `fd` is one. */
 void volumes_note_kernel_read(struct volumes *all, int fd, const struct iovec *iov, int count);
 
+/* A write of guest RAM that has been done, as far as `bytes`: where its pages are now is noted (core/origin.h). */
+void volumes_note_write(struct volumes *all, int fd, const struct iovec *iov, int count, off_t offset, size_t bytes);
+
 /* A read that does not go to guest RAM: counted for the volume, if `fd` is one. */
 void volumes_note_other(struct volumes *all, int fd, uint64_t bytes);
 
@@ -78,7 +81,7 @@ struct volume *volumes_by_path(struct volumes *all, const char *path);
 /* The volume with this file index in page entries, or NULL. */
 struct volume *volumes_by_index(struct volumes *all, unsigned file);
 /* The n-th volume, NULL after the last; closed ones are among them. */
-struct volume *volumes_nth(struct volumes *all, uint32_t n);
+struct volume *volumes_nth(struct volumes *all, uint32_t n); /* n is its number in origins, too */
 
 /*
  * Housekeeping, to be called every few seconds by the thread that breaks, settles and releases: forgets

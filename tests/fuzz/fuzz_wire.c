@@ -27,7 +27,7 @@ static const struct fuzz_token tokens[] = {
 
 const struct fuzz_target fuzz_target = { "wire", 8192, tokens, false };
 
-static const struct wire_limits limits = { .pages = RAM_PAGES, .volumes = 3, .volume_pages = { 100, 0, 1 } };
+static const struct wire_limits limits = { .pages = RAM_PAGES, .volumes = 3, .volume_pages = { 100, 0, 1 }, .disks = 5 };
 
 static void check_runs(const struct wire_message *m, const struct wire_pages *pages)
 {
@@ -73,6 +73,7 @@ static void check_others(const struct wire_message *m)
 	const struct digest *digests;
 	const struct wire_owed *owed;
 	const struct wire_same *same;
+	const struct wire_hint *hint;
 	const uint64_t *wanted;
 	bool ballot;
 	size_t count;
@@ -91,7 +92,13 @@ static void check_others(const struct wire_message *m)
 	if (m->type == WIRE_SAME && !wire_read_same(m, RAM_PAGES, &same, &count, why))
 		for (size_t i = 0; i < count; i++)
 			fuzz_require((const uint8_t *)(same + i + 1) <= m->payload + m->bytes && same[i].page < RAM_PAGES);
-	if ((m->type == WIRE_WANT || m->type == WIRE_LACK) && !wire_read_wanted(m, RAM_PAGES, &wanted, &count, why))
+	if (m->type == WIRE_HINT && !wire_read_hints(m, &limits, &hint, &count, why))
+		for (size_t i = 0; i < count; i++)
+			fuzz_require((const uint8_t *)(hint + i + 1) <= m->payload + m->bytes && hint[i].page < RAM_PAGES &&
+				     hint[i].file < WIRE_HINT_FILES && limits.disks >> hint[i].file & 1 &&
+				     hint[i].file_page < WIRE_HINT_PAGES);
+	if ((m->type == WIRE_WANT || m->type == WIRE_LACK || m->type == WIRE_STALE) &&
+	    !wire_read_wanted(m, RAM_PAGES, &wanted, &count, why))
 		for (size_t i = 0; i < count; i++)
 			fuzz_require(wanted[i] < RAM_PAGES);
 	if (m->type == WIRE_OWED && !wire_read_owed(m, RAM_PAGES, &owed, &count, why))

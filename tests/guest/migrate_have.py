@@ -25,7 +25,8 @@ def body(test):
         check(test, pair.second, nonce, "moved", SOME_FILES)
 
         damage(snapshot / "ram")
-        damaged = move_with(test, pair.second, pair.first, pair, snapshot)
+        damaged = move_with(test, pair.second, pair.first, pair, snapshot, "--no-postcopy")
+        test.check_equal(damaged["pages_missing"], 0, "all was there before it ran")
         test.check(0 < damaged["pages_same"] < whole["pages_same"] * 3 // 4, f"with a half of it damaged {damaged['pages_same']} were "
                    "not sent")
         check(test, pair.first, nonce, "with a damaged snapshot", SOME_FILES)
@@ -34,8 +35,8 @@ def body(test):
         test.check(answer.returncode and "nowhere" in answer.stderr, "a snapshot that is not there is refused at once")
 
 
-def move_with(test, here, there, pair, snapshot):
-    sent, got = move(test, here, there, pair.socket(), receive=["--have", snapshot])
+def move_with(test, here, there, pair, snapshot, *options):
+    sent, got = move(test, here, there, pair.socket(), *options, receive=["--have", snapshot])
     test.check_equal(got["pages_same"], sent["pages_same"], "both sides have counted the same pages as the same")
     return sent
 

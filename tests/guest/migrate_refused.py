@@ -19,7 +19,7 @@ HEADER = struct.Struct("<IIII")  # docs/migration.md
 HELLO = struct.Struct("<QII16sII")
 MAGIC = 0x54415247494d544c
 HAVE_MOST, MANY = 65536, 4  # more than the guest has pages
-HELLO_TYPE, READY, WANT, OWED, HAVE, LACK = 0, 4, 13, 17, 18, 20
+HELLO_TYPE, READY, WANT, OWED, HAVE, LACK, STALE = 0, 4, 13, 17, 18, 20, 22
 
 
 def broken_off(test):
@@ -114,7 +114,7 @@ def send(peer, kind, payload=b"", n_bytes=None):
     peer.sendall(HEADER.pack(kind, len(payload) if n_bytes is None else n_bytes, checksum, 0) + payload)
 
 
-def greet(peer, version=2, page_bytes=4096, session=None):
+def greet(peer, version=3, page_bytes=4096, session=None):
     _, hello = receive(peer)
     send(peer, HELLO_TYPE, HELLO.pack(MAGIC, version, page_bytes, session or HELLO.unpack(hello)[3], 0, 0))
 
@@ -123,6 +123,13 @@ def greet_and_say(kind, payload=b"", n_bytes=None):
     def say(peer):
         greet(peer)
         send(peer, kind, payload, n_bytes)
+    return say
+
+
+def get_ready_and_say(kind, payload):
+    def say(peer):
+        greet_and_say(READY, bytes(16))(peer)
+        send(peer, kind, payload)
     return say
 
 
@@ -142,6 +149,11 @@ LIES = (
     ("a message without end", "bytes, and not", greet_and_say(READY, b"", 0xffffffff)),
     ("pages before there are any", "something else than it should", greet_and_say(WANT, struct.pack("<Q", 1 << 60))),
     ("pages that it lacks before there are any", "something else than it should", greet_and_say(LACK, struct.pack("<Q", 1))),
+    ("pages that it lacks, of none", "not found more pages than it was to look for", get_ready_and_say(LACK, struct.pack("<Q", 1))),
+    ("stale pages, of none", "not found more pages than it was to look for",
+     get_ready_and_say(STALE, struct.pack("<Q", 1))),
+    ("a stale page beyond RAM", "beyond RAM", get_ready_and_say(STALE, struct.pack("<Q", 1 << 60))),
+    ("stale pages before there are any", "something else than it should", greet_and_say(STALE, struct.pack("<Q", 1))),
     ("more digests than there are pages", "has more pages than the VM", greet_and_flood),
     ("a debt before there is one", "something else than it should", greet_and_say(OWED, struct.pack("<QQ", 0, 1 << 63))),
 )

@@ -8,6 +8,7 @@ processor that is halted by its first instruction. LATENT_BUILD is meson's build
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -31,7 +32,7 @@ HEADER, HELLO = struct.Struct("<IIII"), struct.Struct("<QII16sII")
 BLOCK, FILES, RUN, PAGES, SWITCH = (struct.Struct(text) for text in ("<64sQ", "<II", "<QIHHQ", "<IIII", "<QQQ"))
 MAGIC, SESSION = 0x54415247494d544c, b"0123456789abcdef"
 HELLO_TYPE, REFUSE, MANIFEST, BLOCKS, READY, PAGES_TYPE, PASS, STATE, SWITCH_TYPE = range(9)
-LOADED, TOKEN, FILES_TYPE, SAME, LACK = 9, 10, 16, 19, 20
+LOADED, TOKEN, FILES_TYPE, SAME, LACK, HINT, STALE = 9, 10, 16, 19, 20, 21, 22
 MISSING, WORD, VOLUME, DATA = range(4)
 
 failures = []
@@ -80,7 +81,7 @@ def send(peer, kind, payload=b""):
 
 
 def hello(**changes):
-    fields = {"magic": MAGIC, "version": 2, "page_bytes": PAGE, "session": SESSION, "resume": 0, "reserved": 0, **changes}
+    fields = {"magic": MAGIC, "version": 3, "page_bytes": PAGE, "session": SESSION, "resume": 0, "reserved": 0, **changes}
     return HELLO.pack(*fields.values())
 
 
@@ -91,6 +92,10 @@ def pages(*runs, contents=b"", data_pages=None, packed=0):
 
 def same_page(page):
     return struct.pack("<QQ32s", page, 1, b"")
+
+
+def hint(page, file, file_page, contents=b"", reserved=0):
+    return struct.pack("<QQII32s", page, file_page, file, reserved, hashlib.sha256(contents).digest())
 
 
 # ---- the VM ----
@@ -243,6 +248,11 @@ def try_all(machine, said):
         ("contents that are no frame", "cannot be unpacked",
          then(said, (PAGES_TYPE, pages((0, 1, DATA, 0, 0), contents=b"x" * 100, data_pages=1, packed=100)))),
         ("equal pages beyond RAM", "beyond RAM", then(said, (SAME, same_page(all_pages)))),
+        ("a hint for a page beyond RAM", "beyond RAM", then(said, (HINT, hint(all_pages, 0, 0)))),
+        ("a hint at a disk that nobody has", "a disk that is not there", then(said, (HINT, hint(0, 2, 0)))),
+        ("a hint at a place beyond all disks", "a place that no disk has", then(said, (HINT, hint(0, 0, 1 << 63)))),
+        ("a hint with more than it should have", "a place that no disk has", then(said, (HINT, hint(0, 0, 0, reserved=1)))),
+        ("half a hint", "hints of such a length", then(said, (HINT, hint(0, 0, 0) + bytes(9)))),
         ("a token too early", "something else than it should", then(said, (TOKEN, b""))),
         ("a state that is not what was sent", "did not arrive as it was sent",
          then(said, (STATE, b"state"), (SWITCH_TYPE, SWITCH.pack(5, all_pages, 1)))),
@@ -293,6 +303,39 @@ def guest_ram(name, first, n_pages, path):
     return path.read_bytes()
 
 
+def page_of(path, number):
+    return path.read_bytes()[number * PAGE:(number + 1) * PAGE]
+
+
+def on_a_disk(machine, peer, first):
+    """Hints that are right, that have become wrong, and that never were."""
+    disk, image = machine.directory / "disk.qcow2", machine.image
+    header, last = page_of(disk, 0), page_of(image, IMAGE_PAGES - 1)
+    send(peer, HINT, hint(first, 1, IMAGE_PAGES - 1, last) + hint(first + 1, 0, 0, header))
+    send(peer, HINT, hint(first + 2, 1, IMAGE_PAGES, last))
+    check(receive(peer, STALE) == struct.pack("<Q", first + 2), "behind the end of a file there is nothing")
+    send(peer, HINT, hint(first + 3, 1, 3, last) + hint(first + 4, 1, 4, page_of(image, 4)) + hint(first + 5, 1, 5, header))
+    check(receive(peer, STALE) == struct.pack("<QQ", first + 3, first + 5), "of three hints in a row two are lies")
+    send(peer, PAGES_TYPE, pages((first + 3, 1, DATA, 0, 0), contents=header))
+
+    at, before, after = disk.stat().st_size // PAGE + 1, os.urandom(PAGE), os.urandom(PAGE)
+    with open(disk, "r+b") as file:
+        os.pwrite(file.fileno(), before, at * PAGE)
+        send(peer, HINT, hint(first + 5, 0, at, before))
+        send(peer, HINT, hint(first + 2, 0, at, b"something else"))
+        check(receive(peer, STALE) == struct.pack("<Q", first + 2), "that was never there")
+        os.pwrite(file.fileno(), after, at * PAGE)
+        send(peer, HINT, hint(first + 6, 0, at, before))
+        check(receive(peer, STALE) == struct.pack("<Q", first + 6), "that was there, and has been written")
+        file.truncate(disk_bytes := (at - 1) * PAGE)
+    send(peer, PASS)
+    receive(peer, PASS)
+    check(disk.stat().st_size == disk_bytes and
+          guest_ram("there", first, 7, machine.directory / "ram") == last + header + bytes(PAGE) + header + page_of(image, 4) +
+          before + bytes(PAGE), "what was right is in place, and nothing else")
+    check(shows("there", "pages_on_disks", 4), "latent stat shows it")
+
+
 def on_an_image(machine, said):
     receiver = machine.receive()
     first, n_pages, from_page = 1000, 300, 7  # above what a PC has below 1 MiB
@@ -300,7 +343,8 @@ def on_an_image(machine, said):
         peer.settimeout(TIMEOUT_S)
         peer.connect(str(machine.socket))
         told(said, with_volumes(machine, said))(peer)
-        check(receive(peer, READY) == struct.pack("<Q", 1), "of two volumes the one that is the same is there")
+        check(receive(peer, READY) == struct.pack("<QQ", 1, 3), "of two volumes the one that is the same is there, and both files of "
+              "the disk can be read")
         send(peer, PAGES_TYPE, pages((first, n_pages, VOLUME, 0, from_page)))
         send(peer, PASS)
         receive(peer, PASS)
@@ -317,6 +361,7 @@ def on_an_image(machine, said):
         send(peer, PAGES_TYPE, pages((first, 1, WORD, 0, 7)))
         send(peer, SAME, same_page(first + 1))
         check(receive(peer, LACK) == struct.pack("<Q", first + 1), "what it has no snapshot of it lacks")
+        on_a_disk(machine, peer, first + n_pages)
         send(peer, PASS)
         receive(peer, PASS)
         check(guest_ram("there", first, 1, machine.directory / "ram") == struct.pack("<Q", 7) * (PAGE // 8),

@@ -278,6 +278,43 @@ static void test_equal_pages(void **state)
 	refuse_header(WIRE_LACK, 8, true);
 }
 
+static void test_hints(void **state)
+{
+	const struct wire_limits disks = { .pages = PAGES, .disks = 1u << 2 | 1ull << 63 };
+	struct wire_hint hint[2] = { { .page = 0, .file_page = WIRE_HINT_PAGES - 1, .file = 2 }, { .page = PAGES - 1, .file = 63 } };
+	struct wire_message message = { WIRE_HINT, (const uint8_t *)hint, sizeof hint };
+	const struct wire_hint *read;
+	char why[SNAPSHOT_WHY_BYTES];
+	size_t count;
+
+	(void)state;
+	assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), 0);
+	assert_int_equal(count, 2);
+	assert_memory_equal(read, hint, sizeof hint);
+	hint[1].page = PAGES;
+	assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), -EPROTO);
+	hint[1].page = 0;
+	for (uint32_t file = 0; file < 70; file++) { /* beyond 63, too */
+		hint[1].file = file;
+		assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), file == 2 || file == 63 ? 0 : -EPROTO);
+	}
+	hint[1].file = UINT32_MAX;
+	assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), -EPROTO);
+	hint[1].file = 2;
+	hint[1].file_page = WIRE_HINT_PAGES;
+	assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), -EPROTO);
+	hint[1].file_page = 0;
+	hint[1].reserved = 1;
+	assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), -EPROTO);
+	hint[1].reserved = 0;
+	for (message.bytes = 0; message.bytes < sizeof hint; message.bytes++)
+		if (message.bytes != sizeof hint[0])
+			assert_int_equal(wire_read_hints(&message, &disks, &read, &count, why), -EPROTO);
+	refuse_header(WIRE_HINT, sizeof hint, false);
+	refuse_header(WIRE_HINT, sizeof hint[0] * (WIRE_HINTS_MAX + 1), true);
+	refuse_header(WIRE_STALE, 8, true);
+}
+
 static void test_wanted_pages_are_in_ram(void **state)
 {
 	uint64_t wanted[2] = { 0, PAGES - 1 };
@@ -359,6 +396,7 @@ int main(void)
 		cmocka_unit_test(test_hellos),
 		cmocka_unit_test(test_blocks),
 		cmocka_unit_test(test_equal_pages),
+		cmocka_unit_test(test_hints),
 		cmocka_unit_test(test_wanted_pages_are_in_ram),
 		cmocka_unit_test(test_missing_pages_are_in_ram),
 		cmocka_unit_test(test_files_are_as_many_as_the_manifest_has),

@@ -27,9 +27,9 @@ NO_ANSWER, USAGE = latent.NO_ANSWER, latent.USAGE
 class Pair:
     """Two places for one guest, which share its disk."""
 
-    def __init__(self, name):
-        self.first = VM(f"{name}1", latent=EVERYTHING, mem=MEM)
-        self.second = VM(f"{name}2", latent=EVERYTHING, mem=MEM, start=False)
+    def __init__(self, name, options=EVERYTHING):
+        self.first = VM(f"{name}1", latent=options, mem=MEM)
+        self.second = VM(f"{name}2", latent=options, mem=MEM, start=False)
         self.second.disk = self.first.disk
         self.directory = Path(tempfile.mkdtemp(prefix="latent-migrate-"))
 

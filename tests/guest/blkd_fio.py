@@ -1,0 +1,141 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""fio and dpkg on a disk of `latent blkd` that is a file, not memory: patterns, packages, with lanes and domain killed."""
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from lib import blkd, case, latent, vm
+from lib.blkd import Blkd
+from lib.vm import VM
+
+MEM = "768M"
+DISK_MIB = 384
+FIO = ("fio --filename=/dev/vdb --direct=1 --ioengine=libaio --thread --group_reporting --verify=crc32c "
+       "--verify_fatal=1 --randrepeat=0")
+# Each has a part of the disk for itself; fio reads all of it when it is written, and compares.
+JOBS = {
+    "mixed sizes, 16 under way, flushes": "--rw=randwrite --bsrange=512-256k --bs_unaligned=0 --iodepth=16 --fdatasync=64",
+    "long requests": "--rw=write --bs=1m --iodepth=4",
+    "short ones, two at a time, each flushed": "--rw=randwrite --bs=4k --iodepth=2 --fsync=8",
+    "discards, each followed by a write": "--rw=randtrimwrite --bs=16k --iodepth=8",
+}
+JOB_MIB = 16
+LOOPS_UNDER_FIRE = 4
+SLOTS, SLOT_PAGES = 64, 511  # of a lane, and what each holds at most
+# Of the guest's own: many small files, and a few long ones.
+PACKAGES = ("libpython3.11-minimal", "libpython3.11-stdlib", "perl-base", "cpp-12")
+MAKE_PACKAGE = r"""set -e
+mkdir -p /tmp/deb/{0}/DEBIAN
+dpkg-query -L {0} | while read path; do [ -f "$path" ] && [ ! -L "$path" ] && echo "${{path#/}}"; done > /tmp/deb/{0}.list || true
+tar -C / -cf - -T /tmp/deb/{0}.list | tar -C /tmp/deb/{0} -xf -
+printf 'Package: {0}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: made anew\n' > /tmp/deb/{0}/DEBIAN/control
+dpkg-deb -Znone --build /tmp/deb/{0} /mnt/d/{0}.deb
+"""
+INSTALL = ("mkdir -p /mnt/d/root/var/lib/dpkg/info /mnt/d/root/var/lib/dpkg/updates && cd /mnt/d/root/var/lib/dpkg && "
+           "touch status available && dpkg --root=/mnt/d/root --force-not-root,depends,script-chrootless -i /mnt/d/*.deb")
+
+
+def make_disk(directory):
+    path = Path(directory) / "disk"
+    with open(path, "wb") as file:
+        file.truncate(DISK_MIB << 20)
+    return path
+
+
+def fio_command(loops):
+    """All jobs at once."""
+    words = [f"{FIO} --loops={loops}"]
+    for number, job in enumerate(JOBS.values()):
+        words.append(f"--name=job{number} --offset={number * JOB_MIB}m --size={JOB_MIB}m {job}")
+    return " ".join(words)
+
+
+def fio_alone(test, guest):
+    for number, (name, job) in enumerate(JOBS.items()):
+        output = guest.sh(f"{FIO} --name=job --offset={number * JOB_MIB}m --size={JOB_MIB}m {job} 2>&1; echo status $?", timeout=180)
+        test.check(output.strip().endswith("status 0"), f"fio finds what it wrote: {name}" +
+                   ("" if output.strip().endswith("status 0") else f": {output[-1500:]}"))
+
+
+def kill_lanes(domain, count):
+    old = domain.lanes()
+    for pid in old:
+        os.kill(pid, signal.SIGKILL)
+    domain.wait_lanes(count, without=old)
+
+
+def fio_under_fire(test, guest, domain):
+    job = guest.sh_start(f"{fio_command(LOOPS_UNDER_FIRE)} 2>&1; echo status $?")
+    times = 0
+    while not job.done.wait(2.5):
+        times += 1
+        if times % 3:
+            kill_lanes(domain, 2)
+        else:
+            domain.kill()
+            time.sleep(0.3)
+            domain.start()
+    output = job.wait(240)
+    test.check(output.strip().endswith("status 0") and times >= 3,
+               f"all jobs at once find what they wrote, with lanes and domain killed {times} times meanwhile"
+               + ("" if output.strip().endswith("status 0") else f": {output[-1500:]}"))
+
+
+def packages(test, guest, domain):
+    """Packages made of the guest's own files, on the disk, installed there while lanes are killed, and hashed."""
+    guest.sh("mkfs.ext4 -q -b 4096 /dev/vdb && mkdir -p /mnt/d && mount /dev/vdb /mnt/d && mkdir -p /tmp/deb", timeout=120)
+    for name in PACKAGES:
+        guest.sh(MAKE_PACKAGE.format(name), timeout=120)
+    job = guest.sh_start(INSTALL)
+    for _ in range(3):
+        if not job.done.wait(1.5):
+            kill_lanes(domain, 2)
+    if not job.done.wait(0.5):
+        domain.kill()
+        time.sleep(0.3)
+        domain.start()
+    job.wait(240)
+    guest.sh("sync && umount /mnt/d && mount /dev/vdb /mnt/d", timeout=120)
+    for under in ("/usr/lib/python3.11/", "/usr/lib/gcc/x86_64-linux-gnu/12/cc1"):
+        latent.check_hashes(test, guest, under=under, root="/mnt/d/root", what="as installed by dpkg, with lanes killed meanwhile")
+    found = guest.sh("dpkg-query --admindir=/mnt/d/root/var/lib/dpkg -W -f '${Package} ${db:Status-Abbrev}\n'").split("\n")
+    test.check_equal(sorted(line.strip() for line in found if line), sorted(f"{name} ii" for name in PACKAGES), "dpkg says so")
+    guest.sh("umount /mnt/d && e2fsck -fn /dev/vdb", timeout=120)
+
+
+def check_file(test, disk):
+    """The image itself has the file system, for others to read."""
+    done = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, text=True, check=False,
+                          env=dict(os.environ, PATH=os.environ["PATH"] + ":/usr/sbin:/sbin"))
+    test.check_equal(done.returncode, 0, f"the image has a clean file system {done.stdout[-300:]}")
+
+
+def body(test):
+    test.need_latent()
+    scratch = vm.images_dir().parent.parent / "blkd"  # on disk, wherever /tmp is
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="latent-blkd-", dir=scratch) as directory:
+        disk, socket = make_disk(directory), f"{directory}/fio.sock"
+        with Blkd(socket, disk, "--lanes", "2") as domain:
+            with VM("fio", mem=MEM, smp=2, extra=[*blkd.shared_ram(MEM), *blkd.device(socket)]) as guest:
+                guest.wait_ready(120)
+                fio_alone(test, guest)
+                fio_under_fire(test, guest, domain)
+                packages(test, guest, domain)
+                guest.sh("fio --name=r --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=8 --rw=read --bs=1m --size=64m")
+                guest.shutdown()
+            deadline_s = time.monotonic() + 20
+            while not blkd.moved_by(domain.log) and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+            windows, copies, peak = map(max, zip(*blkd.moved_by(domain.log)))
+            test.check(windows and copies and 0 < peak <= SLOTS * SLOT_PAGES,
+                       f"a lane has moved {windows} KiB through windows, {copies} KiB by copies, at most {peak} guest pages mapped")
+        check_file(test, disk)
+
+
+case.main("fio and dpkg find what they wrote on a disk that latent blkd serves, whatever is killed.", body, timeout_s=600)

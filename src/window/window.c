@@ -17,6 +17,10 @@
 #define SEGMENTS_MAX 1024u
 #define AGAIN_BYTES ((size_t)16 << 10) /* runs as long as this are mapped when they come again */
 #define SEEN_RUNS 256u                 /* that are remembered, to know that they do */
+#define CREDIT_MAX 128u                /* what may be mapped in the hope that it comes again: that costs MAP_CREDIT; */
+#define MAP_CREDIT 2u                  /* each time that it does come brings one */
+#define REFUSED_MAX 64u                /* once in so many times there is hope again */
+#define FAULT_PAGES 16u                /* that come with one fault of a read */
 #define ANY_CPU (-1)
 
 _Static_assert(SLOT_BYTES == (size_t)LATENT_SLOT_PAGES << OS_PAGE_SHIFT,
@@ -31,6 +35,7 @@ struct place {
 	uint64_t offset; /* of the first page */
 	size_t bytes;    /* whole pages; 0: none */
 	bool writable;
+	bool known; /* dev and ino are: that takes a system call */
 };
 
 struct slot {
@@ -60,6 +65,7 @@ struct window {
 	uint8_t *area, *bounce; /* n_slots * TABLE_BYTES each */
 	uint64_t uses;
 	uint64_t seen[SEEN_RUNS]; /* keys of runs; a hint, no more */
+	uint32_t credit, refused;
 	struct latent_window_stats stats;
 };
 
@@ -126,6 +132,7 @@ int window_register(int cpu, uint32_t slots, struct window **ret_window)
 	w->lane = new_lane();
 	w->tid = (pid_t)syscall(SYS_gettid);
 	w->n_slots = slots;
+	w->credit = CREDIT_MAX;
 	w->slots = calloc(slots, sizeof *w->slots);
 	w->empty.slots = calloc(slots, sizeof *w->empty.slots);
 	w->waiting.slots = calloc(slots, sizeof *w->waiting.slots);
@@ -265,8 +272,16 @@ static void place_segments(const struct latent_request *r, const struct run *run
 
 /*
  * To map pages costs about as much as to copy them; to find them mapped costs nothing. Drivers use their buffers
- * again and again, so a run that comes a second time gets a slot that keeps it.
+ * again and again, so a run that comes a second time gets a slot that keeps it; as long as that brings something. A
+ * driver whose buffers are more than the slots, in turn, would have them mapped and never found.
  */
+static bool has_credit(struct window *w)
+{
+	if (w->credit < MAP_CREDIT && ++w->refused % REFUSED_MAX == 0)
+		w->credit = MAP_CREDIT;
+	return w->credit >= MAP_CREDIT;
+}
+
 static bool was_seen(struct window *w, const struct latent_request *r, const struct run *run)
 {
 	uint64_t key = ((uint64_t)run->fd << 1 | r->writes_guest) * 0x9e3779b97f4a7c15 ^
@@ -285,30 +300,39 @@ static bool may_come_again(const struct window *w, const struct latent_request *
 	       w->stats.min_window_bytes <= SLOT_BYTES;
 }
 
+static struct place place_of(const struct latent_request *r, const struct run *run)
+{
+	return (struct place){ .offset = run->offset - within_page(run),
+			       .bytes = span_bytes(run),
+			       .writable = r->writes_guest };
+}
+
 /* The descriptor may have been closed, and its number be another file's: what is mapped is that file. */
-static int place_of(const struct latent_request *r, const struct run *run, struct place *ret_place)
+static bool identify(struct place *place, int fd)
 {
 	struct stat st;
 
-	if (fstat(run->fd, &st))
-		return -errno;
-	*ret_place = (struct place){ st.st_dev, st.st_ino, run->offset - within_page(run), span_bytes(run),
-				     r->writes_guest };
-	return 0;
-}
-
-static bool is_same_place(const struct place *a, const struct place *b)
-{
-	return a->offset == b->offset && a->bytes == b->bytes && a->ino == b->ino && a->dev == b->dev &&
-	       a->writable == b->writable;
+	if (!place->known && fstat(fd, &st))
+		return false;
+	if (!place->known) {
+		place->dev = st.st_dev;
+		place->ino = st.st_ino;
+		place->known = true;
+	}
+	return true;
 }
 
 /* Which of the slots that wait maps it still, as its number in their stack; -1: none. */
-static int find_kept(const struct window *w, const struct place *place)
+static int find_kept(const struct window *w, struct place *place, int fd)
 {
-	for (uint32_t i = w->waiting.count; i--;)
-		if (is_same_place(&w->slots[w->waiting.slots[i]].place, place))
+	for (uint32_t i = w->waiting.count; i--;) {
+		const struct place *kept = &w->slots[w->waiting.slots[i]].place;
+
+		if (kept->offset == place->offset && kept->bytes == place->bytes &&
+		    kept->writable == place->writable && identify(place, fd) && kept->ino == place->ino &&
+		    kept->dev == place->dev)
 			return (int)i;
+	}
 	return -1;
 }
 
@@ -327,9 +351,10 @@ bool window_comes_again(struct window *w, const struct latent_request *r)
 	struct place place;
 	struct run run;
 
-	if (check_segments(r) || !may_come_again(w, r, &run) || place_of(r, &run, &place))
+	if (check_segments(r) || !may_come_again(w, r, &run))
 		return false;
-	return was_seen(w, r, &run) || find_kept(w, &place) >= 0;
+	place = place_of(r, &run);
+	return find_kept(w, &place, run.fd) >= 0 || (was_seen(w, r, &run) && has_credit(w));
 }
 
 /* ---- slots ------------------------------------------------------------------------------------ */
@@ -418,8 +443,9 @@ static int map_run(struct window *w, struct slot *s, const struct latent_request
 			      r->writes_guest);
 	if (error)
 		return error;
-	/* By one call: faults of reads would bring 16 pages each, of writes one. */
-	os_populate_read(s->hva + at, bytes);
+	/* By one call: what is read comes with few faults, what is written would take one for each page. */
+	if (r->writes_guest || bytes > os_bytes(FAULT_PAGES))
+		os_populate_read(s->hva + at, bytes);
 	place_segments(r, run, s->hva + at + within_page(run));
 	w->stats.maps++;
 	w->stats.window_bytes += run->bytes;
@@ -462,9 +488,9 @@ static int fill_slot(struct window *w, struct slot *s, const struct latent_reque
 
 /* A request of one run whose pages a slot still has. NULL: there is none. */
 static struct slot *use_kept(struct window *w, const struct latent_request *r, const struct run *run,
-			     const struct place *place)
+			     struct place *place)
 {
-	int at = find_kept(w, place);
+	int at = find_kept(w, place, run->fd);
 	struct slot *s;
 
 	if (at < 0)
@@ -474,6 +500,7 @@ static struct slot *use_kept(struct window *w, const struct latent_request *r, c
 	place_segments(r, run, s->hva + within_page(run));
 	w->stats.kept++;
 	w->stats.window_bytes += run->bytes;
+	w->credit += w->credit < CREDIT_MAX;
 	return s;
 }
 
@@ -505,16 +532,18 @@ static int give_slot(struct window *w, const struct latent_request *r, struct sl
 	int error;
 
 	if (may_come_again(w, r, &run)) {
-		error = place_of(r, &run, &place);
-		*ret_slot = error ? NULL : use_kept(w, r, &run, &place);
-		if (error || *ret_slot)
-			return error;
-		keep = was_seen(w, r, &run);
-		if (keep && least > AGAIN_BYTES)
+		place = place_of(r, &run);
+		*ret_slot = use_kept(w, r, &run, &place);
+		if (*ret_slot)
+			return 0;
+		keep = was_seen(w, r, &run) && has_credit(w);
+		if (keep && run.bytes < least) {
 			least = AGAIN_BYTES;
+			w->credit -= MAP_CREDIT;
+		}
 	}
 	error = fill_another(w, r, least, keep, ret_slot);
-	if (!error && (*ret_slot)->mapped_bytes)
+	if (!error && place.bytes && (*ret_slot)->mapped_bytes && identify(&place, run.fd))
 		(*ret_slot)->place = place;
 	return error;
 }

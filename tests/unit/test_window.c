@@ -478,6 +478,33 @@ static void come_again(void)
 	window_unregister(w);
 }
 
+/* In turn, and more than there are slots: soon nearly all is copied. */
+static void come_too_seldom(void)
+{
+	struct window *w = lane_on(cpus[0]);
+	uint32_t mapped = 0, rounds = 40, buffers = 64;
+
+	window_set_threshold(w, 100 * PAGE);
+	for (uint32_t i = 0; i < rounds * buffers; i++) {
+		uint64_t maps = once(w, false, i % buffers * 16 * PAGE, 8 * PAGE);
+
+		mapped += i / buffers < rounds / 2 ? 0 : (uint32_t)maps;
+	}
+	CHECK(mapped < rounds / 2 * buffers / 4);
+	for (uint32_t i = 0; i < 200 * SLOTS; i++) /* and then it pays */
+		once(w, false, i % (SLOTS / 2) * 16 * PAGE, 8 * PAGE);
+	for (uint32_t i = 0; i < SLOTS; i++)
+		CHECK(!once(w, false, i % (SLOTS / 2) * 16 * PAGE, 8 * PAGE));
+	CHECK(stats_of(w).kept > 100 * SLOTS);
+	window_unregister(w);
+}
+
+static void what_comes_too_seldom_is_copied(void **state)
+{
+	(void)state;
+	run_lane(come_too_seldom);
+}
+
 static void what_comes_again_is_still_mapped(void **state)
 {
 	(void)state;
@@ -923,6 +950,7 @@ int main(void)
 		cmocka_unit_test(slots_are_recycled_and_keep_their_page_tables),
 		cmocka_unit_test(a_reused_slot_never_shows_what_was_there),
 		cmocka_unit_test(what_comes_again_is_still_mapped),
+		cmocka_unit_test(what_comes_too_seldom_is_copied),
 		cmocka_unit_test(a_map_that_fails_hands_nothing_out),
 		cmocka_unit_test(a_slot_that_cannot_be_emptied_is_lost),
 		cmocka_unit_test(what_is_wrong_is_refused),

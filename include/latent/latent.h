@@ -180,7 +180,8 @@ void latent_window_unregister(struct latent_window *window);
 
 /*
  * Gives a request a slot. Long runs of segments are mapped, shorter ones copied (`writes_guest`: by
- * done). A request that another lane has had is mapped after this one has emptied all slots that wait.
+ * done). A request of one run that is the same pages of the same file as one before is mapped sooner, and takes
+ * the slot that still maps them, if there is one. A request that another lane has had is mapped after this one has emptied all slots that wait.
  * -EAGAIN: all slots are in use; -E2BIG: more than LATENT_SLOT_PAGES; -EINVAL; -EBUSY: it has a slot;
  * -EXDEV: the thread is not on its CPU (see use); -EFAULT: a segment that is copied ends behind its file
  * (one that is mapped raises SIGBUS where it is touched, and makes system calls fail with EFAULT);
@@ -225,6 +226,7 @@ struct latent_window_stats {
 	uint64_t reused;  /* slots in which another request took the place of what waited */
 	uint64_t emptied; /* slots: by recycle, by a hand-over, after a map that failed */
 	uint64_t handed_over, off_cpu;
+	uint64_t kept; /* requests whose pages a slot that waited had still mapped: no mapping call was made */
 };
 /* -EINVAL: a size that this version does not know. */
 int latent_window_stats_get(const struct latent_window *window, struct latent_window_stats *stats);

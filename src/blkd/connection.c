@@ -166,8 +166,10 @@ static int check_region(const struct memory_region *r, int fd, const char **ret_
 	return fs.f_type == HUGETLBFS_MAGIC ? -EINVAL : 0;
 }
 
+/* Nor is any of it left in slots that wait. */
 static void forget_memory(struct connection *c)
 {
+	(void)window_recycle(c->lane->window);
 	for (uint32_t i = 0; i < c->table.count; i++)
 		close_fd(&c->fds[i]);
 	c->table.count = 0;
@@ -221,6 +223,7 @@ static int drop_region(struct connection *c, const struct memory_region *region,
 	*ret_why = "a memory region is to be removed that is not there";
 	if (r)
 		return r;
+	(void)window_recycle(c->lane->window);
 	close_fd(&c->fds[i]);
 	memmove(&c->fds[i], &c->fds[i + 1], (c->table.count - i) * sizeof c->fds[0]);
 	return restart_rings(c, ret_why);

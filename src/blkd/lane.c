@@ -150,8 +150,11 @@ void lane_forget(struct lane *lane, struct connection *c)
 		at = &(*at)->next;
 	*at = c->next;
 	window_stats(lane->window, &stats);
-	lane_say("a connection has ended: %llu requests, at most %llu guest pages mapped for them",
-		 (unsigned long long)c->served, (unsigned long long)stats.peak_pages);
+	lane_say("a connection has ended: %llu requests; this lane has moved %llu KiB through windows, %llu KiB by "
+		 "copies, at most %llu guest pages mapped at once",
+		 (unsigned long long)c->served, (unsigned long long)stats.window_bytes >> 10,
+		 (unsigned long long)(stats.bounce_bytes + lane->view_bytes) >> 10,
+		 (unsigned long long)stats.peak_pages);
 	free(c);
 	tell_domain(lane, LANE_ENDED);
 }

@@ -53,7 +53,8 @@ struct virtqueue {
 	uint64_t desc_uva, used_uva, avail_uva;
 	uint64_t desc_gpa;
 	uint16_t base;         /* of SET_VRING_BASE */
-	uint64_t untold_bytes; /* of requests given back since the driver was told */
+	uint32_t untold;       /* requests given back since the driver was told */
+	uint64_t untold_bytes; /* of these */
 	int kick, call, error;
 	struct ring_view {
 		void *area; /* as reserved */
@@ -114,6 +115,7 @@ struct lane {
 	int cpu, control;
 	const struct image *image;
 	const uint8_t *image_view; /* of one in memory; for the kernel's eyes only: it may be cut */
+	uint64_t view_bytes;       /* that were copied from there */
 	struct event from_domain;
 	struct io_uring ring;
 	struct window *window;

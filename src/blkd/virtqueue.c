@@ -187,7 +187,7 @@ void virtqueue_tell(struct virtqueue *v)
 {
 	uint64_t one = 1;
 
-	v->untold_bytes = 0;
+	v->untold_bytes = v->untold = 0;
 	if (v->runs && v->call >= 0 && queue_must_tell(&v->queue) &&
 	    write(v->call, &one, sizeof one) < 0)
 		return; /* it has been told already, or is gone */

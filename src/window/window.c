@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -14,6 +15,12 @@
 #define SLOT_BYTES (TABLE_BYTES - OS_PAGE_BYTES)
 #define BOUNCE_KEPT_BYTES ((size_t)64 << 10) /* of a slot's bounce buffer, while nothing is to be done */
 #define SEGMENTS_MAX 1024u
+#define AGAIN_BYTES ((size_t)16 << 10) /* runs as long as this are mapped when they come again */
+#define SEEN_RUNS 256u                 /* that are remembered, to know that they do */
+#define CREDIT_MAX 128u                /* what may be mapped in the hope that it comes again: that costs MAP_CREDIT; */
+#define MAP_CREDIT 2u                  /* each time that it does come brings one */
+#define REFUSED_MAX 64u                /* once in so many times there is hope again */
+#define FAULT_PAGES 16u                /* that come with one fault of a read */
 #define ANY_CPU (-1)
 
 _Static_assert(SLOT_BYTES == (size_t)LATENT_SLOT_PAGES << OS_PAGE_SHIFT,
@@ -21,10 +28,21 @@ _Static_assert(SLOT_BYTES == (size_t)LATENT_SLOT_PAGES << OS_PAGE_SHIFT,
 
 enum slot_state { SLOT_EMPTY, SLOT_WAITING, SLOT_IN_USE, SLOT_LOST };
 
+/* Guest memory by what no descriptor's number says: which file it is. */
+struct place {
+	dev_t dev;
+	ino_t ino;
+	uint64_t offset; /* of the first page */
+	size_t bytes;    /* whole pages; 0: none */
+	bool writable;
+	bool known; /* dev and ino are: that takes a system call */
+};
+
 struct slot {
 	uint8_t *hva;        /* behind the page that keeps the table: SLOT_BYTES */
 	uint8_t *bounce;     /* as many */
 	size_t mapped_bytes; /* from hva on */
+	struct place place;  /* what these are, where they are one run */
 	size_t bounce_bytes; /* from bounce on, of this request */
 	size_t bounce_touched;
 	uint64_t use; /* of the request that is in it */
@@ -46,6 +64,8 @@ struct window {
 	struct stack empty, waiting;
 	uint8_t *area, *bounce; /* n_slots * TABLE_BYTES each */
 	uint64_t uses;
+	uint64_t seen[SEEN_RUNS]; /* keys of runs; a hint, no more */
+	uint32_t credit, refused;
 	struct latent_window_stats stats;
 };
 
@@ -112,6 +132,7 @@ int window_register(int cpu, uint32_t slots, struct window **ret_window)
 	w->lane = new_lane();
 	w->tid = (pid_t)syscall(SYS_gettid);
 	w->n_slots = slots;
+	w->credit = CREDIT_MAX;
 	w->slots = calloc(slots, sizeof *w->slots);
 	w->empty.slots = calloc(slots, sizeof *w->empty.slots);
 	w->waiting.slots = calloc(slots, sizeof *w->waiting.slots);
@@ -198,18 +219,16 @@ static bool next_run(const struct latent_request *r, struct run *run)
 	return true;
 }
 
-static bool is_mapped(const struct window *w, const struct run *run)
+/* Everything in one run. */
+static bool is_one_run(const struct latent_request *r, struct run *run)
 {
-	return run->bytes >= w->stats.min_window_bytes;
+	*run = (struct run){ 0 };
+	return next_run(r, run) && run->count == r->count;
 }
 
-/* Everything that a caller can get wrong, before anything is done. Sums cannot overflow: each term is
- * bounded. */
-static int check_request(const struct window *w, const struct latent_request *r, size_t *ret_to_map)
+/* Everything that a caller can get wrong, before anything is done. */
+static int check_segments(const struct latent_request *r)
 {
-	size_t to_map = 0, to_copy = 0;
-	struct run run = { 0 };
-
 	if (r->size != sizeof *r || !r->count || r->count > SEGMENTS_MAX)
 		return -EINVAL;
 	for (uint32_t i = 0; i < r->count; i++) {
@@ -220,8 +239,17 @@ static int check_request(const struct window *w, const struct latent_request *r,
 		if (s->bytes > SLOT_BYTES)
 			return -E2BIG;
 	}
+	return 0;
+}
+
+/* Runs of at least `least` bytes are mapped. Sums cannot overflow: each term is bounded. */
+static int check_size(const struct latent_request *r, size_t least, size_t *ret_to_map)
+{
+	size_t to_map = 0, to_copy = 0;
+	struct run run = { 0 };
+
 	while (next_run(r, &run)) {
-		if (is_mapped(w, &run))
+		if (run.bytes >= least)
 			to_map += span_bytes(&run);
 		else
 			to_copy += run.bytes;
@@ -238,6 +266,95 @@ static void place_segments(const struct latent_request *r, const struct run *run
 		r->iov[i] = (struct iovec){ at, r->segments[i].bytes };
 		at += r->segments[i].bytes;
 	}
+}
+
+/* ---- what comes again ------------------------------------------------------------------------- */
+
+/*
+ * To map pages costs about as much as to copy them; to find them mapped costs nothing. Drivers use their buffers
+ * again and again, so a run that comes a second time gets a slot that keeps it; as long as that brings something. A
+ * driver whose buffers are more than the slots, in turn, would have them mapped and never found.
+ */
+static bool has_credit(struct window *w)
+{
+	if (w->credit < MAP_CREDIT && ++w->refused % REFUSED_MAX == 0)
+		w->credit = MAP_CREDIT;
+	return w->credit >= MAP_CREDIT;
+}
+
+static bool was_seen(struct window *w, const struct latent_request *r, const struct run *run)
+{
+	uint64_t key = ((uint64_t)run->fd << 1 | r->writes_guest) * 0x9e3779b97f4a7c15 ^
+		       run->offset * 0xbf58476d1ce4e5b9 ^ run->bytes * 0x94d049bb133111eb;
+	uint64_t *seen = &w->seen[(key ^ key >> 32) % SEEN_RUNS];
+
+	if (*seen == key)
+		return true;
+	*seen = key;
+	return false;
+}
+
+static bool may_come_again(const struct window *w, const struct latent_request *r, struct run *run)
+{
+	return is_one_run(r, run) && run->bytes >= AGAIN_BYTES &&
+	       w->stats.min_window_bytes <= SLOT_BYTES;
+}
+
+static struct place place_of(const struct latent_request *r, const struct run *run)
+{
+	return (struct place){ .offset = run->offset - within_page(run),
+			       .bytes = span_bytes(run),
+			       .writable = r->writes_guest };
+}
+
+/* The descriptor may have been closed, and its number be another file's: what is mapped is that file. */
+static bool identify(struct place *place, int fd)
+{
+	struct stat st;
+
+	if (!place->known && fstat(fd, &st))
+		return false;
+	if (!place->known) {
+		place->dev = st.st_dev;
+		place->ino = st.st_ino;
+		place->known = true;
+	}
+	return true;
+}
+
+/* Which of the slots that wait maps it still, as its number in their stack; -1: none. */
+static int find_kept(const struct window *w, struct place *place, int fd)
+{
+	for (uint32_t i = w->waiting.count; i--;) {
+		const struct place *kept = &w->slots[w->waiting.slots[i]].place;
+
+		if (kept->offset == place->offset && kept->bytes == place->bytes &&
+		    kept->writable == place->writable && identify(place, fd) && kept->ino == place->ino &&
+		    kept->dev == place->dev)
+			return (int)i;
+	}
+	return -1;
+}
+
+static struct slot *take_kept(struct window *w, int at)
+{
+	struct slot *s = &w->slots[w->waiting.slots[at]];
+
+	w->waiting.count--;
+	for (uint32_t i = (uint32_t)at; i < w->waiting.count; i++)
+		w->waiting.slots[i] = w->waiting.slots[i + 1];
+	return s;
+}
+
+bool window_comes_again(struct window *w, const struct latent_request *r)
+{
+	struct place place;
+	struct run run;
+
+	if (check_segments(r) || !may_come_again(w, r, &run))
+		return false;
+	place = place_of(r, &run);
+	return find_kept(w, &place, run.fd) >= 0 || (was_seen(w, r, &run) && has_credit(w));
 }
 
 /* ---- slots ------------------------------------------------------------------------------------ */
@@ -279,6 +396,7 @@ static int empty_slot(struct window *w, struct slot *s)
 	int r = cut_slot(w, s, 0);
 
 	s->use = 0;
+	s->place.bytes = 0;
 	s->state = r ? SLOT_LOST : SLOT_EMPTY;
 	if (!r) {
 		push(w, &w->empty, s);
@@ -287,13 +405,14 @@ static int empty_slot(struct window *w, struct slot *s)
 	return r;
 }
 
-/* What is to be mapped goes where something is mapped; what is copied, where nothing is. */
-static struct slot *take_slot(struct window *w, bool to_map)
+/* What is to be mapped goes where something is mapped, as few pages shall be; what is copied, and what shall be kept,
+ * where nothing is. */
+static struct slot *take_slot(struct window *w, bool replaces)
 {
-	struct slot *s = pop(w, to_map ? &w->waiting : &w->empty);
+	struct slot *s = pop(w, replaces ? &w->waiting : &w->empty);
 
 	if (!s)
-		s = pop(w, to_map ? &w->empty : &w->waiting);
+		s = pop(w, replaces ? &w->empty : &w->waiting);
 	return s;
 }
 
@@ -324,8 +443,8 @@ static int map_run(struct window *w, struct slot *s, const struct latent_request
 			      r->writes_guest);
 	if (error)
 		return error;
-	/* Reads bring 16 pages with a fault, writes one: those are brought by one call, in half the time. */
-	if (r->writes_guest)
+	/* By one call: what is read comes with few faults, what is written would take one for each page. */
+	if (r->writes_guest || bytes > os_bytes(FAULT_PAGES))
 		os_populate_read(s->hva + at, bytes);
 	place_segments(r, run, s->hva + at + within_page(run));
 	w->stats.maps++;
@@ -349,15 +468,15 @@ static int copy_run(struct window *w, struct slot *s, const struct latent_reques
 	return 0;
 }
 
-static int fill_slot(struct window *w, struct slot *s, const struct latent_request *r)
+static int fill_slot(struct window *w, struct slot *s, const struct latent_request *r, size_t least)
 {
 	struct run run = { 0 };
 	size_t mapped = 0;
 	int error = 0;
 
-	s->bounce_bytes = 0;
+	s->bounce_bytes = s->place.bytes = 0;
 	while (!error && next_run(r, &run)) {
-		if (is_mapped(w, &run)) {
+		if (run.bytes >= least) {
 			error = map_run(w, s, r, &run, mapped);
 			mapped += span_bytes(&run);
 		} else {
@@ -367,33 +486,87 @@ static int fill_slot(struct window *w, struct slot *s, const struct latent_reque
 	return error ? error : cut_slot(w, s, mapped);
 }
 
+/* A request of one run whose pages a slot still has. NULL: there is none. */
+static struct slot *use_kept(struct window *w, const struct latent_request *r, const struct run *run,
+			     struct place *place)
+{
+	int at = find_kept(w, place, run->fd);
+	struct slot *s;
+
+	if (at < 0)
+		return NULL;
+	s = take_kept(w, at);
+	s->bounce_bytes = 0;
+	place_segments(r, run, s->hva + within_page(run));
+	w->stats.kept++;
+	w->stats.window_bytes += run->bytes;
+	w->credit += w->credit < CREDIT_MAX;
+	return s;
+}
+
+/* The slot has nothing of the request before but what it maps. */
+static int fill_another(struct window *w, const struct latent_request *r, size_t least, bool keep,
+			struct slot **ret_slot)
+{
+	size_t to_map;
+	int error = check_size(r, least, &to_map);
+	struct slot *s = error ? NULL : take_slot(w, to_map && !keep);
+
+	if (!s)
+		return error ? error : -EAGAIN;
+	w->stats.reused += s->state == SLOT_WAITING && s->mapped_bytes && to_map;
+	error = fill_slot(w, s, r, least);
+	if (error)
+		(void)empty_slot(w, s);
+	else
+		*ret_slot = s;
+	return error;
+}
+
+static int give_slot(struct window *w, const struct latent_request *r, struct slot **ret_slot)
+{
+	size_t least = w->stats.min_window_bytes;
+	struct place place = { 0 };
+	bool keep = false;
+	struct run run;
+	int error;
+
+	if (may_come_again(w, r, &run)) {
+		place = place_of(r, &run);
+		*ret_slot = use_kept(w, r, &run, &place);
+		if (*ret_slot)
+			return 0;
+		keep = was_seen(w, r, &run) && has_credit(w);
+		if (keep && run.bytes < least) {
+			least = AGAIN_BYTES;
+			w->credit -= MAP_CREDIT;
+		}
+	}
+	error = fill_another(w, r, least, keep, ret_slot);
+	if (!error && place.bytes && (*ret_slot)->mapped_bytes && identify(&place, run.fd))
+		(*ret_slot)->place = place;
+	return error;
+}
+
 int window_map(struct window *w, struct latent_request *r, int flush)
 {
 	bool local = flush == LATENT_LOCAL_FLUSH;
 	struct slot *s;
-	size_t to_map;
 	int error;
 
 	if (!local && flush != LATENT_GLOBAL_FLUSH)
 		return -EINVAL;
 	if (slot_of(w, r))
 		return -EBUSY;
-	error = local && w->cpu == ANY_CPU ? -EOPNOTSUPP : check_request(w, r, &to_map);
+	error = local && w->cpu == ANY_CPU ? -EOPNOTSUPP : check_segments(r);
 	if (!error && local)
 		error = check_cpu(w);
 	if (!error && r->lane && r->lane != w->lane)
 		error = window_recycle(w);
+	if (!error)
+		error = give_slot(w, r, &s);
 	if (error)
 		return error;
-	s = take_slot(w, to_map);
-	if (!s)
-		return -EAGAIN;
-	w->stats.reused += s->state == SLOT_WAITING && s->mapped_bytes && to_map;
-	error = fill_slot(w, s, r);
-	if (error) {
-		(void)empty_slot(w, s);
-		return error;
-	}
 	s->state = SLOT_IN_USE;
 	s->local = local;
 	s->use = new_use(w, s);
@@ -414,15 +587,20 @@ int window_use(struct window *w, const struct latent_request *r)
 
 /* ---- taking it out ---------------------------------------------------------------------------- */
 
-static int copy_back(const struct window *w, const struct latent_request *r)
+static bool is_copy(const struct slot *s, const struct latent_request *r, const struct run *run)
+{
+	return (uintptr_t)r->iov[run->first].iov_base - (uintptr_t)s->bounce < SLOT_BYTES;
+}
+
+static int copy_back(const struct slot *s, const struct latent_request *r)
 {
 	struct run run = { 0 };
 	int error = 0;
 
 	while (next_run(r, &run)) {
-		int one = is_mapped(w, &run) ? 0
-					     : os_write_all(run.fd, r->iov[run.first].iov_base,
-							    run.bytes, run.offset);
+		int one = is_copy(s, r, &run) ? os_write_all(run.fd, r->iov[run.first].iov_base,
+							     run.bytes, run.offset)
+					      : 0;
 
 		error = error ? error : one;
 	}
@@ -436,7 +614,7 @@ int window_done(struct window *w, struct latent_request *r, bool succeeded)
 
 	if (!s)
 		return -ESTALE;
-	error = r->writes_guest && succeeded ? copy_back(w, r) : 0;
+	error = r->writes_guest && succeeded ? copy_back(s, r) : 0;
 	r->lane = r->use = s->use = 0;
 	s->state = s->mapped_bytes ? SLOT_WAITING : SLOT_EMPTY;
 	push(w, s->mapped_bytes ? &w->waiting : &w->empty, s);

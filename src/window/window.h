@@ -9,7 +9,8 @@
  *
  *   empty   -> in use    map
  *   in use  -> waiting   done: still mapped, used by nobody
- *   waiting -> in use    map: the new mappings take the place of the old ones
+ *   waiting -> in use    map: of what it still maps, nothing is done; otherwise the new mappings take the place of
+ *                        the old ones
  *   waiting -> empty     recycle; in use -> empty: hand_over, a map that fails
  *   any     -> lost      it could not be emptied, and is never used again
  */
@@ -34,7 +35,12 @@ int window_move(struct window *w, int cpu);
 int window_check(const struct window *w);
 void window_stats(const struct window *w, struct latent_window_stats *stats);
 
-/* From now on runs of at least that many bytes are mapped; 1: all. For tests and benchmarks. */
+/* A run that came lately, or that a slot still maps: map would map it. Says so the second time at the earliest. For
+ * who has a better way than a copy for what comes once. */
+bool window_comes_again(struct window *w, const struct latent_request *request);
+
+/* From now on runs of at least that many bytes are mapped; 1: all; more than a slot holds: none. For tests and
+ * benchmarks. */
 void window_set_threshold(struct window *w, uint32_t bytes);
 
 /*

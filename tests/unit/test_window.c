@@ -410,6 +410,107 @@ static void a_reused_slot_never_shows_what_was_there(void **state)
 	run_lane(reuse);
 }
 
+/* One request from map to done; returns the mapping calls that it took. */
+static uint64_t once(struct window *w, bool writes_guest, size_t offset, size_t bytes)
+{
+	uint64_t maps = stats_of(w).maps;
+	static uint8_t byte;
+	struct io io;
+
+	one_segment(&io, writes_guest, offset, bytes);
+	CHECK(!window_map(w, &io.request, LATENT_LOCAL_FLUSH));
+	if (writes_guest)
+		memset(io.iov[0].iov_base, ++byte, bytes);
+	else
+		check_contents(&io);
+	CHECK(!window_done(w, &io.request, true));
+	for (size_t i = 0; writes_guest && i < bytes; i++)
+		CHECK(ram[offset + i] == byte);
+	return stats_of(w).maps - maps;
+}
+
+/* The number is another file's, and so are the contents. */
+static void put_another_file(uint8_t byte)
+{
+	int other = os_memfd_create("another", RAM_PAGES * PAGE, false), here = ram_fd;
+
+	ram = mmap(NULL, RAM_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, other, 0);
+	CHECK(other >= 0 && ram != MAP_FAILED);
+	memset(ram, byte, RAM_PAGES * PAGE);
+	CHECK(dup2(other, here) == here);
+	close(other);
+}
+
+static void come_again(void)
+{
+	struct window *w = lane_on(cpus[0]);
+	struct io two;
+
+	window_set_threshold(w, 100 * PAGE);
+	for (size_t i = 0; i < 3; i++) { /* two buffers in turn: each has a slot of its own */
+		CHECK(once(w, true, 10 * PAGE + 512, 8 * PAGE) == (i == 1));
+		CHECK(once(w, true, 40 * PAGE, 8 * PAGE) == (i == 1));
+		ram[11 * PAGE]++;
+		ram[41 * PAGE]++;
+	}
+	CHECK(stats_of(w).kept == 2 && stats_of(w).mapped_pages == 9 + 8);
+	CHECK(once(w, false, 40 * PAGE, 8 * PAGE) == 0); /* what is writable is not for who only reads: copied, */
+	CHECK(once(w, false, 40 * PAGE, 8 * PAGE) == 1); /* then mapped for itself */
+	CHECK(once(w, true, 40 * PAGE, 7 * PAGE) == 0 && stats_of(w).kept == 2); /* another run */
+
+	new_io(&two, true); /* in use is not waiting */
+	add_segment(&two, 40 * PAGE, 8 * PAGE);
+	CHECK(!window_map(w, &two.request, LATENT_LOCAL_FLUSH) && stats_of(w).kept == 3);
+	CHECK(once(w, true, 40 * PAGE, 8 * PAGE) == 1);
+	CHECK(!window_done(w, &two.request, true));
+
+	CHECK(once(w, true, 40 * PAGE, 8 * PAGE) == 0 && stats_of(w).kept == 4);
+	put_another_file(0x77);
+	CHECK(once(w, true, 40 * PAGE, 8 * PAGE) == 1 && stats_of(w).kept == 4);
+	CHECK(once(w, true, 40 * PAGE, 8 * PAGE) == 0 && stats_of(w).kept == 5);
+	CHECK(!window_recycle(w) && !stats_of(w).mapped_pages);
+	CHECK(once(w, true, 40 * PAGE, 8 * PAGE) == 1 && stats_of(w).kept == 5);
+
+	CHECK(once(w, true, 60 * PAGE, 3 * PAGE) == 0 && once(w, true, 60 * PAGE, 3 * PAGE) == 0); /* short */
+	window_set_threshold(w, 1u << 30);
+	CHECK(once(w, true, 80 * PAGE, 8 * PAGE) == 0 && once(w, true, 80 * PAGE, 8 * PAGE) == 0); /* none */
+	CHECK(!window_comes_again(w, &two.request));
+	window_unregister(w);
+}
+
+/* In turn, and more than there are slots: soon nearly all is copied. */
+static void come_too_seldom(void)
+{
+	struct window *w = lane_on(cpus[0]);
+	uint32_t mapped = 0, rounds = 40, buffers = 64;
+
+	window_set_threshold(w, 100 * PAGE);
+	for (uint32_t i = 0; i < rounds * buffers; i++) {
+		uint64_t maps = once(w, false, i % buffers * 16 * PAGE, 8 * PAGE);
+
+		mapped += i / buffers < rounds / 2 ? 0 : (uint32_t)maps;
+	}
+	CHECK(mapped < rounds / 2 * buffers / 4);
+	for (uint32_t i = 0; i < 200 * SLOTS; i++) /* and then it pays */
+		once(w, false, i % (SLOTS / 2) * 16 * PAGE, 8 * PAGE);
+	for (uint32_t i = 0; i < SLOTS; i++)
+		CHECK(!once(w, false, i % (SLOTS / 2) * 16 * PAGE, 8 * PAGE));
+	CHECK(stats_of(w).kept > 100 * SLOTS);
+	window_unregister(w);
+}
+
+static void what_comes_too_seldom_is_copied(void **state)
+{
+	(void)state;
+	run_lane(come_too_seldom);
+}
+
+static void what_comes_again_is_still_mapped(void **state)
+{
+	(void)state;
+	run_lane(come_again);
+}
+
 /* A map that fails at any step hands nothing out; what follows is right, and nothing stays mapped. */
 static void map_with_failures(void)
 {
@@ -848,6 +949,8 @@ int main(void)
 		cmocka_unit_test(what_the_guest_sends_is_not_writable),
 		cmocka_unit_test(slots_are_recycled_and_keep_their_page_tables),
 		cmocka_unit_test(a_reused_slot_never_shows_what_was_there),
+		cmocka_unit_test(what_comes_again_is_still_mapped),
+		cmocka_unit_test(what_comes_too_seldom_is_copied),
 		cmocka_unit_test(a_map_that_fails_hands_nothing_out),
 		cmocka_unit_test(a_slot_that_cannot_be_emptied_is_lost),
 		cmocka_unit_test(what_is_wrong_is_refused),

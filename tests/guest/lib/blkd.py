@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,6 +19,14 @@ PART_BYTES = 4 << 20  # of a thread of blk_work.py
 def lanes_of(pid):
     """The lanes of a domain: its children."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def moved_by(log):
+    """What lanes have said when connections ended: (KiB through windows, KiB by copies, guest pages mapped at most), of
+    the lane until then."""
+    return [tuple(map(int, found)) for found in
+            re.findall(r"this lane has moved (\d+) KiB through windows, (\d+) KiB by copies, at most (\d+) guest pages",
+                       log.read_text())]
 
 
 class Blkd:

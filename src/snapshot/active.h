@@ -46,4 +46,9 @@ int active_write(int fd, const struct active_page *list, uint64_t count, const s
 int active_read(int fd, const struct snapshot_image *image, struct active_set *ret_set, char why[SNAPSHOT_WHY_BYTES]);
 void active_free(struct active_set *set);
 
+/* Files in the state in which they are now (device, inode, size, times of writing and of change): a name, equal only if all
+ * of them are. 0 or a negative errno. */
+#define ACTIVE_ID_BYTES 33u
+int active_id(const int *fds, uint32_t count, char ret_id[ACTIVE_ID_BYTES]);
+
 #endif

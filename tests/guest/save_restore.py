@@ -142,8 +142,9 @@ def restore_step_by_step(test, guest, snapshot):
     guest.wait_status("paused")
     test.check_equal(steps(guest)[0], STEPS_BEFORE, "a guest that was not let run yet: the steps")
     files = {os.readlink(fd): fd for fd in Path(f"/proc/{guest.pid}/fd").iterdir() if fd.is_symlink()}
-    for disk in (f"{guest.dir}/{guest.name}-root.{guest.pid}.qcow2", f"{snapshot}/disks/disk0.0.qcow2"):
-        test.check(disk in files, f"its disk is open: {disk}")
+    own = [str(path) for path in guest.dir.glob(f"{guest.name}-root.*.qcow2") if str(path) in files]
+    test.check(len(own) == 1 and re.search(r"\.[0-9a-f]{16}\.qcow2$", own[0]), f"its new disk is open: {own}")
+    test.check(f"{snapshot}/disks/disk0.0.qcow2" in files, "and the saved one beneath")
     [memfd] = [fd for name, fd in files.items() if name.startswith("/memfd:latent-ram:")]
     first = first_in_use(snapshot)
     test.check(len(first) > 100 and first <= in_memory(memfd, first),

@@ -265,7 +265,7 @@ def read_data(path):
 
 KIND_WORD, KIND_DATA, KIND_VOLUME, KIND_EQUAL = range(4)  # src/snapshot/format.h
 HEADER, BLOCK_BYTES, RECORD, WORD = struct.Struct("=8sIIIIQQ"), 72, struct.Struct("=IIQ"), struct.Struct("=Q")
-ACTIVE_HEADER, ACTIVE_RECORD = struct.Struct("=QIIQQ"), struct.Struct("=QII")
+ACTIVE_HEADER, ACTIVE_RECORD = struct.Struct("=QIIQQQ"), struct.Struct("=QII")
 
 
 def listed_pages(path):

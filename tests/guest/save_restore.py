@@ -25,7 +25,8 @@ CHURN_PAGES_PER_S = 20000
 KEEP_JOURNAL = ("i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i $(echo $i | sha256sum | cut -c1-64) >> /root/journal; "
                 "sync /root/journal; echo $i > /run/synced.new; mv /run/synced.new /run/synced; done")
 STEPS_BEFORE = ["checks", "overlays", "exec", "ram", "state"]  # before the guest runs
-KIND_DATA = 1  # src/snapshot/format.h
+KIND_DATA, KIND_EQUAL = 1, 3  # src/snapshot/format.h
+ACTIVE_HEADER_BYTES, RECORD_BYTES, DIGEST_BYTES = 40, 16, 8  # src/snapshot/active.h
 ACTIVE_PAGES = 64  # of the active set, at its end, that are damaged
 NO_IMAGE, REFUSED = 66, 65
 
@@ -164,11 +165,17 @@ def steps(guest):
 
 def first_in_use(snapshot):
     """Pages of the first quarter of the active set whose contents are in the snapshot's `ram` (docs/snapshot.md)."""
+    in_use = kinds_in_use(snapshot)
+    return {page for page, kind in in_use[:len(in_use) // 4] if kind == KIND_DATA}
+
+
+def kinds_in_use(snapshot):
+    """(number, kind) of the pages of the active set, in its order."""
     metadata, active = ((snapshot / name).read_bytes() for name in ("pages", "active"))
     [blocks], [count] = struct.unpack_from("=I", metadata, 16), struct.unpack_from("=Q", active, 16)
     kinds = [kind for kind, _, _ in struct.iter_unpack("=IIQ", metadata[40 + 72 * blocks:])]
-    pages = [page for page, _, _ in struct.iter_unpack("=QII", active[32:32 + 16 * (count // 4)])]
-    return {page for page in pages if kinds[page] == KIND_DATA}
+    records = active[ACTIVE_HEADER_BYTES:][:RECORD_BYTES * count]
+    return [(page, kinds[page]) for page, _, _ in struct.iter_unpack("=QII", records)]
 
 
 def in_memory(memfd, pages):
@@ -298,24 +305,55 @@ def active_damaged(test, guest, good, bad):
     (bad / "active").write_bytes(data)
     answer = latent.command("verify", bad)
     test.check(answer.returncode == NO_IMAGE and "the copy of page" in answer.stderr, f"a wrong copy: {answer.stderr.strip()}")
-    cold_restore(test, guest, bad)
+    wrong_copies(test, guest, bad, "flipped bits")
+    copy_snapshot(good, bad)
+    swap_copies(test, bad)
+    wrong_copies(test, guest, bad, "swapped copies")
     copy_snapshot(good, bad)
     os.truncate(bad / "active", 8192)
-    guest.restore(bad)
-    test.check(guest.sh("echo runs").strip() == "runs", "a damaged active set: the guest runs")
-    test.check("active set is not used" in guest.qemu_log.read_text(), "and it is said")
-    guest.kill9()
+    does_without(test, guest, bad, "a damaged active set")
+    shutil.copy(good.parent / "load1/active", bad / "active")
+    answer = latent.command("verify", bad)
+    test.check(answer.returncode == NO_IMAGE and "another snapshot" in answer.stderr, f"verify: {answer.stderr.strip()}")
+    does_without(test, guest, bad, "that of another save of this guest")
 
 
-def cold_restore(test, guest, bad):
-    """Nothing of the snapshot is in memory, so that the copies are used, but for the wrong ones."""
+def does_without(test, guest, bad, what):
+    said = cold_restore(test, guest, bad, what)
+    test.check("active set is not used" in said, f"{what}: and it is said: {said}")
+
+
+def swap_copies(test, snapshot):
+    """Of the pages that are stored, neighbours in the list have each other's contents, and the digests that go with them."""
+    data = bytearray((snapshot / "active").read_bytes())
+    stored = [kind in (KIND_DATA, KIND_EQUAL) for _, kind in kinds_in_use(snapshot)]
+    count, swapped = len(stored), 0
+    for number in range(0, count - 1, 2):
+        if not stored[number] or not stored[number + 1]:
+            continue
+        swapped += 1
+        for at, size in ((ACTIVE_HEADER_BYTES + count * RECORD_BYTES + number * DIGEST_BYTES, DIGEST_BYTES),
+                         (len(data) - (count - number) * 4096, 4096)):
+            data[at:at + 2 * size] = data[at + size:at + 2 * size] + data[at:at + size]
+    (snapshot / "active").write_bytes(data)
+    test.check(swapped > ACTIVE_PAGES, f"{swapped} pairs of copies have changed places")
+
+
+def wrong_copies(test, guest, bad, what):
+    said = cold_restore(test, guest, bad, what)
+    wrong = re.search(r"(\d+) pages of the snapshot's active set are not what was saved", said)
+    test.check(wrong and int(wrong[1]) > 0, f"{what}: and it is said: {wrong and wrong[0]}")
+
+
+def cold_restore(test, guest, bad, what):
+    """Nothing of the snapshot is in memory, so that the copies are used, but for the wrong ones. What is said then."""
     for name in ("ram", "active"):
         host.drop_from_page_cache(bad / name)
+    before = len(guest.qemu_log.read_text())
     guest.restore(bad)
-    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), "a wrong copy: the guest's memory is right")
-    said = re.search(r"(\d+) pages of the snapshot's active set are not what was saved", guest.qemu_log.read_text())
-    test.check(said and int(said[1]) > 0, f"and it is said: {said and said[0]}")
+    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"{what}: the guest's memory is right")
     guest.kill9()
+    return guest.qemu_log.read_text()[before:]
 
 
 def pages_damaged(test, guest, bad, copy):

@@ -329,7 +329,7 @@ static void test_few_pages_of_one_digest(void **state)
 }
 
 /* Writes a table and reads it; 0 or -EBADMSG. */
-static int read_back(const struct snapshot_image *image)
+static int read_back(struct snapshot_image *image)
 {
 	struct snapshot_image read;
 	int fd = os_memfd_create("pages", 0, false), r;
@@ -750,6 +750,68 @@ static void make_active(const char *name)
 	close_snapshot(r);
 }
 
+/* With copies of the contents of three pages: one on the image, one that is stored, and one that equals that. */
+static int write_copies(const struct reader *r)
+{
+	const struct active_page list[] = { { .page = 11, .order = 1 }, { .page = 2, .order = 2 }, { .page = 21, .order = 3 } };
+	int fd = os_memfd_create("active", 0, false), fds[SNAPSHOT_VOLUMES];
+
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		fds[i] = r->file[i].fd;
+	assert_int_equal(active_write(fd, list, 3, &r->image, r->ram_fd, fds), 0);
+	return fd;
+}
+
+/* Copies of another snapshot's pages are nobody's, and a digest beside a copy proves nothing where `pages` knows better. */
+static void test_active_belongs(void **state)
+{
+	uint64_t forged[] = { digest_of(1), digest_of(3), digest_of(4) };
+	struct reader *a, *b;
+	struct active_set set;
+	int fd;
+
+	(void)state;
+	make_chain();
+	a = open_snapshot("a");
+	b = open_snapshot("b");
+	fd = write_copies(b);
+	assert_int_equal(active_read(fd, &a->image, &set, why), -EBADMSG);
+	assert_non_null(strstr(why, "another snapshot"));
+	assert_int_equal(os_write_all(fd, forged, sizeof forged, sizeof(struct active_header) + 3 * sizeof(struct active_page)), 0);
+	assert_int_equal(active_read(fd, &b->image, &set, why), 0);
+	assert_int_equal(active_digest(&set, 0, &b->image), digest_of(1)); /* nothing else is known */
+	assert_int_equal(active_digest(&set, 1, &b->image), digest_of(50));
+	assert_int_equal(active_digest(&set, 2, &b->image), digest_of(50));
+	active_free(&set);
+	close(fd);
+	close_snapshot(a);
+	close_snapshot(b);
+}
+
+/* The copy belongs to the new one; what is not the old one's does not become so. */
+static void test_flatten_active(void **state)
+{
+	struct active_set set;
+	struct reader *r;
+	int fd;
+
+	(void)state;
+	make_chain();
+	make_active("b");
+	assert_int_equal(flatten("b", "c"), 0);
+	r = open_snapshot("c");
+	fd = open(in_root("c/" SNAPSHOT_ACTIVE), O_RDONLY | O_CLOEXEC);
+	assert_int_equal(active_read(fd, &r->image, &set, why), 0);
+	assert_int_equal(set.count, 2);
+	active_free(&set);
+	close(fd);
+	close_snapshot(r);
+	run_command("cd %s && cp c/active b/active", "");
+	assert_int_equal(flatten("b", "d"), -EBADMSG);
+	assert_non_null(strstr(why, "another snapshot"));
+	assert_int_not_equal(access(in_root("d"), F_OK), 0);
+}
+
 static struct rest *open_rest(void)
 {
 	struct rest *rest;
@@ -945,6 +1007,8 @@ int main(void)
 		TEST(test_flatten_ended),
 		TEST(test_chain_refused),
 		TEST(test_flatten_finds_damage),
+		TEST(test_active_belongs),
+		TEST(test_flatten_active),
 		TEST(test_rest_is_loaded),
 		TEST(test_rest_ends_early),
 		TEST(test_have),

@@ -212,7 +212,8 @@ static int open_files(struct restore *r)
 	if (status)
 		return status;
 	read_ahead(r);
-	if (manifest_check_state(r->manifest, r->vm.agent.state_fd, why))
+	if (manifest_check_pages(r->manifest, r->vm.agent.pages_fd, why) ||
+	    manifest_check_state(r->manifest, r->vm.agent.state_fd, why))
 		return cli_fail(CLI_NO_IMAGE, "%s/%s", r->dir, why);
 	return CLI_OK;
 }

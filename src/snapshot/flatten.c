@@ -332,6 +332,7 @@ static int flatten(struct flatten *f, const char *new_dir)
 		r = for_layers(f, take_layer);
 	if (!r)
 		r = step(f, "the disks are there");
+	f->manifest.pages_digest = f->image.checksum;
 	if (!r) {
 		r = manifest_write(&f->manifest, f->to.dir_fd);
 		if (r)

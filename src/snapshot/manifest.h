@@ -56,6 +56,7 @@ struct manifest {
 	char name[64], qemu_version[64];
 	uint64_t created_unix_s, ram_bytes, state_bytes;
 	uint64_t state_digest; /* XXH3-64 of `state` */
+	uint64_t pages_digest; /* the checksum in the header of `pages`, which has the digests of what is in `ram` */
 	uint64_t packed_bytes; /* of `ram.zst`; 0: there is a plain `ram` */
 	struct manifest_parent parent;
 	uint32_t volumes, disks;
@@ -80,6 +81,10 @@ int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_
 
 /* `state`, all of it. -EBADMSG: `why` says what is wrong with it. */
 int manifest_check_state(const struct manifest *manifest, int fd, char why[SNAPSHOT_WHY_BYTES]);
+
+/* `pages`, by its header alone: the checksum there is that of the rest, with which whoever reads the file compares it.
+ * -EBADMSG: `why` says what is wrong with it. */
+int manifest_check_pages(const struct manifest *manifest, int fd, char why[SNAPSHOT_WHY_BYTES]);
 
 /*
  * What a file is known by, but for its path. The fingerprint is the XXH3-64 over the size and up to 1,024 pages,

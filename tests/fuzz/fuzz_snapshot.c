@@ -28,7 +28,7 @@
 static const struct fuzz_token tokens[] = {
 	FUZZ_TEXT("\xff\xff\xff\xff\xff\xff\xff\xff"),
 	FUZZ_TEXT("\x00\x00\x00\x80"),
-	FUZZ_TEXT("\"format\": \"latent-snapshot\", \"version\": 2,"),
+	FUZZ_TEXT("\"format\": \"latent-snapshot\", \"version\": 3,"),
 	FUZZ_TEXT("\"volumes\": ["),
 	FUZZ_TEXT("\"role\": \"ram\","),
 	FUZZ_TEXT("\"parent\": {\"path\": \"/a\", \"name\": \"a\", \"created_unix_s\": 1},"),

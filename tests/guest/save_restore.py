@@ -286,6 +286,7 @@ def damaged(test, directory):
         refused(test, guest, bad, "a bit of the device state", "state", "digest")
         answer = latent.command("verify", bad)
         test.check(answer.returncode == NO_IMAGE and "state" in answer.stderr, f"verify, too: {answer.stderr.strip()}")
+        mixed(test, guest, directory, bad)
         copy()
         with open(bad / "ram", "rb") as file:
             data = os.lseek(file.fileno(), 1 << 20, os.SEEK_DATA)
@@ -294,6 +295,16 @@ def damaged(test, directory):
         test.check(answer.returncode == NO_IMAGE and "page" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
         active_damaged(test, guest, directory / "load0", bad)
         pages_damaged(test, guest, bad, copy)
+
+
+def mixed(test, guest, directory, bad):
+    """Devices of one save and memory of another one, each of them whole."""
+    copy_snapshot(directory / "load1", bad)
+    for name in ("pages", "ram"):
+        shutil.copy(directory / "load0" / name, bad / name)
+    refused(test, guest, bad, "pages and RAM of another save", "pages", "digest")
+    answer = latent.command("verify", bad)
+    test.check(answer.returncode == NO_IMAGE and "pages" in answer.stderr, f"verify, too: {answer.stderr.strip()}")
 
 
 def active_damaged(test, guest, good, bad):

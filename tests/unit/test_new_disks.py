@@ -21,7 +21,7 @@ def manifest():
     layer = {**volume, "file": "disk0.0.qcow2", "format": "qcow2"}
     return {"format": "latent-snapshot", "version": int(re.search(r"SNAPSHOT_VERSION (\d+)", FORMAT)[1]), "name": "web",
             "qemu_version": "7.2", "created_unix_s": 0, "ram_bytes": 0, "state_bytes": 0, "state_digest": "0" * 16,
-            "volumes": [], "disks": [{"drive": "root", "bytes": 0, "layers": [layer]}]}
+            "pages_digest": "0" * 16, "volumes": [], "disks": [{"drive": "root", "bytes": 0, "layers": [layer]}]}
 
 
 def failed_restore(snapshot, disks, *options):

@@ -157,6 +157,7 @@ static void finish_snapshot(const char *name, struct snapshot_image *image, stru
 	strcpy(m->name, name);
 	m->ram_bytes = os_bytes(PAGES);
 	m->state_bytes = strlen("the devices");
+	m->pages_digest = image->checksum;
 	assert_int_equal(manifest_write(m, dir_fd), 0);
 	close(dir_fd);
 	snapshot_image_free(image);
@@ -694,6 +695,29 @@ static void test_chain_refused(void **state)
 	assert_no_parent("b", "a/ram");
 }
 
+/* Metadata and RAM of another snapshot of the same VM, each whole: nobody takes them for this one's. */
+static void test_mixed_refused(void **state)
+{
+	const char *dirs[] = { NULL };
+	struct have *have;
+	struct rest *rest;
+	struct reader r;
+
+	(void)state;
+	make_chain();
+	run_command("cd %s && cp a/pages a/ram b", "");
+	assert_int_equal(reader_open(in_root("b"), &r, why), -EBADMSG);
+	assert_non_null(strstr(why, "pages is not what was saved"));
+	reader_close(&r);
+	assert_no_parent("b", "pages is not what was saved");
+	assert_int_equal(flatten("b", "c"), -EBADMSG);
+	assert_int_not_equal(access(in_root("c"), F_OK), 0);
+	assert_int_equal(rest_open(in_root("b"), &rest, why), -EBADMSG);
+	dirs[0] = in_root("b");
+	assert_int_equal(have_open(dirs, 1, &have, why), -EBADMSG);
+	assert_non_null(strstr(why, "pages is not what was saved"));
+}
+
 static void test_flatten_finds_damage(void **state)
 {
 	(void)state;
@@ -1006,6 +1030,7 @@ int main(void)
 		TEST(test_flatten_fails_between),
 		TEST(test_flatten_ended),
 		TEST(test_chain_refused),
+		TEST(test_mixed_refused),
 		TEST(test_flatten_finds_damage),
 		TEST(test_active_belongs),
 		TEST(test_flatten_active),

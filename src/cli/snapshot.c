@@ -204,6 +204,9 @@ static int verify_file(const struct manifest_volume *v, int fd, const char *name
 		return cli_fail(CLI_NO_IMAGE, "%s is not the file that it was: fingerprint %016jx of %ju bytes, expected "
 				"%016jx of %ju", name, (uintmax_t)now.fingerprint, (uintmax_t)now.bytes,
 				(uintmax_t)v->fingerprint, (uintmax_t)v->bytes);
+	if (manifest_compare(fd, v, &now))
+		return cli_fail(CLI_NO_IMAGE, "%s has been written since, which its fingerprint does not show, as it is made of a "
+				"part of it", name);
 	return CLI_OK;
 }
 

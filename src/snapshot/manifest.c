@@ -73,7 +73,7 @@ int manifest_compare(int fd, const struct manifest_volume *v, struct manifest_vo
 	ret_now->fingerprint = v->fingerprint;
 	if (r || (is_same && ret_now->bytes == v->bytes && ret_now->mtime_ns == v->mtime_ns))
 		return r;
-	if (is_same && v->role == MANIFEST_RAM)
+	if (is_same)
 		return -ESTALE;
 	r = fingerprint(fd, ret_now->bytes, &ret_now->fingerprint);
 	return r ? r : ret_now->bytes == v->bytes && ret_now->fingerprint == v->fingerprint ? 0 : -ESTALE;

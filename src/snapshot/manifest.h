@@ -16,7 +16,7 @@
 #define MANIFEST_MAX_BYTES (1 << 20)
 #define MANIFEST_GUID_BYTES 37
 
-/* What a file that RAM refers to is; a snapshot's `ram` is never written after it was made. */
+/* What a file that RAM refers to is; of a snapshot's `ram` each page can be checked. */
 enum manifest_role { MANIFEST_IMAGE, MANIFEST_RAM };
 
 /* A file that RAM refers to, or a disk. */
@@ -93,9 +93,9 @@ int manifest_check_pages(const struct manifest *manifest, int fd, char why[SNAPS
  */
 int manifest_identify(int fd, struct manifest_volume *volume);
 
-/* 0: it is that file, untouched since (which costs nothing to see), or one with that fingerprint. -ESTALE: it
- * is not, and `*ret_now` says what it is; of MANIFEST_RAM the same file is refused, too, when it was written
- * since: a fingerprint would not see every write. */
+/* 0: it is that file, untouched since (which costs nothing to see), or another one with that fingerprint, a copy.
+ * -ESTALE: it is neither, and `*ret_now` says what it is; the same file is refused when it was written since, whatever
+ * its fingerprint, which would not see every write. */
 int manifest_compare(int fd, const struct manifest_volume *volume, struct manifest_volume *ret_now);
 
 #endif

@@ -695,6 +695,46 @@ static void test_chain_refused(void **state)
 	assert_no_parent("b", "a/ram");
 }
 
+/* Another time of change, as whoever writes it leaves. */
+static void touch(const char *name)
+{
+	const struct timespec times[] = { { 0, UTIME_OMIT }, { 1000, 0 } };
+
+	assert_int_equal(utimensat(AT_FDCWD, in_root(name), times, 0), 0);
+}
+
+/* Pages on an image have no digests: the same file, written since, may hold anything. A copy is known by its fingerprint. */
+static void test_image_written(void **state)
+{
+	struct manifest_volume v = { .role = MANIFEST_IMAGE }, now;
+	struct reader *r = malloc(sizeof *r);
+	int fd;
+
+	(void)state;
+	fd = new_file("large");
+	assert_int_equal(ftruncate(fd, (off_t)os_bytes(2048)), 0);
+	identify("large", MANIFEST_IMAGE, &v);
+	assert_int_equal(manifest_compare(fd, &v, &now), 0);
+	assert_int_equal(os_write_all(fd, "x", 1, os_bytes(1)), 0); /* of which the fingerprint knows nothing */
+	touch("large");
+	assert_int_equal(manifest_compare(fd, &v, &now), -ESTALE);
+	close(fd);
+	make_chain();
+	touch("image");
+	assert_int_equal(reader_open(in_root("b"), r, why), 0);
+	assert_int_equal(reader_open_files(r, why), -ESTALE);
+	assert_non_null(strstr(why, "/image"));
+	reader_close(r);
+	free(r);
+	assert_no_parent("a", "/image");
+	assert_int_equal(flatten("b", "c"), -ESTALE);
+	run_command("cd %s && cp image copy && mv copy image", "");
+	assert_second("b");
+	touch("b/disks/disk0.0.raw");
+	assert_int_equal(flatten("b", "c"), -ESTALE);
+	assert_non_null(strstr(why, "disk0.0.raw"));
+}
+
 /* Metadata and RAM of another snapshot of the same VM, each whole: nobody takes them for this one's. */
 static void test_mixed_refused(void **state)
 {
@@ -1030,6 +1070,7 @@ int main(void)
 		TEST(test_flatten_fails_between),
 		TEST(test_flatten_ended),
 		TEST(test_chain_refused),
+		TEST(test_image_written),
 		TEST(test_mixed_refused),
 		TEST(test_flatten_finds_damage),
 		TEST(test_active_belongs),

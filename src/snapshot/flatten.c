@@ -262,6 +262,17 @@ static int check_own_layer(struct flatten *f, struct manifest_layer *layer)
 	return layer->file[0] ? check_layer(f, layer, name) : 0;
 }
 
+static int check_state(struct flatten *f)
+{
+	int fd = openat(f->from.dir_fd, SNAPSHOT_STATE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), r;
+
+	if (fd < 0)
+		return fail(f, -errno, SNAPSHOT_STATE " cannot be opened: %s", strerror(errno));
+	r = manifest_check_state(&f->from.manifest, fd, f->why);
+	close(fd);
+	return r;
+}
+
 /* It must be the old one's, to become the new one's. */
 static int check_active(struct flatten *f)
 {
@@ -278,7 +289,7 @@ static int check_active(struct flatten *f)
 	return r ? fail(f, r, "%.150s: remove the file, and nothing but speed is lost", words) : 0;
 }
 
-/* What can be wrong with the old one is found before anything is written. */
+/* What can be wrong with the old one, but for single pages, is found before anything is written. */
 static int open_old(struct flatten *f, const char *dir)
 {
 	int r = reader_open(dir, &f->from, f->why);
@@ -289,6 +300,8 @@ static int open_old(struct flatten *f, const char *dir)
 		r = reader_open_files(&f->from, f->why);
 	if (!r)
 		r = reader_open_origins(&f->from, f->why);
+	if (!r)
+		r = check_state(f);
 	if (!r)
 		r = check_active(f);
 	f->manifest = f->from.manifest;

@@ -157,6 +157,7 @@ static void finish_snapshot(const char *name, struct snapshot_image *image, stru
 	strcpy(m->name, name);
 	m->ram_bytes = os_bytes(PAGES);
 	m->state_bytes = strlen("the devices");
+	m->state_digest = XXH3_64bits("the devices", strlen("the devices"));
 	m->pages_digest = image->checksum;
 	assert_int_equal(manifest_write(m, dir_fd), 0);
 	close(dir_fd);
@@ -762,6 +763,15 @@ static void test_flatten_finds_damage(void **state)
 {
 	(void)state;
 	make_chain();
+	change_byte("b/state", 3);
+	assert_int_equal(flatten("b", "c"), -EBADMSG);
+	assert_non_null(strstr(why, "state is not what was saved"));
+	assert_int_equal(progress.bytes_written, 0); /* RAM comes first */
+	run_command("rm %s", "b/state");
+	assert_int_equal(flatten("b", "c"), -ENOENT);
+	assert_non_null(strstr(why, "state"));
+	assert_int_equal(progress.bytes_written, 0);
+	write_file("b/state", "the devices");
 	change_byte("b/ram", os_bytes(2) + 9);
 	assert_int_equal(flatten("b", "c"), -EBADMSG);
 	assert_non_null(strstr(why, "page 2 "));

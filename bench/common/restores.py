@@ -263,9 +263,9 @@ def read_data(path):
 
 # ---- the files that other ways need ----
 
-KIND_WORD, KIND_DATA, KIND_VOLUME, KIND_EQUAL = range(4)  # src/snapshot/format.h
+VERSION, (KIND_WORD, KIND_DATA, KIND_VOLUME, KIND_EQUAL) = 3, range(4)  # src/snapshot/format.h
 HEADER, BLOCK_BYTES, RECORD, WORD = struct.Struct("=8sIIIIQQ"), 72, struct.Struct("=IIQ"), struct.Struct("=Q")
-ACTIVE_HEADER, ACTIVE_RECORD = struct.Struct("=QIIQQ"), struct.Struct("=QII")
+ACTIVE_HEADER, ACTIVE_RECORD = struct.Struct("=QIIQQQ"), struct.Struct("=QII")
 
 
 def listed_pages(path):
@@ -280,9 +280,9 @@ def write_complete_ram(saved):
     """Guest RAM as one file, from a snapshot's `pages` and what they refer to (docs/snapshot.md)."""
     data = (saved.snapshot / "pages").read_bytes()
     magic, version, page_bytes, n_blocks, n_volumes, n_pages, _ = HEADER.unpack_from(data)
-    if (magic, version, page_bytes, n_blocks) != (b"LTSNAPAT", 2, PAGE_BYTES, 1):
-        raise GuestError(f"{saved.snapshot}/pages: version {version}, {n_blocks} blocks: this benchmark reads version 2 "
-                         "with one block")
+    if (magic, version, page_bytes, n_blocks) != (b"LTSNAPAT", VERSION, PAGE_BYTES, 1):
+        raise GuestError(f"{saved.snapshot}/pages: version {version}, {n_blocks} blocks: this benchmark reads version "
+                         f"{VERSION} with one block")
     records = RECORD.iter_unpack(memoryview(data)[HEADER.size + BLOCK_BYTES * n_blocks:])
     with contextlib.ExitStack() as stack:
         def opened(path, mode):

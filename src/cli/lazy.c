@@ -138,7 +138,8 @@ static int take(const int fds[PAGER_FDS], struct agent_restore *restore, struct 
 	if (manifest_read_file(fds[PAGER_FD_MANIFEST], ret_manifest, why))
 		return cli_fail(CLI_NO_IMAGE, "%s: %s", source, why);
 	close(fds[PAGER_FD_MANIFEST]);
-	if (manifest_check_state(ret_manifest, restore->state_fd, why))
+	if (manifest_check_pages(ret_manifest, restore->pages_fd, why) ||
+	    manifest_check_state(ret_manifest, restore->state_fd, why))
 		return cli_fail(CLI_NO_IMAGE, "%s/%s", source, why);
 	if (fstat(restore->ram_fd, &st) || (uint64_t)st.st_size != ret_manifest->ram_bytes)
 		return cli_fail(CLI_NO_IMAGE, "%s/" SNAPSHOT_PAGES " is not of %ju bytes of RAM, as the manifest says", source,

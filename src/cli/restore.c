@@ -177,7 +177,7 @@ static bool rest_is_here(const struct command *c)
 
 /* Beside the VM that this process becomes: prints its times, sets the guest's clock, and loads the rest.
  * If it is killed before that, its new disks are nobody's. */
-static void watch(const struct command *c, const char *socket, int report_fd, pid_t vm_pid)
+static void watch(const struct command *c, const char *socket, int report_fd)
 {
 	struct restored vm = { .report_fd = report_fd, .log_fd = -1 };
 	char root[VMDIR_PATH_BYTES], why[VMDIR_WHY_BYTES];
@@ -189,7 +189,7 @@ static void watch(const struct command *c, const char *socket, int report_fd, pi
 	kind = restored_read(&vm);
 	if (kind == -EPIPE)
 		restore_remove_overlays(&c->manifest, c->disks_path,
-					c->request.name ? c->request.name : c->manifest.name, vm_pid);
+					c->request.name ? c->request.name : c->manifest.name, c->request.attempt);
 	if (kind != REPORT_READY)
 		return;
 	if (vm.report.rest)
@@ -207,8 +207,8 @@ static void watch(const struct command *c, const char *socket, int report_fd, pi
 /* A grandchild, so that QEMU has no child that it does not know. */
 static int start_watcher(struct command *c, const char *socket)
 {
-	pid_t vm_pid = getpid(), child;
 	int pair[2];
+	pid_t child;
 
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair))
 		return cli_fail(CLI_SYSTEM, "no socket: %s", strerror(errno));
@@ -216,7 +216,7 @@ static int start_watcher(struct command *c, const char *socket)
 	if (!child) {
 		close(pair[1]);
 		if (!fork())
-			watch(c, socket, pair[0], vm_pid);
+			watch(c, socket, pair[0]);
 		_exit(0);
 	}
 	close(pair[0]);

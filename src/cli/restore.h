@@ -18,6 +18,7 @@ struct restore_request {
 	const char *name;      /* of the VM; NULL: the saved one's, with the process id if that is taken */
 	const char *disks_dir; /* where the new overlays go; absolute: -daemonize leaves the current directory */
 	unsigned number;       /* of the clone or spare; 0: none */
+	uint64_t attempt;      /* random, by restore_prepare: new overlays have it in their names, and nobody else's have */
 	enum agent_restore_then then;
 	int report_fd;         /* struct agent_report goes there, or -1 */
 	bool rest;             /* what the guest has not touched is loaded, too */
@@ -36,13 +37,14 @@ int restore_step(void);
 /* Becomes QEMU. Comes back only on failure, with an exit status, after the sentence was printed; nothing is left. */
 int restore_become(const struct restore_request *request);
 
-/* The new disks of a VM that this process id had when they were made. */
-void restore_remove_overlays(const struct manifest *manifest, const char *disks_dir, const char *name, pid_t pid);
+/* The new disks that this attempt has made for the VM; there need not be any. */
+void restore_remove_overlays(const struct manifest *manifest, const char *disks_dir, const char *name, uint64_t attempt);
 
 /* ---- VMs in the background --------------------------------------------------------------------- */
 
 struct restored {
 	char name[VMDIR_NAME_BYTES];
+	uint64_t attempt; /* the request's */
 	pid_t child, vmm; /* vmm: 0 until it has reported; another one with -daemonize */
 	int report_fd, log_fd;
 	bool ready;

@@ -40,7 +40,7 @@ static int open_log(const char *root)
 
 int restored_start(struct restore_request *request, const char *root, struct restored *ret_vm)
 {
-	struct restored vm = { .log_fd = open_log(root) };
+	struct restored vm = { .attempt = request->attempt, .log_fd = open_log(root) };
 	int pair[2];
 
 	snprintf(vm.name, sizeof vm.name, "%s", request->name);
@@ -121,7 +121,7 @@ void restored_end(struct restored *vm, const struct manifest *m, const char *dis
 	if (waited_ms > END_MS)
 		(void)kill(pid, SIGKILL);
 	(void)waitpid(vm->child, NULL, 0);
-	restore_remove_overlays(m, disks_dir, vm->name, vm->child);
+	restore_remove_overlays(m, disks_dir, vm->name, vm->attempt);
 	restored_forget(vm);
 }
 

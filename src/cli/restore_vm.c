@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -57,9 +58,12 @@ static int read_manifest(const char *dir, struct manifest *ret_manifest)
 
 int restore_prepare(struct restore_request *request, struct manifest *ret_manifest)
 {
-	int status = lazy_is_url(request->dir) ? lazy_open(request->dir, &request->opened, ret_manifest)
-					       : read_manifest(request->dir, ret_manifest);
+	int status;
 
+	if (getrandom(&request->attempt, sizeof request->attempt, 0) != sizeof request->attempt)
+		return cli_fail(CLI_SYSTEM, "no random number for the names of the new disks: %s", strerror(errno));
+	status = lazy_is_url(request->dir) ? lazy_open(request->dir, &request->opened, ret_manifest)
+					   : read_manifest(request->dir, ret_manifest);
 	if (status)
 		return status;
 	request->manifest = ret_manifest;
@@ -207,7 +211,8 @@ static int open_files(struct restore *r)
 	if (status)
 		return status;
 	read_ahead(r);
-	if (manifest_check_state(r->manifest, r->vm.agent.state_fd, why))
+	if (manifest_check_pages(r->manifest, r->vm.agent.pages_fd, why) ||
+	    manifest_check_state(r->manifest, r->vm.agent.state_fd, why))
 		return cli_fail(CLI_NO_IMAGE, "%s/%s", r->dir, why);
 	return CLI_OK;
 }
@@ -299,19 +304,19 @@ static int check_disks(struct restore *r)
 	return status;
 }
 
-/* In the directory of the new disks. */
-static void name_overlay(const struct manifest *m, const char *name, uint32_t disk, pid_t pid,
+/* In the directory of the new disks. Without a process id: an older disk, which may be in use, could have the same. */
+static void name_overlay(const struct manifest *m, const char *name, uint32_t disk, uint64_t attempt,
 			 char file[AGENT_OVERLAY_BYTES])
 {
-	snprintf(file, AGENT_OVERLAY_BYTES, "%.63s-%.63s.%d.qcow2", name, m->disk[disk].drive, (int)pid);
+	snprintf(file, AGENT_OVERLAY_BYTES, "%.63s-%.63s.%016jx.qcow2", name, m->disk[disk].drive, (uintmax_t)attempt);
 }
 
-void restore_remove_overlays(const struct manifest *m, const char *disks_dir, const char *name, pid_t pid)
+void restore_remove_overlays(const struct manifest *m, const char *disks_dir, const char *name, uint64_t attempt)
 {
 	for (uint32_t i = 0; i < m->disks; i++) {
 		char path[PATH_MAX], file[AGENT_OVERLAY_BYTES];
 
-		name_overlay(m, name, i, pid, file);
+		name_overlay(m, name, i, attempt, file);
 		snprintf(path, sizeof path, "%.3900s/%s", disks_dir, file);
 		(void)unlink(path);
 	}
@@ -326,7 +331,7 @@ static int make_overlay(struct restore *r, uint32_t i)
 
 	if (status)
 		return status;
-	name_overlay(r->manifest, name, i, getpid(), file);
+	name_overlay(r->manifest, name, i, r->request->attempt, file);
 	snprintf(r->overlay[i], sizeof r->overlay[i], "%.3900s/%s", r->request->disks_dir, file);
 	memcpy(r->vm.agent.overlay[i], file, sizeof file);
 	made = overlay_make(r->root, r->overlay[i], backing, disk->layer[0].format, disk->bytes);

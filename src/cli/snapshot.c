@@ -204,6 +204,9 @@ static int verify_file(const struct manifest_volume *v, int fd, const char *name
 		return cli_fail(CLI_NO_IMAGE, "%s is not the file that it was: fingerprint %016jx of %ju bytes, expected "
 				"%016jx of %ju", name, (uintmax_t)now.fingerprint, (uintmax_t)now.bytes,
 				(uintmax_t)v->fingerprint, (uintmax_t)v->bytes);
+	if (manifest_compare(fd, v, &now))
+		return cli_fail(CLI_NO_IMAGE, "%s has been written since, which its fingerprint does not show, as it is made of a "
+				"part of it", name);
 	return CLI_OK;
 }
 
@@ -309,7 +312,7 @@ static int compare_active(struct reader *r, int fd, char why[SNAPSHOT_WHY_BYTES]
 			continue; /* no contents, or a file of which it was said that it is missing */
 		if (os_read_all(fd, copy, sizeof copy, set.contents_offset + i * PAGE_BYTES) ||
 		    os_read_all(reader_fd(r, file), page, sizeof page, at * PAGE_BYTES) || memcmp(copy, page, sizeof page) ||
-		    XXH3_64bits(copy, sizeof copy) != set.digest[i]) {
+		    XXH3_64bits(copy, sizeof copy) != set.digest[i] || set.digest[i] != active_digest(&set, i, &r->image)) {
 			snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_ACTIVE ": the copy of page %ju is not what the page is",
 				 (uintmax_t)number);
 			result = -EBADMSG;

@@ -217,7 +217,8 @@ static void take_active(struct cache *c, struct store *store)
 
 	c->first_wanted = calloc(c->packed.chunks ? (size_t)c->packed.chunks : 1, sizeof *c->first_wanted);
 	if (!r && (!seen || !c->first_wanted || header.magic != ACTIVE_MAGIC || header.version != ACTIVE_VERSION ||
-		   header.page_bytes != OS_PAGE_BYTES || header.pages > c->image.pages))
+		   header.page_bytes != OS_PAGE_BYTES || header.pages_checksum != c->image.checksum ||
+		   header.pages > c->image.pages))
 		r = -EBADMSG;
 	for (uint64_t at = 0, n; !r && at < header.pages; at += n) {
 		n = header.pages - at < ACTIVE_READ_RECORDS ? header.pages - at : ACTIVE_READ_RECORDS;

@@ -40,7 +40,8 @@
 struct fill {
 	struct agent *agent;
 	struct ram_block *block;
-	const struct snapshot_page *table;
+	const struct snapshot_image *image;
+	const struct snapshot_page *table; /* of the block */
 	uint64_t pages, ram_page;
 	struct volume *ram, *volume[AGENT_RESTORE_VOLUMES]; /* NULL: it cannot be mapped, and is read */
 	struct active_set active, learned;
@@ -377,7 +378,8 @@ static int copy_chunk(struct fill *f, const struct active_set *set, const uint8_
 	int r = 0;
 
 	for (uint64_t i = 0; !r && i < n; i++) {
-		bool is = wanted[i] && XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == set->digest[at + i];
+		bool is = wanted[i] &&
+			  XXH3_64bits(chunk + os_bytes(i), OS_PAGE_BYTES) == active_digest(set, at + i, f->image);
 		uint64_t page = set->list[at + i].page - f->ram_page;
 
 		*wrong += wanted[i] && !is;
@@ -737,9 +739,9 @@ static int fill_block(struct fill *f, const struct snapshot_image *image)
 
 static int fill_from_snapshot(struct agent *a, struct ram_block *block)
 {
-	struct fill f = { .agent = a, .block = block };
 	char why[SNAPSHOT_WHY_BYTES] = "";
 	struct snapshot_image image = { 0 };
+	struct fill f = { .agent = a, .block = block, .image = &image };
 	int r = after(snapshot_image_read(a->config.restore.pages_fd, &image, why));
 
 	if (!r && image.volumes > a->config.restore.volumes)

@@ -4,6 +4,7 @@
 #include "os/os.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,7 @@
 
 #define CHUNK_PAGES 256u
 
-_Static_assert(sizeof(struct active_header) == 32, "the layout is the format");
+_Static_assert(sizeof(struct active_header) == 40, "the layout is the format");
 _Static_assert(sizeof(struct active_page) == 16, "the layout is the format");
 
 /* Where the list ends. */
@@ -27,7 +28,7 @@ static uint64_t contents_offset(uint64_t count)
 	return (list_end(count) + count * sizeof(uint64_t) + OS_PAGE_BYTES - 1) & ~(uint64_t)(OS_PAGE_BYTES - 1);
 }
 
-static int write_list(int fd, const struct active_page *list, uint64_t count)
+static int write_list(int fd, const struct active_page *list, uint64_t count, uint64_t pages_checksum)
 {
 	struct active_header header = {
 		.magic = ACTIVE_MAGIC,
@@ -35,6 +36,7 @@ static int write_list(int fd, const struct active_page *list, uint64_t count)
 		.page_bytes = OS_PAGE_BYTES,
 		.pages = count,
 		.checksum = XXH3_64bits(list, count * sizeof *list),
+		.pages_checksum = pages_checksum,
 	};
 	int r = os_write_all(fd, &header, sizeof header, 0);
 
@@ -77,7 +79,7 @@ static int write_contents(int fd, const struct active_page *list, uint64_t count
 int active_write(int fd, const struct active_page *list, uint64_t count, const struct snapshot_image *image, int ram_fd,
 		 const int volume_fd[SNAPSHOT_VOLUMES])
 {
-	int r = write_list(fd, list, count);
+	int r = write_list(fd, list, count, image->checksum);
 
 	if (ram_fd < 0)
 		return r;
@@ -96,6 +98,8 @@ static int check_header(const struct active_header *h, uint64_t file_bytes, cons
 {
 	if (h->magic != ACTIVE_MAGIC || h->version != ACTIVE_VERSION || h->page_bytes != OS_PAGE_BYTES)
 		return refuse(why, "not of this version of the format");
+	if (h->pages_checksum != image->checksum)
+		return refuse(why, "it belongs to another snapshot");
 	if (h->pages > image->pages || (file_bytes != contents_offset(h->pages) + os_bytes(h->pages) &&
 					file_bytes != list_end(h->pages)))
 		return refuse(why, "its length is not what its pages need");
@@ -179,6 +183,20 @@ int active_id(const int *fds, uint32_t count, char ret_id[ACTIVE_ID_BYTES])
 	sum = XXH3_128bits(words, (size_t)7 * count * sizeof words[0]);
 	snprintf(ret_id, ACTIVE_ID_BYTES, "%016llx%016llx", (unsigned long long)sum.high64, (unsigned long long)sum.low64);
 	return 0;
+}
+
+uint64_t active_digest(const struct active_set *set, uint64_t i, const struct snapshot_image *image)
+{
+	const struct snapshot_page *p = snapshot_page_at(image, set->list[i].page);
+
+	if (p->kind == SNAPSHOT_EQUAL)
+		p = snapshot_page_at(image, p->value);
+	return p->kind == SNAPSHOT_DATA ? p->value : set->digest[i];
+}
+
+int active_rebind(int fd, const struct snapshot_image *image)
+{
+	return os_write_all(fd, &image->checksum, sizeof image->checksum, offsetof(struct active_header, pages_checksum));
 }
 
 void active_free(struct active_set *set)

@@ -11,7 +11,7 @@
 
 #define SNAPSHOT_ACTIVE "active"
 #define ACTIVE_MAGIC 0x455649544341544cull /* "LTACTIVE" */
-#define ACTIVE_VERSION 2u
+#define ACTIVE_VERSION 3u
 #define ACTIVE_WRITTEN 1u
 #define ACTIVE_LEARNED_PAGES 4096u /* 16 MiB: of what an earlier restore has learned, which each restore brings */
 #define ACTIVE_MAX_PAGES 65536u /* 256 MiB: more is no working set that somebody waits for */
@@ -21,6 +21,7 @@ struct active_header {
 	uint32_t version, page_bytes;
 	uint64_t pages;
 	uint64_t checksum; /* XXH3-64 of the records */
+	uint64_t pages_checksum; /* that in the header of the `pages` whose numbers these are */
 };
 
 /* Behind the header; behind them, if contents follow, the XXH3-64 of each page's contents (8 bytes); behind these, from
@@ -34,16 +35,21 @@ struct active_page {
 struct active_set {
 	struct active_page *list;
 	uint64_t count;
-	uint64_t *digest; /* of each page's contents, which are compared with it by whoever uses them; NULL: there are none */
+	/* Of each page's contents, which are compared by whoever uses them: with active_digest. NULL: there are none. */
+	uint64_t *digest;
 	uint64_t contents_offset; /* bytes */
 };
 
-/* All of it, into an empty file. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1: the list alone; `volume_fd`: of the image's volumes.
+/* All of it, into an empty file. `image`: as it was written or read. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1: the list alone; `volume_fd`: of the image's volumes.
  * 0 or a negative errno. */
 int active_write(int fd, const struct active_page *list, uint64_t count, const struct snapshot_image *image, int ram_fd,
 		 const int volume_fd[SNAPSHOT_VOLUMES]);
-/* Checked against the image. -EBADMSG, with a sentence in `why`; -ENOMEM. */
+/* Checked against the image, to which it must belong. -EBADMSG, with a sentence in `why`; -ENOMEM. */
 int active_read(int fd, const struct snapshot_image *image, struct active_set *ret_set, char why[SNAPSHOT_WHY_BYTES]);
+/* The digest that the contents of number `i` of a set with digests must have: the image's own, if it knows one. */
+uint64_t active_digest(const struct active_set *set, uint64_t i, const struct snapshot_image *image);
+/* A copy of the file, of an image with the same pages in other places, becomes that one's. 0 or a negative errno. */
+int active_rebind(int fd, const struct snapshot_image *image);
 void active_free(struct active_set *set);
 
 /* Files in the state in which they are now (device, inode, size, times of writing and of change): a name, equal only if all

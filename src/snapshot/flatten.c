@@ -174,7 +174,8 @@ static int copy_contents(struct flatten *f, int from, int to)
 	return r;
 }
 
-static int copy_file(struct flatten *f, const char *name)
+/* `finish`: what is to be changed in the copy, or NULL. */
+static int copy_file(struct flatten *f, const char *name, int (*finish)(int fd, const struct snapshot_image *image))
 {
 	int from = openat(f->from.dir_fd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), to, r;
 
@@ -183,6 +184,8 @@ static int copy_file(struct flatten *f, const char *name)
 	to = r = maker_create(&f->to, name, f->why);
 	if (to >= 0) {
 		r = copy_contents(f, from, to);
+		if (!r && finish)
+			r = finish(to, &f->image);
 		if (r)
 			fail(f, r, "%s cannot be copied: %s", name, r == -EINTR ? "a signal ended it" : strerror(-r));
 		r = maker_close(to, name, r, f->why);
@@ -196,7 +199,7 @@ static int copy_active(struct flatten *f)
 {
 	if (faccessat(f->from.dir_fd, SNAPSHOT_ACTIVE, F_OK, AT_SYMLINK_NOFOLLOW) && errno == ENOENT)
 		return 0;
-	return copy_file(f, SNAPSHOT_ACTIVE);
+	return copy_file(f, SNAPSHOT_ACTIVE, active_rebind);
 }
 
 static int check_layer(struct flatten *f, const struct manifest_layer *layer, const char *name)
@@ -226,7 +229,7 @@ static int take_layer(struct flatten *f, struct manifest_layer *layer)
 		return 0;
 	if (errno != EXDEV && errno != EPERM && errno != EMLINK && errno != EOPNOTSUPP)
 		return fail(f, -errno, "%s cannot become part of the new snapshot: %s", name, strerror(errno));
-	r = copy_file(f, name);
+	r = copy_file(f, name, NULL);
 	if (!r) {
 		struct stat st;
 
@@ -259,7 +262,34 @@ static int check_own_layer(struct flatten *f, struct manifest_layer *layer)
 	return layer->file[0] ? check_layer(f, layer, name) : 0;
 }
 
-/* What can be wrong with the old one is found before anything is written. */
+static int check_state(struct flatten *f)
+{
+	int fd = openat(f->from.dir_fd, SNAPSHOT_STATE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), r;
+
+	if (fd < 0)
+		return fail(f, -errno, SNAPSHOT_STATE " cannot be opened: %s", strerror(errno));
+	r = manifest_check_state(&f->from.manifest, fd, f->why);
+	close(fd);
+	return r;
+}
+
+/* It must be the old one's, to become the new one's. */
+static int check_active(struct flatten *f)
+{
+	int fd = openat(f->from.dir_fd, SNAPSHOT_ACTIVE, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), r;
+	char words[SNAPSHOT_WHY_BYTES] = SNAPSHOT_ACTIVE ": cannot be read";
+	struct active_set set = { 0 };
+
+	if (fd < 0 && errno == ENOENT)
+		return 0;
+	r = fd < 0 ? -errno : active_read(fd, &f->from.image, &set, words);
+	active_free(&set);
+	if (fd >= 0)
+		close(fd);
+	return r ? fail(f, r, "%.150s: remove the file, and nothing but speed is lost", words) : 0;
+}
+
+/* What can be wrong with the old one, but for single pages, is found before anything is written. */
 static int open_old(struct flatten *f, const char *dir)
 {
 	int r = reader_open(dir, &f->from, f->why);
@@ -270,6 +300,10 @@ static int open_old(struct flatten *f, const char *dir)
 		r = reader_open_files(&f->from, f->why);
 	if (!r)
 		r = reader_open_origins(&f->from, f->why);
+	if (!r)
+		r = check_state(f);
+	if (!r)
+		r = check_active(f);
 	f->manifest = f->from.manifest;
 	return r ? r : for_layers(f, check_own_layer);
 }
@@ -302,7 +336,7 @@ static int flatten(struct flatten *f, const char *new_dir)
 	if (!r)
 		r = write_ram(f);
 	if (!r)
-		r = copy_file(f, SNAPSHOT_STATE);
+		r = copy_file(f, SNAPSHOT_STATE, NULL);
 	if (!r)
 		r = step(f, "the device state is copied");
 	if (!r)
@@ -311,6 +345,7 @@ static int flatten(struct flatten *f, const char *new_dir)
 		r = for_layers(f, take_layer);
 	if (!r)
 		r = step(f, "the disks are there");
+	f->manifest.pages_digest = f->image.checksum;
 	if (!r) {
 		r = manifest_write(&f->manifest, f->to.dir_fd);
 		if (r)

@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define SNAPSHOT_MAGIC 0x544150414e53544cull /* "LTSNAPAT" */
-#define SNAPSHOT_VERSION 2u
+#define SNAPSHOT_VERSION 3u
 #define SNAPSHOT_BLOCKS 64u
 #define SNAPSHOT_VOLUMES 32u
 #define SNAPSHOT_NAME_BYTES 64

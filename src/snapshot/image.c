@@ -63,6 +63,7 @@ int snapshot_image_create(const struct snapshot_image *layout, struct snapshot_i
 	struct snapshot_image image = *layout;
 	int r;
 
+	image.checksum = 0;
 	place_blocks(&image);
 	r = place_tables(&image);
 	if (!r)
@@ -114,7 +115,7 @@ static uint64_t checksum(const struct snapshot_block *blocks, size_t blocks_byte
 	return sum;
 }
 
-int snapshot_image_write(const struct snapshot_image *image, int fd)
+int snapshot_image_write(struct snapshot_image *image, int fd)
 {
 	struct snapshot_block blocks[SNAPSHOT_BLOCKS];
 	size_t blocks_bytes = image->blocks * sizeof blocks[0];
@@ -129,7 +130,7 @@ int snapshot_image_write(const struct snapshot_image *image, int fd)
 	int r;
 
 	fill_blocks(image, blocks);
-	header.checksum = checksum(blocks, blocks_bytes, image->memory, image->memory_bytes);
+	header.checksum = image->checksum = checksum(blocks, blocks_bytes, image->memory, image->memory_bytes);
 	r = os_write_all(fd, &header, sizeof header, 0);
 	if (!r)
 		r = os_write_all(fd, blocks, blocks_bytes, sizeof header);
@@ -241,6 +242,7 @@ int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPS
 		r = snapshot_fail(why, -EBADMSG, "pages: the checksum is wrong: the file is damaged");
 	if (!r)
 		r = check_pages(&image, why);
+	image.checksum = h.checksum;
 	if (r)
 		snapshot_image_free(&image);
 	else

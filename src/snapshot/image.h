@@ -27,6 +27,7 @@ struct snapshot_image {
 		struct snapshot_page *table; /* of the whole block */
 	} block[SNAPSHOT_BLOCKS];
 	uint64_t pages;
+	uint64_t checksum; /* in the header of the file `pages`; 0: it was neither written nor read */
 	void *memory; /* that the tables are in */
 	size_t memory_bytes;
 };
@@ -38,7 +39,8 @@ void snapshot_image_free(struct snapshot_image *image);
 /* What the page holds: SNAPSHOT_WORD with the word, or SNAPSHOT_DATA with the digest. */
 struct snapshot_page snapshot_classify(const void *page);
 
-int snapshot_image_write(const struct snapshot_image *image, int fd);
+/* Notes the checksum in the image: what belongs to this file, and to no other one, has it. */
+int snapshot_image_write(struct snapshot_image *image, int fd);
 /* Checks all of it before anything is believed. `fd`: the file `pages`. */
 int snapshot_image_read(int fd, struct snapshot_image *ret_image, char why[SNAPSHOT_WHY_BYTES]);
 

@@ -59,7 +59,7 @@ int maker_close(int fd, const char *name, int r, char why[SNAPSHOT_WHY_BYTES])
 	return r;
 }
 
-int maker_write_pages(struct maker *m, const struct snapshot_image *image, char why[SNAPSHOT_WHY_BYTES])
+int maker_write_pages(struct maker *m, struct snapshot_image *image, char why[SNAPSHOT_WHY_BYTES])
 {
 	int fd = maker_create(m, SNAPSHOT_PAGES, why), r;
 

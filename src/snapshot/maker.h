@@ -22,7 +22,7 @@ int maker_begin(const char *dir, struct maker *maker, char why[SNAPSHOT_WHY_BYTE
 int maker_create(struct maker *maker, const char *name, char why[SNAPSHOT_WHY_BYTES]);
 /* Closes it; with `r` == 0 it is on the disk then. Returns `r`, or what failed here. */
 int maker_close(int fd, const char *name, int r, char why[SNAPSHOT_WHY_BYTES]);
-int maker_write_pages(struct maker *maker, const struct snapshot_image *image, char why[SNAPSHOT_WHY_BYTES]);
+int maker_write_pages(struct maker *maker, struct snapshot_image *image, char why[SNAPSHOT_WHY_BYTES]);
 int maker_complete(struct maker *maker, char why[SNAPSHOT_WHY_BYTES]);
 /* Removes what is not complete. */
 void maker_end(struct maker *maker);

@@ -73,7 +73,7 @@ int manifest_compare(int fd, const struct manifest_volume *v, struct manifest_vo
 	ret_now->fingerprint = v->fingerprint;
 	if (r || (is_same && ret_now->bytes == v->bytes && ret_now->mtime_ns == v->mtime_ns))
 		return r;
-	if (is_same && v->role == MANIFEST_RAM)
+	if (is_same)
 		return -ESTALE;
 	r = fingerprint(fd, ret_now->bytes, &ret_now->fingerprint);
 	return r ? r : ret_now->bytes == v->bytes && ret_now->fingerprint == v->fingerprint ? 0 : -ESTALE;
@@ -119,6 +119,19 @@ int manifest_check_state(const struct manifest *m, int fd, char why[SNAPSHOT_WHY
 		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_STATE " is not what was saved: expected is a file with the digest %016jx",
 			 (uintmax_t)m->state_digest);
 	return r || found != m->state_digest ? -EBADMSG : 0;
+}
+
+int manifest_check_pages(const struct manifest *m, int fd, char why[SNAPSHOT_WHY_BYTES])
+{
+	struct snapshot_header header = { 0 };
+	int r = os_read_all(fd, &header, sizeof header, 0);
+
+	if (r)
+		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_PAGES " cannot be read, or ends too early");
+	else if (header.checksum != m->pages_digest)
+		snprintf(why, SNAPSHOT_WHY_BYTES, SNAPSHOT_PAGES " is not what was saved: expected is a file with the digest %016jx",
+			 (uintmax_t)m->pages_digest);
+	return r || header.checksum != m->pages_digest ? -EBADMSG : 0;
 }
 
 /* ---- writing -------------------------------------------------------------------------------- */
@@ -196,6 +209,7 @@ static struct json_object *to_json(const struct manifest *m)
 	add_number(json, "ram_bytes", m->ram_bytes);
 	add_number(json, "state_bytes", m->state_bytes);
 	add_digest(json, "state_digest", m->state_digest);
+	add_digest(json, "pages_digest", m->pages_digest);
 	if (m->packed_bytes)
 		add_number(json, "packed_bytes", m->packed_bytes);
 	if (m->parent.path[0])
@@ -438,6 +452,7 @@ static void take_all(struct reading *d, struct json_object *json, struct manifes
 	m->ram_bytes = take_number(d, json, "ram_bytes", INT64_MAX);
 	m->state_bytes = take_number(d, json, "state_bytes", 1ull << 32);
 	m->state_digest = take_digest(d, json, "state_digest");
+	m->pages_digest = take_digest(d, json, "pages_digest");
 	if (json_object_object_get_ex(json, "packed_bytes", NULL))
 		m->packed_bytes = take_number(d, json, "packed_bytes", INT64_MAX);
 	take_parent(d, json, &m->parent);

@@ -16,7 +16,7 @@
 #define MANIFEST_MAX_BYTES (1 << 20)
 #define MANIFEST_GUID_BYTES 37
 
-/* What a file that RAM refers to is; a snapshot's `ram` is never written after it was made. */
+/* What a file that RAM refers to is; of a snapshot's `ram` each page can be checked. */
 enum manifest_role { MANIFEST_IMAGE, MANIFEST_RAM };
 
 /* A file that RAM refers to, or a disk. */
@@ -56,6 +56,7 @@ struct manifest {
 	char name[64], qemu_version[64];
 	uint64_t created_unix_s, ram_bytes, state_bytes;
 	uint64_t state_digest; /* XXH3-64 of `state` */
+	uint64_t pages_digest; /* the checksum in the header of `pages`, which has the digests of what is in `ram` */
 	uint64_t packed_bytes; /* of `ram.zst`; 0: there is a plain `ram` */
 	struct manifest_parent parent;
 	uint32_t volumes, disks;
@@ -81,6 +82,10 @@ int manifest_read_file(int fd, struct manifest *ret_manifest, char why[SNAPSHOT_
 /* `state`, all of it. -EBADMSG: `why` says what is wrong with it. */
 int manifest_check_state(const struct manifest *manifest, int fd, char why[SNAPSHOT_WHY_BYTES]);
 
+/* `pages`, by its header alone: the checksum there is that of the rest, with which whoever reads the file compares it.
+ * -EBADMSG: `why` says what is wrong with it. */
+int manifest_check_pages(const struct manifest *manifest, int fd, char why[SNAPSHOT_WHY_BYTES]);
+
 /*
  * What a file is known by, but for its path. The fingerprint is the XXH3-64 over the size and up to 1,024 pages,
  * evenly spread, the first and the last among them: it tells one image from another, and one that was replaced;
@@ -88,9 +93,9 @@ int manifest_check_state(const struct manifest *manifest, int fd, char why[SNAPS
  */
 int manifest_identify(int fd, struct manifest_volume *volume);
 
-/* 0: it is that file, untouched since (which costs nothing to see), or one with that fingerprint. -ESTALE: it
- * is not, and `*ret_now` says what it is; of MANIFEST_RAM the same file is refused, too, when it was written
- * since: a fingerprint would not see every write. */
+/* 0: it is that file, untouched since (which costs nothing to see), or another one with that fingerprint, a copy.
+ * -ESTALE: it is neither, and `*ret_now` says what it is; the same file is refused when it was written since, whatever
+ * its fingerprint, which would not see every write. */
 int manifest_compare(int fd, const struct manifest_volume *volume, struct manifest_volume *ret_now);
 
 #endif

@@ -29,14 +29,17 @@ static int open_regular(int dir_fd, const char *name, int flags, uint64_t *ret_b
 	return fd;
 }
 
-static int read_pages(int dir_fd, struct snapshot_image *ret_image, char *why)
+/* `m`: the manifest that they must belong to, or NULL. */
+static int read_pages(int dir_fd, const struct manifest *m, struct snapshot_image *ret_image, char *why)
 {
 	uint64_t bytes;
 	int fd = open_regular(dir_fd, SNAPSHOT_PAGES, O_NOFOLLOW, &bytes), r;
 
 	if (fd < 0)
 		return snapshot_fail(why, fd, SNAPSHOT_PAGES " cannot be opened: %s", strerror(-fd));
-	r = snapshot_image_read(fd, ret_image, why);
+	r = m ? manifest_check_pages(m, fd, why) : 0;
+	if (!r)
+		r = snapshot_image_read(fd, ret_image, why);
 	close(fd);
 	return r;
 }
@@ -87,7 +90,7 @@ int reader_open(const char *dir, struct reader *r, char why[SNAPSHOT_WHY_BYTES])
 				     strerror(errno));
 	e = manifest_read(r->dir_fd, &r->manifest, why);
 	if (!e)
-		e = read_pages(r->dir_fd, &r->image, why);
+		e = read_pages(r->dir_fd, &r->manifest, &r->image, why);
 	if (!e && r->image.volumes > r->manifest.volumes)
 		e = snapshot_fail(why, -EBADMSG,
 				  SNAPSHOT_PAGES ": refers to %u files, and the manifest names %u",
@@ -174,7 +177,7 @@ static int open_origin(const struct manifest_volume *v, struct reader_file *file
 	char words[SNAPSHOT_WHY_BYTES] = "its directory cannot be opened";
 	int dir_fd = open_beside(v->path), r;
 
-	r = dir_fd < 0 ? dir_fd : read_pages(dir_fd, &file->origin, words);
+	r = dir_fd < 0 ? dir_fd : read_pages(dir_fd, NULL, &file->origin, words);
 	if (!r && os_bytes(file->origin.pages) != v->bytes)
 		r = snapshot_fail(words, -EBADMSG, SNAPSHOT_PAGES " is of another file");
 	if (dir_fd >= 0)

@@ -327,6 +327,7 @@ static int write_state(struct save *s)
 	if (state == MAP_FAILED)
 		return fail(s, -errno, "the device state cannot be read");
 	s->manifest.state_digest = XXH3_64bits(state, bytes);
+	s->manifest.pages_digest = s->image.checksum; /* they are written */
 	fd = r = maker_create(&s->maker, SNAPSHOT_STATE, s->why);
 	if (fd >= 0) {
 		r = os_write_all(fd, state, bytes, 0);

@@ -79,7 +79,8 @@ static void make_snapshot(void)
 	close(make_file(SNAPSHOT_STATE));
 	snprintf(text, sizeof text,
 		 "{\"format\": \"latent-snapshot\", \"version\": %u, \"name\": \"vm\", \"qemu_version\": \"7.2.0\","
-		 "\"created_unix_s\": 1, \"ram_bytes\": %zu, \"state_bytes\": 0, \"state_digest\": \"0123456789abcdef\", \"packed_bytes\": %ju, \"volumes\": [], "
+		 "\"created_unix_s\": 1, \"ram_bytes\": %zu, \"state_bytes\": 0, \"state_digest\": \"0123456789abcdef\", "
+		 "\"pages_digest\": \"0123456789abcdef\", \"packed_bytes\": %ju, \"volumes\": [], "
 		 "\"disks\": []}", SNAPSHOT_VERSION, os_bytes(PAGES), (uintmax_t)bytes);
 	fuzz_require(!os_write_all(fd = make_file(SNAPSHOT_MANIFEST), text, strlen(text), 0));
 	close(fd);

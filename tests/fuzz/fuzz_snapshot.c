@@ -23,12 +23,12 @@
 
 #define FILE_BYTES (40 + 2 * 72 + 48 * 16)
 #define ACTIVE_PAGES 3u
-#define ACTIVE_BYTES (32 + ACTIVE_PAGES * 16)
+#define ACTIVE_BYTES (sizeof(struct active_header) + ACTIVE_PAGES * sizeof(struct active_page))
 
 static const struct fuzz_token tokens[] = {
 	FUZZ_TEXT("\xff\xff\xff\xff\xff\xff\xff\xff"),
 	FUZZ_TEXT("\x00\x00\x00\x80"),
-	FUZZ_TEXT("\"format\": \"latent-snapshot\", \"version\": 2,"),
+	FUZZ_TEXT("\"format\": \"latent-snapshot\", \"version\": 3,"),
 	FUZZ_TEXT("\"volumes\": ["),
 	FUZZ_TEXT("\"role\": \"ram\","),
 	FUZZ_TEXT("\"parent\": {\"path\": \"/a\", \"name\": \"a\", \"created_unix_s\": 1},"),
@@ -133,7 +133,7 @@ static void check_active(struct fuzz_reader *in, bool repair, bool contents)
 	fuzz_require(!active_write(fd, list, ACTIVE_PAGES, &image, -1, NULL) && pread(fd, file, sizeof file, 0) == sizeof file);
 	length = patch(in, file, sizeof file);
 	if (repair) {
-		uint64_t sum = XXH3_64bits(file + 32, sizeof file - 32);
+		uint64_t sum = XXH3_64bits(file + sizeof(struct active_header), sizeof file - sizeof(struct active_header));
 
 		memcpy(file + 24, &sum, sizeof sum);
 	}

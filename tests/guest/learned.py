@@ -19,7 +19,7 @@ READ_SPARSE = "; ".join(f"latent-guest mem check s {page} 1" for page in range(0
 TRIES = 6      # on a busy machine it may read it later
 MEM = "256M"
 LIST_PAGES = 4096  # LEARN_PAGES of src/qemu/learner.c
-HEADER, RECORD = struct.Struct("=QIIQQ"), struct.Struct("=QII")  # src/snapshot/active.h
+HEADER, RECORD = struct.Struct("=QIIQQQ"), struct.Struct("=QII")  # src/snapshot/active.h
 PRESENT = 1 << 63
 
 

@@ -147,6 +147,7 @@ def damaged_here(test, guest, directory):
                 file.seek(place)
                 file.write(data)
         refused(test, guest, bad, f"packed RAM {what}", word)
+    mixed(test, guest, directory, bad)
     shutil.copyfile(directory / "packed/ram.zst", bad / "ram.zst")
     with open(bad / "ram.zst", "r+b") as file:
         file.seek(size // 2)
@@ -155,6 +156,20 @@ def damaged_here(test, guest, directory):
         file.write(bytes([byte ^ 1]))
     answer = latent.command("verify", bad)
     test.check(answer.returncode == NO_IMAGE and "chunk" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
+
+
+def mixed(test, guest, directory, bad):
+    """Devices of one save and packed memory of another one, each of them whole."""
+    manifest = (bad / "manifest.json").read_text()
+    other = json.loads((directory / "again/manifest.json").read_text())
+    (bad / "manifest.json").write_text(json.dumps({**json.loads(manifest), "packed_bytes": other["packed_bytes"]}))
+    for name in ("pages", "ram.zst"):
+        shutil.copyfile(directory / "again" / name, bad / name)
+    refused(test, guest, bad, "packed RAM of another save", "pages", "digest")
+    answer = latent.command("verify", bad)
+    test.check(answer.returncode == NO_IMAGE and "pages" in answer.stderr, f"verify, too: {answer.stderr.strip()}")
+    (bad / "manifest.json").write_text(manifest)
+    shutil.copyfile(directory / "packed/pages", bad / "pages")
 
 
 def refused(test, guest, where, what, *words, options=()):

@@ -153,7 +153,9 @@ def check_flat(test, old, flat):
     test.check(about["parent"] is None and {volume["role"] for volume in about["volumes"]} <= {"image"},
                "the flat one needs no other snapshot")
     test.check(latent.run("verify", flat).endswith("is whole\n"), "and is whole")
-    test.check_equal(latent.sha256(flat / "active"), latent.sha256(old / "active"), "its active pages are those of the old one")
+    was, now = ((directory / "active").read_bytes() for directory in (old, flat))
+    test.check(was[:32] + was[40:] == now[:32] + now[40:] and was != now,
+               "its active pages are those of the old one, and belong to its own metadata")
 
 
 def page_in_parent(directory, ram):

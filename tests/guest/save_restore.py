@@ -25,7 +25,8 @@ CHURN_PAGES_PER_S = 20000
 KEEP_JOURNAL = ("i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i $(echo $i | sha256sum | cut -c1-64) >> /root/journal; "
                 "sync /root/journal; echo $i > /run/synced.new; mv /run/synced.new /run/synced; done")
 STEPS_BEFORE = ["checks", "overlays", "exec", "ram", "state"]  # before the guest runs
-KIND_DATA = 1  # src/snapshot/format.h
+KIND_DATA, KIND_EQUAL = 1, 3  # src/snapshot/format.h
+ACTIVE_HEADER_BYTES, RECORD_BYTES, DIGEST_BYTES = 40, 16, 8  # src/snapshot/active.h
 ACTIVE_PAGES = 64  # of the active set, at its end, that are damaged
 NO_IMAGE, REFUSED = 66, 65
 
@@ -142,8 +143,9 @@ def restore_step_by_step(test, guest, snapshot):
     guest.wait_status("paused")
     test.check_equal(steps(guest)[0], STEPS_BEFORE, "a guest that was not let run yet: the steps")
     files = {os.readlink(fd): fd for fd in Path(f"/proc/{guest.pid}/fd").iterdir() if fd.is_symlink()}
-    for disk in (f"{guest.dir}/{guest.name}-root.{guest.pid}.qcow2", f"{snapshot}/disks/disk0.0.qcow2"):
-        test.check(disk in files, f"its disk is open: {disk}")
+    own = [str(path) for path in guest.dir.glob(f"{guest.name}-root.*.qcow2") if str(path) in files]
+    test.check(len(own) == 1 and re.search(r"\.[0-9a-f]{16}\.qcow2$", own[0]), f"its new disk is open: {own}")
+    test.check(f"{snapshot}/disks/disk0.0.qcow2" in files, "and the saved one beneath")
     [memfd] = [fd for name, fd in files.items() if name.startswith("/memfd:latent-ram:")]
     first = first_in_use(snapshot)
     test.check(len(first) > 100 and first <= in_memory(memfd, first),
@@ -163,11 +165,17 @@ def steps(guest):
 
 def first_in_use(snapshot):
     """Pages of the first quarter of the active set whose contents are in the snapshot's `ram` (docs/snapshot.md)."""
+    in_use = kinds_in_use(snapshot)
+    return {page for page, kind in in_use[:len(in_use) // 4] if kind == KIND_DATA}
+
+
+def kinds_in_use(snapshot):
+    """(number, kind) of the pages of the active set, in its order."""
     metadata, active = ((snapshot / name).read_bytes() for name in ("pages", "active"))
     [blocks], [count] = struct.unpack_from("=I", metadata, 16), struct.unpack_from("=Q", active, 16)
     kinds = [kind for kind, _, _ in struct.iter_unpack("=IIQ", metadata[40 + 72 * blocks:])]
-    pages = [page for page, _, _ in struct.iter_unpack("=QII", active[32:32 + 16 * (count // 4)])]
-    return {page for page in pages if kinds[page] == KIND_DATA}
+    records = active[ACTIVE_HEADER_BYTES:][:RECORD_BYTES * count]
+    return [(page, kinds[page]) for page, _, _ in struct.iter_unpack("=QII", records)]
 
 
 def in_memory(memfd, pages):
@@ -278,6 +286,7 @@ def damaged(test, directory):
         refused(test, guest, bad, "a bit of the device state", "state", "digest")
         answer = latent.command("verify", bad)
         test.check(answer.returncode == NO_IMAGE and "state" in answer.stderr, f"verify, too: {answer.stderr.strip()}")
+        mixed(test, guest, directory, bad)
         copy()
         with open(bad / "ram", "rb") as file:
             data = os.lseek(file.fileno(), 1 << 20, os.SEEK_DATA)
@@ -286,6 +295,16 @@ def damaged(test, directory):
         test.check(answer.returncode == NO_IMAGE and "page" in answer.stderr, f"a flipped bit: {answer.stderr.strip()}")
         active_damaged(test, guest, directory / "load0", bad)
         pages_damaged(test, guest, bad, copy)
+
+
+def mixed(test, guest, directory, bad):
+    """Devices of one save and memory of another one, each of them whole."""
+    copy_snapshot(directory / "load1", bad)
+    for name in ("pages", "ram"):
+        shutil.copy(directory / "load0" / name, bad / name)
+    refused(test, guest, bad, "pages and RAM of another save", "pages", "digest")
+    answer = latent.command("verify", bad)
+    test.check(answer.returncode == NO_IMAGE and "pages" in answer.stderr, f"verify, too: {answer.stderr.strip()}")
 
 
 def active_damaged(test, guest, good, bad):
@@ -297,24 +316,55 @@ def active_damaged(test, guest, good, bad):
     (bad / "active").write_bytes(data)
     answer = latent.command("verify", bad)
     test.check(answer.returncode == NO_IMAGE and "the copy of page" in answer.stderr, f"a wrong copy: {answer.stderr.strip()}")
-    cold_restore(test, guest, bad)
+    wrong_copies(test, guest, bad, "flipped bits")
+    copy_snapshot(good, bad)
+    swap_copies(test, bad)
+    wrong_copies(test, guest, bad, "swapped copies")
     copy_snapshot(good, bad)
     os.truncate(bad / "active", 8192)
-    guest.restore(bad)
-    test.check(guest.sh("echo runs").strip() == "runs", "a damaged active set: the guest runs")
-    test.check("active set is not used" in guest.qemu_log.read_text(), "and it is said")
-    guest.kill9()
+    does_without(test, guest, bad, "a damaged active set")
+    shutil.copy(good.parent / "load1/active", bad / "active")
+    answer = latent.command("verify", bad)
+    test.check(answer.returncode == NO_IMAGE and "another snapshot" in answer.stderr, f"verify: {answer.stderr.strip()}")
+    does_without(test, guest, bad, "that of another save of this guest")
 
 
-def cold_restore(test, guest, bad):
-    """Nothing of the snapshot is in memory, so that the copies are used, but for the wrong ones."""
+def does_without(test, guest, bad, what):
+    said = cold_restore(test, guest, bad, what)
+    test.check("active set is not used" in said, f"{what}: and it is said: {said}")
+
+
+def swap_copies(test, snapshot):
+    """Of the pages that are stored, neighbours in the list have each other's contents, and the digests that go with them."""
+    data = bytearray((snapshot / "active").read_bytes())
+    stored = [kind in (KIND_DATA, KIND_EQUAL) for _, kind in kinds_in_use(snapshot)]
+    count, swapped = len(stored), 0
+    for number in range(0, count - 1, 2):
+        if not stored[number] or not stored[number + 1]:
+            continue
+        swapped += 1
+        for at, size in ((ACTIVE_HEADER_BYTES + count * RECORD_BYTES + number * DIGEST_BYTES, DIGEST_BYTES),
+                         (len(data) - (count - number) * 4096, 4096)):
+            data[at:at + 2 * size] = data[at + size:at + 2 * size] + data[at:at + size]
+    (snapshot / "active").write_bytes(data)
+    test.check(swapped > ACTIVE_PAGES, f"{swapped} pairs of copies have changed places")
+
+
+def wrong_copies(test, guest, bad, what):
+    said = cold_restore(test, guest, bad, what)
+    wrong = re.search(r"(\d+) pages of the snapshot's active set are not what was saved", said)
+    test.check(wrong and int(wrong[1]) > 0, f"{what}: and it is said: {wrong and wrong[0]}")
+
+
+def cold_restore(test, guest, bad, what):
+    """Nothing of the snapshot is in memory, so that the copies are used, but for the wrong ones. What is said then."""
     for name in ("ram", "active"):
         host.drop_from_page_cache(bad / name)
+    before = len(guest.qemu_log.read_text())
     guest.restore(bad)
-    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), "a wrong copy: the guest's memory is right")
-    said = re.search(r"(\d+) pages of the snapshot's active set are not what was saved", guest.qemu_log.read_text())
-    test.check(said and int(said[1]) > 0, f"and it is said: {said and said[0]}")
+    test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"{what}: the guest's memory is right")
     guest.kill9()
+    return guest.qemu_log.read_text()[before:]
 
 
 def pages_damaged(test, guest, bad, copy):

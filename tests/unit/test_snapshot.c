@@ -157,6 +157,8 @@ static void finish_snapshot(const char *name, struct snapshot_image *image, stru
 	strcpy(m->name, name);
 	m->ram_bytes = os_bytes(PAGES);
 	m->state_bytes = strlen("the devices");
+	m->state_digest = XXH3_64bits("the devices", strlen("the devices"));
+	m->pages_digest = image->checksum;
 	assert_int_equal(manifest_write(m, dir_fd), 0);
 	close(dir_fd);
 	snapshot_image_free(image);
@@ -329,7 +331,7 @@ static void test_few_pages_of_one_digest(void **state)
 }
 
 /* Writes a table and reads it; 0 or -EBADMSG. */
-static int read_back(const struct snapshot_image *image)
+static int read_back(struct snapshot_image *image)
 {
 	struct snapshot_image read;
 	int fd = os_memfd_create("pages", 0, false), r;
@@ -694,10 +696,82 @@ static void test_chain_refused(void **state)
 	assert_no_parent("b", "a/ram");
 }
 
+/* Another time of change, as whoever writes it leaves. */
+static void touch(const char *name)
+{
+	const struct timespec times[] = { { 0, UTIME_OMIT }, { 1000, 0 } };
+
+	assert_int_equal(utimensat(AT_FDCWD, in_root(name), times, 0), 0);
+}
+
+/* Pages on an image have no digests: the same file, written since, may hold anything. A copy is known by its fingerprint. */
+static void test_image_written(void **state)
+{
+	struct manifest_volume v = { .role = MANIFEST_IMAGE }, now;
+	struct reader *r = malloc(sizeof *r);
+	int fd;
+
+	(void)state;
+	fd = new_file("large");
+	assert_int_equal(ftruncate(fd, (off_t)os_bytes(2048)), 0);
+	identify("large", MANIFEST_IMAGE, &v);
+	assert_int_equal(manifest_compare(fd, &v, &now), 0);
+	assert_int_equal(os_write_all(fd, "x", 1, os_bytes(1)), 0); /* of which the fingerprint knows nothing */
+	touch("large");
+	assert_int_equal(manifest_compare(fd, &v, &now), -ESTALE);
+	close(fd);
+	make_chain();
+	touch("image");
+	assert_int_equal(reader_open(in_root("b"), r, why), 0);
+	assert_int_equal(reader_open_files(r, why), -ESTALE);
+	assert_non_null(strstr(why, "/image"));
+	reader_close(r);
+	free(r);
+	assert_no_parent("a", "/image");
+	assert_int_equal(flatten("b", "c"), -ESTALE);
+	run_command("cd %s && cp image copy && mv copy image", "");
+	assert_second("b");
+	touch("b/disks/disk0.0.raw");
+	assert_int_equal(flatten("b", "c"), -ESTALE);
+	assert_non_null(strstr(why, "disk0.0.raw"));
+}
+
+/* Metadata and RAM of another snapshot of the same VM, each whole: nobody takes them for this one's. */
+static void test_mixed_refused(void **state)
+{
+	const char *dirs[] = { NULL };
+	struct have *have;
+	struct rest *rest;
+	struct reader r;
+
+	(void)state;
+	make_chain();
+	run_command("cd %s && cp a/pages a/ram b", "");
+	assert_int_equal(reader_open(in_root("b"), &r, why), -EBADMSG);
+	assert_non_null(strstr(why, "pages is not what was saved"));
+	reader_close(&r);
+	assert_no_parent("b", "pages is not what was saved");
+	assert_int_equal(flatten("b", "c"), -EBADMSG);
+	assert_int_not_equal(access(in_root("c"), F_OK), 0);
+	assert_int_equal(rest_open(in_root("b"), &rest, why), -EBADMSG);
+	dirs[0] = in_root("b");
+	assert_int_equal(have_open(dirs, 1, &have, why), -EBADMSG);
+	assert_non_null(strstr(why, "pages is not what was saved"));
+}
+
 static void test_flatten_finds_damage(void **state)
 {
 	(void)state;
 	make_chain();
+	change_byte("b/state", 3);
+	assert_int_equal(flatten("b", "c"), -EBADMSG);
+	assert_non_null(strstr(why, "state is not what was saved"));
+	assert_int_equal(progress.bytes_written, 0); /* RAM comes first */
+	run_command("rm %s", "b/state");
+	assert_int_equal(flatten("b", "c"), -ENOENT);
+	assert_non_null(strstr(why, "state"));
+	assert_int_equal(progress.bytes_written, 0);
+	write_file("b/state", "the devices");
 	change_byte("b/ram", os_bytes(2) + 9);
 	assert_int_equal(flatten("b", "c"), -EBADMSG);
 	assert_non_null(strstr(why, "page 2 "));
@@ -748,6 +822,68 @@ static void make_active(const char *name)
 	assert_int_equal(active_write(fd, list, 2, &r->image, -1, none), 0);
 	close(fd);
 	close_snapshot(r);
+}
+
+/* With copies of the contents of three pages: one on the image, one that is stored, and one that equals that. */
+static int write_copies(const struct reader *r)
+{
+	const struct active_page list[] = { { .page = 11, .order = 1 }, { .page = 2, .order = 2 }, { .page = 21, .order = 3 } };
+	int fd = os_memfd_create("active", 0, false), fds[SNAPSHOT_VOLUMES];
+
+	for (uint32_t i = 0; i < SNAPSHOT_VOLUMES; i++)
+		fds[i] = r->file[i].fd;
+	assert_int_equal(active_write(fd, list, 3, &r->image, r->ram_fd, fds), 0);
+	return fd;
+}
+
+/* Copies of another snapshot's pages are nobody's, and a digest beside a copy proves nothing where `pages` knows better. */
+static void test_active_belongs(void **state)
+{
+	uint64_t forged[] = { digest_of(1), digest_of(3), digest_of(4) };
+	struct reader *a, *b;
+	struct active_set set;
+	int fd;
+
+	(void)state;
+	make_chain();
+	a = open_snapshot("a");
+	b = open_snapshot("b");
+	fd = write_copies(b);
+	assert_int_equal(active_read(fd, &a->image, &set, why), -EBADMSG);
+	assert_non_null(strstr(why, "another snapshot"));
+	assert_int_equal(os_write_all(fd, forged, sizeof forged, sizeof(struct active_header) + 3 * sizeof(struct active_page)), 0);
+	assert_int_equal(active_read(fd, &b->image, &set, why), 0);
+	assert_int_equal(active_digest(&set, 0, &b->image), digest_of(1)); /* nothing else is known */
+	assert_int_equal(active_digest(&set, 1, &b->image), digest_of(50));
+	assert_int_equal(active_digest(&set, 2, &b->image), digest_of(50));
+	active_free(&set);
+	close(fd);
+	close_snapshot(a);
+	close_snapshot(b);
+}
+
+/* The copy belongs to the new one; what is not the old one's does not become so. */
+static void test_flatten_active(void **state)
+{
+	struct active_set set;
+	struct reader *r;
+	int fd;
+
+	(void)state;
+	make_chain();
+	make_active("b");
+	assert_int_equal(flatten("b", "c"), 0);
+	r = open_snapshot("c");
+	fd = open(in_root("c/" SNAPSHOT_ACTIVE), O_RDONLY | O_CLOEXEC);
+	assert_int_equal(active_read(fd, &r->image, &set, why), 0);
+	assert_int_equal(set.count, 2);
+	active_free(&set);
+	close(fd);
+	close_snapshot(r);
+	run_command("cd %s && cp c/active b/active", "");
+	assert_int_equal(flatten("b", "d"), -EBADMSG);
+	assert_non_null(strstr(why, "another snapshot"));
+	assert_int_not_equal(access(in_root("d"), F_OK), 0);
 }
 
 static struct rest *open_rest(void)
@@ -944,7 +1080,11 @@ int main(void)
 		TEST(test_flatten_fails_between),
 		TEST(test_flatten_ended),
 		TEST(test_chain_refused),
+		TEST(test_image_written),
+		TEST(test_mixed_refused),
 		TEST(test_flatten_finds_damage),
+		TEST(test_active_belongs),
+		TEST(test_flatten_active),
 		TEST(test_rest_is_loaded),
 		TEST(test_rest_ends_early),
 		TEST(test_have),

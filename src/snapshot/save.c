@@ -39,7 +39,7 @@ struct save {
 	struct maker maker;
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
 	unsigned overlays;      /* made */
-	bool switched;          /* the guest uses them */
+	bool switched;          /* the guest uses them, or may: QEMU has not refused to */
 	struct parent *parent;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES]; /* the agent's, then the parent's */
 	uint32_t volumes;
@@ -146,7 +146,8 @@ static int make_overlays(struct save *s)
 	return r;
 }
 
-/* From this instant on the guest writes to new files; the old ones belong to the snapshot. */
+/* From this instant on the guest writes to new files; the old ones belong to the snapshot. QEMU may do so also when it has not
+ * answered in time. */
 static int switch_disks(struct save *s)
 {
 	struct json_object *arguments, *actions = json_object_new_array();
@@ -175,7 +176,7 @@ static int switch_disks(struct save *s)
 	arguments = json_object_new_object();
 	json_object_object_add(arguments, "actions", actions);
 	r = vmm_run(&s->vmm, "transaction", arguments, NULL);
-	s->switched = !r;
+	s->switched = r != -EREMOTEIO;
 	return r;
 }
 

@@ -1,0 +1,87 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause-Patent
+"""Saves of a VM whose guest does nothing (light_vm.py): what they do to its disks' files and to QEMU's own migration, when
+they fail, too.
+
+Arguments: parts to try, as names of functions below.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from light_vm import SKIPPED, TIMEOUT_S, check, failures, two_places
+
+NO_ANSWER = 75
+COMMAND_S = 10  # src/snapshot/vmm.c
+
+
+def save(place, target, *options, **how):
+    return place.start("save", "--json", "--window", "0", *options, place.name, target, **how)
+
+
+def end(process):
+    """(status, what it printed, what it said)"""
+    try:
+        printed, said = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed, said = process.communicate()
+        check(False, f"{process.args[1]} ends")
+    return process.returncode, printed, said
+
+
+def disk_of(place):
+    """The file that the VM writes to."""
+    return place.qmp("query-block")["return"][0]["inserted"]["file"]
+
+
+def wait_until(what, condition):
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    check(condition(), what)
+
+
+def late_answer(one, _):
+    """QEMU is held up when it shall switch the disks, and does it when nobody waits any more."""
+    before = disk_of(one)
+    process = save(one, one.directory / "late", fault="save_step:delay:1000")
+    wait_until("late answer: the guest is stopped", lambda: not one.is_running() or process.poll() is not None)
+    os.kill(one.process.pid, signal.SIGSTOP)
+    time.sleep(2 + COMMAND_S + 2)  # two steps of a second lie before the command
+    os.kill(one.process.pid, signal.SIGCONT)
+    status, _, said = end(process)
+    now = disk_of(one)
+    check(status == NO_ANSWER and "transaction" in said, f"late answer: the save fails: {said.strip()}")
+    check(now != before, "late answer: QEMU has switched the disk")
+    check(os.path.exists(now), f"late answer: the file that the VM writes to is there: {now}")
+    wait_until("late answer: the guest goes on", one.is_running)
+
+
+TESTS = {test.__name__: test for test in (late_answer,)}
+
+
+def run(places, names):
+    for place, name in zip(places, ("debian.web.qcow2", "debian.db.qcow2")):
+        place.disk = place.directory / name
+        shutil.copy(place.directory / "disk.qcow2", place.disk)
+        place.run()
+    for name in names or TESTS:
+        begin_s = time.monotonic()
+        TESTS[name](*places)
+        print(f"{name}: {time.monotonic() - begin_s:.1f} s", flush=True)
+
+
+def main():
+    with two_places() as places:
+        if places is None:
+            return SKIPPED
+        run(places, sys.argv[1:])
+    return 1 if failures else 0
+
+
+sys.exit(main())

@@ -38,7 +38,7 @@ struct save {
 	struct active_page *active;
 	struct maker maker;
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
-	unsigned overlays;      /* made */
+	unsigned overlays;      /* made, or begun */
 	bool switched;          /* the guest uses them, or may: QEMU has not refused to */
 	struct parent *parent;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES]; /* the agent's, then the parent's */
@@ -79,20 +79,43 @@ static int query(struct save *s)
 
 /* ---- the pause ------------------------------------------------------------------------------- */
 
-/* NAME.1.qcow2 beside the disk, or the first such name that is free. */
-static int name_overlay(struct save *s, uint32_t disk, char path[PATH_MAX])
+/* NAME.1.qcow2 beside the disk, or the first such name that is free; taken at once, for another save may want it, too. */
+static int open_free_name(const char *old, char path[PATH_MAX])
 {
-	const char *old = s->manifest.disk[disk].layer[0].volume.path;
 	const char *slash = strrchr(old, '/'), *base = slash ? slash + 1 : old, *dot = strchr(base, '.');
 	int stem = (int)(dot && dot > base ? dot - old : (long)strlen(old));
 
-	for (unsigned n = 1; n < 10000; n++)
-		if (snprintf(path, PATH_MAX, "%.*s.%u.qcow2", stem, old, n) < PATH_MAX && access(path, F_OK))
-			return 0;
-	return fail(s, -EEXIST, "no free name for a new overlay of %.200s", old);
+	for (unsigned n = 1; n < 10000; n++) {
+		int fd;
+
+		if (snprintf(path, PATH_MAX, "%.*s.%u.qcow2", stem, old, n) >= PATH_MAX)
+			return -ENAMETOOLONG;
+		fd = open(path, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
+		if (fd >= 0 || errno != EEXIST)
+			return fd < 0 ? -errno : fd;
+	}
+	return -EEXIST;
 }
 
-/* qemu-img does not open what lies beneath: the VM has it in use. */
+/* Whoever may not read the disk may not read this. */
+static int reserve_overlay(struct save *s, uint32_t disk)
+{
+	const char *old = s->manifest.disk[disk].layer[0].volume.path;
+	struct stat st;
+	int fd, r;
+
+	if (stat(old, &st))
+		return fail(s, -errno, "%.200s cannot be looked at: %s", old, strerror(errno));
+	fd = open_free_name(old, s->overlay[disk]);
+	if (fd < 0)
+		return fail(s, fd, "no new overlay of %.180s can be made: %s", old, strerror(-fd));
+	s->overlays = disk + 1;
+	r = fchmod(fd, (st.st_mode & 0666) | 0600) ? -errno : 0;
+	close(fd);
+	return r ? fail(s, r, "%.200s cannot be made as private as what lies beneath it", s->overlay[disk]) : 0;
+}
+
+/* Over the empty file. qemu-img does not open what lies beneath: the VM has it in use. */
 static int create_overlay(struct save *s, const struct manifest_disk *disk, const char *path)
 {
 	const struct manifest_layer *top = &disk->layer[0];
@@ -138,10 +161,9 @@ static int make_overlays(struct save *s)
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++)
 		r = link_layers(s, &s->manifest.disk[i]);
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
-		r = name_overlay(s, i, s->overlay[i]);
+		r = reserve_overlay(s, i);
 		if (!r)
 			r = create_overlay(s, &s->manifest.disk[i], s->overlay[i]);
-		s->overlays = r ? s->overlays : i + 1;
 	}
 	return r;
 }

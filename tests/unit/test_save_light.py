@@ -46,6 +46,24 @@ def wait_until(what, condition):
     check(condition(), what)
 
 
+# ---- new overlays ----
+
+def two_at_once(one, two):
+    """Both would have the same name for their overlay; qemu-img takes its time."""
+    slow = one.directory / "slow"
+    slow.mkdir()
+    (slow / "qemu-img").write_text(f"#!/bin/sh\nsleep 1\nexec {shutil.which('qemu-img')} \"$@\"\n")
+    (slow / "qemu-img").chmod(0o755)
+    one.disk.chmod(0o600)
+    for process in [save(place, place.directory / f"at-once-{place.name}", path=slow) for place in (one, two)]:
+        status, _, said = end(process)
+        check(status == 0, f"two at once: {process.args[-2]} is saved: {said.strip()}")
+    disks = [disk_of(place) for place in (one, two)]
+    check(disks[0] != disks[1] and all(map(os.path.exists, disks)), f"two at once: each has a file of its own: {disks}")
+    check([os.stat(disk).st_mode & 0o777 for disk in disks] == [0o600, 0o644],
+          f"two at once: they are as private as those before: {[oct(os.stat(disk).st_mode) for disk in disks]}")
+
+
 def late_answer(one, _):
     """QEMU is held up when it shall switch the disks, and does it when nobody waits any more."""
     before = disk_of(one)
@@ -62,7 +80,7 @@ def late_answer(one, _):
     wait_until("late answer: the guest goes on", one.is_running)
 
 
-TESTS = {test.__name__: test for test in (late_answer,)}
+TESTS = {test.__name__: test for test in (two_at_once, late_answer)}
 
 
 def run(places, names):

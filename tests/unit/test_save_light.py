@@ -6,6 +6,7 @@ they fail, too.
 Arguments: parts to try, as names of functions below.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,12 @@ import time
 from light_vm import SKIPPED, TIMEOUT_S, check, failures, two_places
 
 NO_ANSWER = 75
+NOISE_BYTES, NOISE_AT = 4 << 20, 16 << 20
+SLOW_BYTES_S = 64 << 10  # of QEMU's migration
 COMMAND_S = 10  # src/snapshot/vmm.c
+# Steps of a save (maker_step), by the number that LATENT_FAULT takes.
+STEPS = ["the directory is made", "new overlays are made", "guest RAM is held",
+         "the migration of the device state is started", "the guest is stopped", "the disks are switched"]
 
 
 def save(place, target, *options, **how):
@@ -34,6 +40,18 @@ def end(process):
     return process.returncode, printed, said
 
 
+def saved(place, target, *options):
+    status, printed, said = end(save(place, target, *options))
+    check(status == 0, f"{place.name} is saved: {said.strip()}")
+    return json.loads(printed or "{}")
+
+
+def save_fails_after(place, target, step, error="ENOSPC"):
+    status, _, said = end(save(place, target, fault=f"save_step:{STEPS.index(step) + 1}:{error}"))
+    check(status == NO_ANSWER and f'after the step "{step}"' in said, f"it fails after {step}: {said.strip()}")
+    return said
+
+
 def disk_of(place):
     """The file that the VM writes to."""
     return place.qmp("query-block")["return"][0]["inserted"]["file"]
@@ -44,6 +62,17 @@ def wait_until(what, condition):
     while not condition() and time.monotonic() < deadline_s:
         time.sleep(0.02)
     check(condition(), what)
+
+
+def fill(place):
+    """Bytes in guest RAM that are like no others."""
+    for fd in os.scandir(f"/proc/{place.process.pid}/fd"):
+        if os.readlink(fd.path).startswith("/memfd:latent-ram"):
+            with open(fd.path, "r+b") as ram:
+                ram.seek(NOISE_AT)
+                ram.write(os.urandom(NOISE_BYTES))
+            return
+    check(False, "guest RAM is a file")
 
 
 # ---- new overlays ----
@@ -80,7 +109,48 @@ def late_answer(one, _):
     wait_until("late answer: the guest goes on", one.is_running)
 
 
-TESTS = {test.__name__: test for test in (two_at_once, late_answer)}
+# ---- QEMU's own migration ----
+
+def status_of(place):
+    return place.qmp("query-migrate")["return"].get("status", "none")
+
+
+def bandwidth_of(place):
+    return place.qmp("query-migrate-parameters")["return"]["max-bandwidth"]
+
+
+def set_bandwidth(place, bytes_s):
+    place.qmp("migrate-set-parameters", {"max-bandwidth": bytes_s})
+
+
+def users_migration(one, two):
+    """It goes on; saves and migrations are refused meanwhile."""
+    set_bandwidth(one, SLOW_BYTES_S)
+    one.qmp("migrate", {"uri": "exec:cat > /dev/null"})
+    wait_until("user's migration: it has begun", lambda: status_of(one) == "active")
+    for process in (save(one, one.directory / "refused"), one.migrate(two)):
+        status, _, said = end(process)
+        check(status == NO_ANSWER and "migrat" in said and "active" in said,
+              f"user's migration: {process.args[1]} is refused: {said.strip()}")
+        check(status_of(one) == "active", f"user's migration: it goes on after {process.args[1]}: {status_of(one)}")
+        check(bandwidth_of(one) == SLOW_BYTES_S, f"user's migration: it is as fast as it was: {bandwidth_of(one)}")
+    one.qmp("migrate_cancel")
+    wait_until("user's migration: it is over", lambda: status_of(one) == "cancelled")
+
+
+def users_bandwidth(one, _):
+    """What the user has set is there again after a save, however it ends."""
+    set_bandwidth(one, SLOW_BYTES_S)
+    saved(one, one.directory / "bandwidth")
+    check(bandwidth_of(one) == SLOW_BYTES_S, f"user's bandwidth: after a save: {bandwidth_of(one)}")
+    save_fails_after(one, one.directory / "failed", "the guest is stopped")
+    check(bandwidth_of(one) == SLOW_BYTES_S, f"user's bandwidth: after one that fails: {bandwidth_of(one)}")
+    killed = save(one, one.directory / "killed", fault=f"save_step:{STEPS.index('the guest is stopped') + 1}:KILL")
+    check(end(killed)[0] == -signal.SIGKILL, "user's bandwidth: a save is killed")
+    wait_until("user's bandwidth: after one that is killed", lambda: bandwidth_of(one) == SLOW_BYTES_S and one.is_running())
+
+
+TESTS = {test.__name__: test for test in (two_at_once, late_answer, users_migration, users_bandwidth)}
 
 
 def run(places, names):
@@ -88,6 +158,7 @@ def run(places, names):
         place.disk = place.directory / name
         shutil.copy(place.directory / "disk.qcow2", place.disk)
         place.run()
+        fill(place)
     for name in names or TESTS:
         begin_s = time.monotonic()
         TESTS[name](*places)

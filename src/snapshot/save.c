@@ -168,6 +168,20 @@ static int make_overlays(struct save *s)
 	return r;
 }
 
+/* Whatever comes next: with the file that was the disk nobody should start a VM any more. */
+static void note_disks(struct save *s, bool unsure)
+{
+	for (uint32_t i = 0; i < s->manifest.disks; i++) {
+		const struct manifest_disk *disk = &s->manifest.disk[i];
+
+		snprintf(s->result->disk[i].drive, sizeof s->result->disk[i].drive, "%s", disk->drive);
+		snprintf(s->result->disk[i].before, sizeof s->result->disk[i].before, "%s", disk->layer[0].volume.path);
+		snprintf(s->result->disk[i].now, sizeof s->result->disk[i].now, "%.255s", s->overlay[i]);
+	}
+	s->result->disks = s->manifest.disks;
+	s->result->disks_unsure = unsure;
+}
+
 /* From this instant on the guest writes to new files; the old ones belong to the snapshot. QEMU may do so also when it has not
  * answered in time. */
 static int switch_disks(struct save *s)
@@ -199,6 +213,8 @@ static int switch_disks(struct save *s)
 	json_object_object_add(arguments, "actions", actions);
 	r = vmm_run(&s->vmm, "transaction", arguments, NULL);
 	s->switched = r != -EREMOTEIO;
+	if (s->switched)
+		note_disks(s, r);
 	return r;
 }
 
@@ -453,16 +469,12 @@ static int identify_layers(struct save *s, struct manifest_disk *disk)
 }
 
 /* The guest does not write it any more, and nobody should. */
-static void freeze_disk(struct save *s, uint32_t i)
+static void freeze_disk(const struct manifest_disk *disk)
 {
-	const struct manifest_disk *disk = &s->manifest.disk[i];
 	struct stat st;
 
 	if (!stat(disk->layer[0].volume.path, &st))
 		(void)chmod(disk->layer[0].volume.path, st.st_mode & 0555);
-	snprintf(s->result->disk[i].drive, sizeof s->result->disk[i].drive, "%s", disk->drive);
-	snprintf(s->result->disk[i].before, sizeof s->result->disk[i].before, "%s", disk->layer[0].volume.path);
-	snprintf(s->result->disk[i].now, sizeof s->result->disk[i].now, "%.255s", s->overlay[i]);
 }
 
 /* Files that pages may refer to, by their number: the agent's, then what the parent has beside them. */
@@ -492,10 +504,9 @@ static int write_manifest(struct save *s, const struct source_progress *progress
 	for (uint32_t i = 0; !r && i < s->manifest.volumes; i++)
 		r = identify_volume(s, &s->manifest.volume[i]);
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
-		freeze_disk(s, i);
+		freeze_disk(&s->manifest.disk[i]);
 		r = identify_layers(s, &s->manifest.disk[i]);
 	}
-	s->result->disks = s->manifest.disks;
 	if (!r)
 		r = write_active(s);
 	if (!r && s->options->compress)
@@ -584,9 +595,9 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	struct save *s = calloc(1, sizeof *s);
 	int r;
 
+	*ret_result = (struct save_result){ 0 };
 	if (!s)
 		return -ENOMEM;
-	*ret_result = (struct save_result){ 0 };
 	s->options = options;
 	s->result = ret_result;
 	s->why = why;

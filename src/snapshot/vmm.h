@@ -47,7 +47,7 @@ int vmm_start_load(struct vmm *vmm, int state_fd);
 int vmm_start_guest(struct vmm *vmm);
 int vmm_poll_fd(const struct vmm *vmm); /* -1: it is not open */
 void vmm_drain(struct vmm *vmm);
-/* Lets the guest be, and QEMU's capabilities and bandwidth as they were before. */
+/* Lets the guest be; QEMU's bandwidth for migrating is as it was before, and the capabilities are off. */
 void vmm_close(struct vmm *vmm);
 
 /* `*ret_value` may be NULL; `arguments` are put. */

@@ -105,8 +105,20 @@ def late_answer(one, _):
     now = disk_of(one)
     check(status == NO_ANSWER and "transaction" in said, f"late answer: the save fails: {said.strip()}")
     check(now != before, "late answer: QEMU has switched the disk")
+    check(f"whether the VM writes to {now}" in said, f"late answer: it says that it does not know: {said.strip()}")
     check(os.path.exists(now), f"late answer: the file that the VM writes to is there: {now}")
     wait_until("late answer: the guest goes on", one.is_running)
+
+
+def named_disks(one, _):
+    """Whoever has not got a snapshot hears what the disk is from now on, and what it is no more."""
+    before = disk_of(one)
+    said = save_fails_after(one, one.directory / "not-named", "the guest is stopped")
+    check(before not in said and disk_of(one) == before, f"named disks: nothing was switched yet: {said.strip()}")
+    said = save_fails_after(one, one.directory / "named", "the disks are switched")
+    now = disk_of(one)
+    check(now != before and f"the VM writes to {now} from now on; {before} lies beneath" in said,
+          f"named disks: when they were switched: {said.strip()}")
 
 
 # ---- QEMU's own migration ----
@@ -150,7 +162,7 @@ def users_bandwidth(one, _):
     wait_until("user's bandwidth: after one that is killed", lambda: bandwidth_of(one) == SLOW_BYTES_S and one.is_running())
 
 
-TESTS = {test.__name__: test for test in (two_at_once, late_answer, users_migration, users_bandwidth)}
+TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, users_migration, users_bandwidth)}
 
 
 def run(places, names):

@@ -44,6 +44,7 @@ struct save {
 	struct manifest_volume volume[SNAPSHOT_VOLUMES]; /* the agent's, then the parent's */
 	uint32_t volumes;
 	struct disk_names names; /* of the manifest's disks */
+	struct manifest *kept;   /* with no_disks: has them, as far as they are files that a snapshot can have */
 };
 
 static int fail(struct save *s, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -58,13 +59,28 @@ static int fail(struct save *s, int r, const char *format, ...)
 	return r;
 }
 
+/* Not part of the snapshot; but the pause waits for them, too. */
+static int list_kept(struct save *s)
+{
+	char ignored[SNAPSHOT_WHY_BYTES], *why = s->vmm.why;
+	struct disk_names names = { 0 };
+
+	s->kept = calloc(1, sizeof *s->kept);
+	if (!s->kept)
+		return fail(s, -ENOMEM, "no memory for the list of disks");
+	s->vmm.why = ignored;
+	(void)disks_list(&s->vmm, s->options->cwd, s->kept, &names);
+	s->vmm.why = why;
+	return 0;
+}
+
 static int query(struct save *s)
 {
-	int r = 0;
+	int r = s->options->no_disks ? list_kept(s) : 0;
 
 	memcpy(s->manifest.qemu_version, s->vmm.version, sizeof s->manifest.qemu_version);
 	s->manifest.stood = !s->vmm.ran;
-	if (!s->options->no_disks) {
+	if (!r && !s->options->no_disks) {
 		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
 		if (!r && s->names.relative && s->options->cwd_left)
 			r = fail(s, -ENOTSUP, "a disk was given by a relative path, and -daemonize left that directory: QEMU "
@@ -75,6 +91,16 @@ static int query(struct save *s)
 	describe_nodes(s->vmm.qmp, &s->manifest);
 	describe_machine(s->vmm.qmp, s->options->run_dir, &s->manifest);
 	return 0;
+}
+
+/* QEMU stops a guest and then waits until what its disks were written is on storage. What is there by then nobody has to
+ * wait for. */
+static int sync_disks(struct save *s, struct source_progress *progress)
+{
+	progress->syncing = true;
+	disks_sync(s->kept ? s->kept : &s->manifest, &progress->stop);
+	progress->syncing = false;
+	return progress->stop ? fail(s, -EINTR, "a signal ended it") : 0;
 }
 
 /* ---- the pause ------------------------------------------------------------------------------- */
@@ -540,6 +566,8 @@ static int connect_vm(struct save *s, struct source_progress *progress)
 	if (!r)
 		r = query(s);
 	if (!r)
+		r = sync_disks(s, progress); /* most of it, while nothing is held */
+	if (!r)
 		r = make_overlays(s);
 	if (!r)
 		r = step(s, "new overlays are made");
@@ -564,6 +592,10 @@ static int save(struct save *s, struct source_progress *progress)
 		r = watch(s, progress);
 	if (!r)
 		r = source_arm(s->source, s->why);
+	if (!r)
+		r = sync_disks(s, progress); /* and what was written since */
+	if (!r)
+		r = step(s, "what the disks were written is on storage");
 	if (r)
 		return r;
 	r = pause_and_take(s);
@@ -612,6 +644,7 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	free(s->active);
 	machine_free(s->manifest.machine);
 	parent_close(s->parent);
+	free(s->kept);
 	free(s);
 	return r;
 }

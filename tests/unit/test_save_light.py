@@ -6,6 +6,7 @@ they fail, too.
 Arguments: parts to try, as names of functions below.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -19,10 +20,12 @@ from light_vm import SKIPPED, TIMEOUT_S, check, failures, two_places
 NO_ANSWER = 75
 NOISE_BYTES, NOISE_AT = 4 << 20, 16 << 20
 SLOW_BYTES_S = 64 << 10  # of QEMU's migration
+WRITTEN_BYTES = 8 << 20
 COMMAND_S = 10  # src/snapshot/vmm.c
 # Steps of a save (maker_step), by the number that LATENT_FAULT takes.
-STEPS = ["the directory is made", "new overlays are made", "guest RAM is held",
+STEPS = ["the directory is made", "new overlays are made", "guest RAM is held", "what the disks were written is on storage",
          "the migration of the device state is started", "the guest is stopped", "the disks are switched"]
+SYS_CACHESTAT = 451
 
 
 def save(place, target, *options, **how):
@@ -46,8 +49,8 @@ def saved(place, target, *options):
     return json.loads(printed or "{}")
 
 
-def save_fails_after(place, target, step, error="ENOSPC"):
-    status, _, said = end(save(place, target, fault=f"save_step:{STEPS.index(step) + 1}:{error}"))
+def save_fails_after(place, target, step, options=()):
+    status, _, said = end(save(place, target, *options, fault=f"save_step:{STEPS.index(step) + 1}:ENOSPC"))
     check(status == NO_ANSWER and f'after the step "{step}"' in said, f"it fails after {step}: {said.strip()}")
     return said
 
@@ -121,6 +124,31 @@ def named_disks(one, _):
           f"named disks: when they were switched: {said.strip()}")
 
 
+# ---- before the pause ----
+
+def dirty_pages(path):
+    """Of a file, in this host's page cache, not on storage yet; None: this kernel does not say (cachestat, Linux 6.5)."""
+    whole, counts = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
+    with open(path, "rb") as file:
+        if ctypes.CDLL(None, use_errno=True).syscall(SYS_CACHESTAT, file.fileno(), whole, counts, 0):
+            return None
+    return counts[1] + counts[2]  # of which some are being written
+
+
+def written_disks(one, _):
+    """QEMU waits for them when it stops the guest: there is nothing left to wait for."""
+    disk, step = disk_of(one), "what the disks were written is on storage"
+    for options in ([], ["--no-disk"]):
+        with open(disk, "ab") as file:  # behind all that the image uses
+            file.write(os.urandom(WRITTEN_BYTES))
+        if dirty_pages(disk) is None:
+            print("written disks: not tried, this kernel has no cachestat")
+            return
+        check(dirty_pages(disk) > 0, "written disks: there is something to bring to storage")
+        save_fails_after(one, one.directory / "written", step, options=options)
+        check(dirty_pages(disk) == 0, f"written disks: before the guest is stopped {dirty_pages(disk)} pages are left {options}")
+
+
 # ---- QEMU's own migration ----
 
 def status_of(place):
@@ -162,7 +190,7 @@ def users_bandwidth(one, _):
     wait_until("user's bandwidth: after one that is killed", lambda: bandwidth_of(one) == SLOW_BYTES_S and one.is_running())
 
 
-TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, users_migration, users_bandwidth)}
+TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, written_disks, users_migration, users_bandwidth)}
 
 
 def run(places, names):

@@ -78,8 +78,10 @@ static void show_writing(void *ctx)
 	if (load)
 		fprintf(stderr, "\rloading what it runs from first: %3.0f %% of %s ", 100 * (double)p->load_now / (double)load,
 			cli_size(load * OS_PAGE_BYTES, size));
+	else if (p->syncing)
+		fprintf(stderr, "\rbringing to storage what the disks were written ");
 	else if (all)
-		fprintf(stderr, "\rwriting RAM: %3.0f %%, %s written ", 100 * (double)done / (double)all,
+		fprintf(stderr, "\r\033[Kwriting RAM: %3.0f %%, %s written ", 100 * (double)done / (double)all,
 			cli_size(p->bytes_written, size));
 }
 

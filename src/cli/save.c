@@ -142,6 +142,21 @@ static bool has_left(const struct vm_view *view)
 	return strcmp(cwd, view->stats.cwd);
 }
 
+/* After a save that has failed: the VM has its disks elsewhere, and nobody else says so. */
+static void tell_disks(const struct save_result *result)
+{
+	for (uint32_t i = 0; i < result->disks; i++) {
+		const char *drive = result->disk[i].drive, *now = result->disk[i].now, *before = result->disk[i].before;
+
+		if (result->disks_unsure)
+			cli_say("disk %s: QEMU has not said whether the VM writes to %s from now on (its `info block` does); if so, %s lies "
+				"beneath that: do not start a VM with it", drive, now, before);
+		else
+			cli_say("disk %s: the VM writes to %s from now on; %s lies beneath that: do not start a VM with it", drive, now,
+				before);
+	}
+}
+
 static int save_vm(struct vm_view *view, const struct save_options *options_given, bool json)
 {
 	struct save_options save = *options_given;
@@ -156,9 +171,11 @@ static int save_vm(struct vm_view *view, const struct save_options *options_give
 	progress_begin_writing(&progress);
 	r = snapshot_save(&save, &progress, &result, why);
 	progress_end();
-	if (r)
-		return cli_fail(r == -EEXIST ? CLI_USAGE : CLI_NO_ANSWER, "%s was not saved: %s", view->name,
-				why[0] ? why : strerror(-r));
+	if (r) {
+		cli_fail(CLI_NO_ANSWER, "%s was not saved: %s", view->name, why[0] ? why : strerror(-r));
+		tell_disks(&result);
+		return r == -EEXIST ? CLI_USAGE : CLI_NO_ANSWER;
+	}
 	(json ? print_json : print_text)(&save, &result);
 	return CLI_OK;
 }

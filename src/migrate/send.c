@@ -275,20 +275,6 @@ static int digest_files(struct send *s)
 	return files_digest(&s->manifest, &reading, s->files.digest, s->why);
 }
 
-/* The other host finds on shared storage what this one has brought there; QEMU has less to do in the pause. What cannot be
- * brought there QEMU will say. */
-static void sync_disks(const struct send *s)
-{
-	for (uint32_t i = 0; i < s->manifest.disks; i++) {
-		int fd = open(s->manifest.disk[i].layer[0].volume.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-
-		if (fd >= 0) {
-			(void)fdatasync(fd);
-			close(fd);
-		}
-	}
-}
-
 /* Where it cannot be made, or the disk is no file, only a user can say who has the guest when both sides cannot talk. */
 static void make_ballot(struct send *s)
 {
@@ -833,8 +819,8 @@ static int prepare(struct send *s)
 		r = describe(s);
 	if (!r)
 		r = digest_files(s);
-	if (!r)
-		sync_disks(s);
+	if (!r) /* the other host finds it on shared storage, and QEMU has less to do in the pause */
+		disks_sync(&s->manifest, &s->progress->stop);
 	if (!r && getrandom(s->record.session, sizeof s->record.session, 0) != sizeof s->record.session)
 		r = snapshot_fail(s->why, -EIO, "no random numbers");
 	if (!r)

@@ -21,6 +21,7 @@ struct pause {
 	uint64_t stops; /* STOP events seen */
 	bool ran;       /* the guest, when pause_prepare looked */
 	bool ran_before_save;
+	int64_t bandwidth_before_save; /* of QEMU's `migrate`, bytes a second; -1: not known */
 	bool loaded;    /* the device state */
 	uint64_t resumed_us; /* the guest has run, since then; 0: not yet */
 };
@@ -158,11 +159,23 @@ int pause_load_state(struct pause *p, int fd, char *why, size_t why_bytes)
 
 /* ---- a save that was broken off ---------------------------------------------------------------- */
 
+static int64_t query_bandwidth(struct pause *p)
+{
+	struct json_object *value = NULL, *number;
+	int64_t bytes_s = -1;
+
+	if (!run(p, "query-migrate-parameters", &value) && json_object_object_get_ex(value, "max-bandwidth", &number))
+		bytes_s = json_object_get_int64(number);
+	json_object_put(value);
+	return bytes_s;
+}
+
 void pause_save_begins(struct pause *p)
 {
 	char status[32];
 
 	p->ran_before_save = !qmp_greet(p->qmp, REPLY_MS) && !query_status(p, status) && !strcmp(status, "running");
+	p->bandwidth_before_save = query_bandwidth(p);
 }
 
 void pause_give(struct pause *p)
@@ -218,6 +231,17 @@ static void reset_capabilities(struct pause *p)
 	(void)qmp_run(p->qmp, &reset, NULL, NULL);
 }
 
+static void reset_bandwidth(struct pause *p)
+{
+	struct qmp_command reset = { .name = "migrate-set-parameters", .timeout_ms = REPLY_MS };
+
+	if (p->bandwidth_before_save < 0)
+		return;
+	reset.arguments = json_object_new_object();
+	json_object_object_add(reset.arguments, "max-bandwidth", json_object_new_int64(p->bandwidth_before_save));
+	(void)qmp_run(p->qmp, &reset, NULL, NULL);
+}
+
 /* Stopped by a migration, and not by a user since. */
 static bool is_left_stopped(struct pause *p)
 {
@@ -239,6 +263,7 @@ int pause_undo_save(struct pause *p)
 	while (is_migrating(p) && os_now_us() < until_us)
 		usleep(1000);
 	reset_capabilities(p);
+	reset_bandwidth(p);
 	/* QEMU tells that a migration is complete a moment before it lets the guest go on. */
 	while (p->ran_before_save && is_left_stopped(p)) {
 		r = run(p, "cont", NULL);

@@ -16,5 +16,8 @@ struct disk_names {
 /* Fills in the manifest's disks, their files not looked into. `cwd`: what relative paths begin with. Negative errno:
  * `why` of the VMM says what cannot be part of a snapshot. */
 int disks_list(struct vmm *vmm, const char *cwd, struct manifest *manifest, struct disk_names *ret_names);
+/* What was written to the disks' own files is brought from this host's page cache to storage. It takes as long as that takes,
+ * and ends early when `*stop` is set; what fails QEMU will meet, and say. */
+void disks_sync(const struct manifest *manifest, const _Atomic bool *stop);
 
 #endif

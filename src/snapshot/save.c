@@ -38,12 +38,13 @@ struct save {
 	struct active_page *active;
 	struct maker maker;
 	char overlay[MANIFEST_DISKS][PATH_MAX]; /* new, of the manifest's disks */
-	unsigned overlays;      /* made */
-	bool switched;          /* the guest uses them */
+	unsigned overlays;      /* made, or begun */
+	bool switched;          /* the guest uses them, or may: QEMU has not refused to */
 	struct parent *parent;
 	struct manifest_volume volume[SNAPSHOT_VOLUMES]; /* the agent's, then the parent's */
 	uint32_t volumes;
 	struct disk_names names; /* of the manifest's disks */
+	struct manifest *kept;   /* with no_disks: has them, as far as they are files that a snapshot can have */
 };
 
 static int fail(struct save *s, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -58,13 +59,28 @@ static int fail(struct save *s, int r, const char *format, ...)
 	return r;
 }
 
+/* Not part of the snapshot; but the pause waits for them, too. */
+static int list_kept(struct save *s)
+{
+	char ignored[SNAPSHOT_WHY_BYTES], *why = s->vmm.why;
+	struct disk_names names = { 0 };
+
+	s->kept = calloc(1, sizeof *s->kept);
+	if (!s->kept)
+		return fail(s, -ENOMEM, "no memory for the list of disks");
+	s->vmm.why = ignored;
+	(void)disks_list(&s->vmm, s->options->cwd, s->kept, &names);
+	s->vmm.why = why;
+	return 0;
+}
+
 static int query(struct save *s)
 {
-	int r = 0;
+	int r = s->options->no_disks ? list_kept(s) : 0;
 
 	memcpy(s->manifest.qemu_version, s->vmm.version, sizeof s->manifest.qemu_version);
 	s->manifest.stood = !s->vmm.ran;
-	if (!s->options->no_disks) {
+	if (!r && !s->options->no_disks) {
 		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
 		if (!r && s->names.relative && s->options->cwd_left)
 			r = fail(s, -ENOTSUP, "a disk was given by a relative path, and -daemonize left that directory: QEMU "
@@ -77,22 +93,55 @@ static int query(struct save *s)
 	return 0;
 }
 
+/* QEMU stops a guest and then waits until what its disks were written is on storage. What is there by then nobody has to
+ * wait for. */
+static int sync_disks(struct save *s, struct source_progress *progress)
+{
+	progress->syncing = true;
+	disks_sync(s->kept ? s->kept : &s->manifest, &progress->stop);
+	progress->syncing = false;
+	return progress->stop ? fail(s, -EINTR, "a signal ended it") : 0;
+}
+
 /* ---- the pause ------------------------------------------------------------------------------- */
 
-/* NAME.1.qcow2 beside the disk, or the first such name that is free. */
-static int name_overlay(struct save *s, uint32_t disk, char path[PATH_MAX])
+/* NAME.1.qcow2 beside the disk, or the first such name that is free; taken at once, for another save may want it, too. */
+static int open_free_name(const char *old, char path[PATH_MAX])
 {
-	const char *old = s->manifest.disk[disk].layer[0].volume.path;
 	const char *slash = strrchr(old, '/'), *base = slash ? slash + 1 : old, *dot = strchr(base, '.');
 	int stem = (int)(dot && dot > base ? dot - old : (long)strlen(old));
 
-	for (unsigned n = 1; n < 10000; n++)
-		if (snprintf(path, PATH_MAX, "%.*s.%u.qcow2", stem, old, n) < PATH_MAX && access(path, F_OK))
-			return 0;
-	return fail(s, -EEXIST, "no free name for a new overlay of %.200s", old);
+	for (unsigned n = 1; n < 10000; n++) {
+		int fd;
+
+		if (snprintf(path, PATH_MAX, "%.*s.%u.qcow2", stem, old, n) >= PATH_MAX)
+			return -ENAMETOOLONG;
+		fd = open(path, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
+		if (fd >= 0 || errno != EEXIST)
+			return fd < 0 ? -errno : fd;
+	}
+	return -EEXIST;
 }
 
-/* qemu-img does not open what lies beneath: the VM has it in use. */
+/* Whoever may not read the disk may not read this. */
+static int reserve_overlay(struct save *s, uint32_t disk)
+{
+	const char *old = s->manifest.disk[disk].layer[0].volume.path;
+	struct stat st;
+	int fd, r;
+
+	if (stat(old, &st))
+		return fail(s, -errno, "%.200s cannot be looked at: %s", old, strerror(errno));
+	fd = open_free_name(old, s->overlay[disk]);
+	if (fd < 0)
+		return fail(s, fd, "no new overlay of %.180s can be made: %s", old, strerror(-fd));
+	s->overlays = disk + 1;
+	r = fchmod(fd, (st.st_mode & 0666) | 0600) ? -errno : 0;
+	close(fd);
+	return r ? fail(s, r, "%.200s cannot be made as private as what lies beneath it", s->overlay[disk]) : 0;
+}
+
+/* Over the empty file. qemu-img does not open what lies beneath: the VM has it in use. */
 static int create_overlay(struct save *s, const struct manifest_disk *disk, const char *path)
 {
 	const struct manifest_layer *top = &disk->layer[0];
@@ -138,15 +187,29 @@ static int make_overlays(struct save *s)
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++)
 		r = link_layers(s, &s->manifest.disk[i]);
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
-		r = name_overlay(s, i, s->overlay[i]);
+		r = reserve_overlay(s, i);
 		if (!r)
 			r = create_overlay(s, &s->manifest.disk[i], s->overlay[i]);
-		s->overlays = r ? s->overlays : i + 1;
 	}
 	return r;
 }
 
-/* From this instant on the guest writes to new files; the old ones belong to the snapshot. */
+/* Whatever comes next: with the file that was the disk nobody should start a VM any more. */
+static void note_disks(struct save *s, bool unsure)
+{
+	for (uint32_t i = 0; i < s->manifest.disks; i++) {
+		const struct manifest_disk *disk = &s->manifest.disk[i];
+
+		snprintf(s->result->disk[i].drive, sizeof s->result->disk[i].drive, "%s", disk->drive);
+		snprintf(s->result->disk[i].before, sizeof s->result->disk[i].before, "%s", disk->layer[0].volume.path);
+		snprintf(s->result->disk[i].now, sizeof s->result->disk[i].now, "%.255s", s->overlay[i]);
+	}
+	s->result->disks = s->manifest.disks;
+	s->result->disks_unsure = unsure;
+}
+
+/* From this instant on the guest writes to new files; the old ones belong to the snapshot. QEMU may do so also when it has not
+ * answered in time. */
 static int switch_disks(struct save *s)
 {
 	struct json_object *arguments, *actions = json_object_new_array();
@@ -175,7 +238,9 @@ static int switch_disks(struct save *s)
 	arguments = json_object_new_object();
 	json_object_object_add(arguments, "actions", actions);
 	r = vmm_run(&s->vmm, "transaction", arguments, NULL);
-	s->switched = !r;
+	s->switched = r != -EREMOTEIO;
+	if (s->switched)
+		note_disks(s, r);
 	return r;
 }
 
@@ -431,16 +496,12 @@ static int identify_layers(struct save *s, struct manifest_disk *disk)
 }
 
 /* The guest does not write it any more, and nobody should. */
-static void freeze_disk(struct save *s, uint32_t i)
+static void freeze_disk(const struct manifest_disk *disk)
 {
-	const struct manifest_disk *disk = &s->manifest.disk[i];
 	struct stat st;
 
 	if (!stat(disk->layer[0].volume.path, &st))
 		(void)chmod(disk->layer[0].volume.path, st.st_mode & 0555);
-	snprintf(s->result->disk[i].drive, sizeof s->result->disk[i].drive, "%s", disk->drive);
-	snprintf(s->result->disk[i].before, sizeof s->result->disk[i].before, "%s", disk->layer[0].volume.path);
-	snprintf(s->result->disk[i].now, sizeof s->result->disk[i].now, "%.255s", s->overlay[i]);
 }
 
 /* Files that pages may refer to, by their number: the agent's, then what the parent has beside them. */
@@ -470,10 +531,9 @@ static int write_manifest(struct save *s, const struct source_progress *progress
 	for (uint32_t i = 0; !r && i < s->manifest.volumes; i++)
 		r = identify_volume(s, &s->manifest.volume[i]);
 	for (uint32_t i = 0; !r && i < s->manifest.disks; i++) {
-		freeze_disk(s, i);
+		freeze_disk(&s->manifest.disk[i]);
 		r = identify_layers(s, &s->manifest.disk[i]);
 	}
-	s->result->disks = s->manifest.disks;
 	if (!r)
 		r = write_active(s);
 	if (!r && s->options->compress)
@@ -507,6 +567,8 @@ static int connect_vm(struct save *s, struct source_progress *progress)
 	if (!r)
 		r = query(s);
 	if (!r)
+		r = sync_disks(s, progress); /* most of it, while nothing is held */
+	if (!r)
 		r = make_overlays(s);
 	if (!r)
 		r = step(s, "new overlays are made");
@@ -531,6 +593,10 @@ static int save(struct save *s, struct source_progress *progress)
 		r = watch(s, progress);
 	if (!r)
 		r = source_arm(s->source, s->why);
+	if (!r)
+		r = sync_disks(s, progress); /* and what was written since */
+	if (!r)
+		r = step(s, "what the disks were written is on storage");
 	if (r)
 		return r;
 	r = pause_and_take(s);
@@ -562,9 +628,9 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	struct save *s = calloc(1, sizeof *s);
 	int r;
 
+	*ret_result = (struct save_result){ 0 };
 	if (!s)
 		return -ENOMEM;
-	*ret_result = (struct save_result){ 0 };
 	s->options = options;
 	s->result = ret_result;
 	s->why = why;
@@ -579,6 +645,7 @@ int snapshot_save(const struct save_options *options, struct source_progress *pr
 	free(s->active);
 	machine_free(s->manifest.machine);
 	parent_close(s->parent);
+	free(s->kept);
 	free(s);
 	return r;
 }

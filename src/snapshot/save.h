@@ -38,14 +38,15 @@ struct save_result {
 	struct snapshot_counts pages;
 	uint64_t pages_in_ram;   /* of those in volumes: in `ram` of other snapshots */
 	struct source_counts source;
-	uint32_t disks;
+	uint32_t disks;          /* that the VM writes elsewhere from now on, also when the save has failed after that */
+	bool disks_unsure;       /* or may write there: QEMU has not answered when it was told to */
 	struct {
 		char drive[64], before[256], now[256]; /* paths */
 	} disk[16];
 };
 
 /* 0, or a negative errno with a sentence in `why`; then nothing of the snapshot is left, and the VM runs as it
- * did. -EINTR: progress->stop was set. Progress may be looked at from another thread. */
+ * did, on the new overlays of its disks if there are any in the result. -EINTR: progress->stop was set. Progress may be looked at from another thread. */
 int snapshot_save(const struct save_options *options, struct source_progress *progress,
 		  struct save_result *ret_result, char why[SNAPSHOT_WHY_BYTES]);
 

@@ -15,6 +15,7 @@ struct parent;
 
 /* Another thread may look at it, and end the work. */
 struct source_progress {
+	_Atomic bool syncing; /* what the disks were written is brought to storage */
 	_Atomic uint64_t load_now, load_all; /* pages that have to be loaded before anything begins */
 	_Atomic uint64_t pages_done, pages_all, bytes_written;
 	_Atomic bool stop; /* set it to end the writing with -EINTR */

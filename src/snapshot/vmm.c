@@ -14,7 +14,9 @@
 #define COMMAND_MS 10000
 #define STATE_MS 60000
 #define START_MS 20000
+#define OVER_MS 1000 /* a `migrate` that is being cancelled ends within that */
 #define FINALIZE_TRIES 2000
+#define BANDWIDTH (1ll << 40) /* bytes a second */
 
 _Static_assert(QMP_WHY_BYTES <= SNAPSHOT_WHY_BYTES, "QEMU's words fit");
 
@@ -87,6 +89,43 @@ int vmm_query_running(struct vmm *vmm, bool *ret_runs)
 	return r;
 }
 
+static bool is_over(const char *migration)
+{
+	static const char *const over[] = { "none", "completed", "failed", "cancelled" };
+
+	for (size_t i = 0; i < sizeof over / sizeof over[0]; i++)
+		if (!strcmp(migration, over[i]))
+			return true;
+	return false;
+}
+
+static int query_migration(struct vmm *vmm, char ret_status[32])
+{
+	struct json_object *value = NULL, *part;
+	int r = vmm_run(vmm, "query-migrate", NULL, &value);
+
+	if (!r)
+		snprintf(ret_status, 32, "%s", json_object_object_get_ex(value, "status", &part) ? json_object_get_string(part) : "none");
+	json_object_put(value);
+	return r;
+}
+
+/* QEMU has one migration at a time: with ours a user's would be cancelled. */
+static int await_no_migration(struct vmm *vmm)
+{
+	uint64_t until_us = os_now_us() + OVER_MS * 1000ull;
+	char status[32];
+	int r;
+
+	while (!(r = query_migration(vmm, status)) && !is_over(status)) {
+		if (os_now_us() >= until_us)
+			return snapshot_fail(vmm->why, -EBUSY, "QEMU is migrating the VM (\"%s\"): wait until that is over, or end it "
+					     "(`migrate_cancel`)", status);
+		usleep(10000);
+	}
+	return r;
+}
+
 static int greet(struct vmm *vmm)
 {
 	int r = qmp_greet(vmm->qmp, COMMAND_MS);
@@ -118,7 +157,7 @@ int vmm_open_waiting(const char *run_dir, int end_fd, char why[SNAPSHOT_WHY_BYTE
 	char path[VMDIR_PATH_BYTES];
 	int r;
 
-	*vmm = (struct vmm){ .why = why, .state_fd = -1 };
+	*vmm = (struct vmm){ .why = why, .state_fd = -1, .max_bandwidth = -1 };
 	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, run_dir);
 	r = connect_waiting(vmm, path, end_fd);
 	return r ? r : greet(vmm);
@@ -129,14 +168,16 @@ int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WH
 	char path[VMDIR_PATH_BYTES];
 	int r;
 
-	*vmm = (struct vmm){ .why = why, .state_fd = -1 };
+	*vmm = (struct vmm){ .why = why, .state_fd = -1, .max_bandwidth = -1 };
 	snprintf(path, sizeof path, "%.230s/" VMDIR_MOVER, run_dir);
 	r = qmp_connect(path, on_event, vmm, &vmm->qmp);
 	if (r)
 		return snapshot_fail(why, r, "the VM's monitor for saving cannot be reached: %s", strerror(-r));
 	qmp_stop_when(vmm->qmp, stop);
 	r = greet(vmm);
-	return r ? r : query_status(vmm);
+	if (!r)
+		r = query_status(vmm);
+	return r ? r : await_no_migration(vmm);
 }
 
 static int set_capabilities(struct vmm *vmm, bool on)
@@ -151,17 +192,39 @@ static int set_capabilities(struct vmm *vmm, bool on)
 	return vmm_run(vmm, "migrate-set-capabilities", arguments, NULL);
 }
 
+static int set_bandwidth(struct vmm *vmm, int64_t bytes_s)
+{
+	struct json_object *arguments = json_object_new_object();
+
+	json_object_object_add(arguments, "max-bandwidth", json_object_new_int64(bytes_s));
+	return vmm_run(vmm, "migrate-set-parameters", arguments, NULL);
+}
+
+/* The device state is not held up by what the user has set, which is kept. */
+static int take_bandwidth(struct vmm *vmm)
+{
+	struct json_object *value = NULL, *part;
+	int r = vmm_run(vmm, "query-migrate-parameters", NULL, &value);
+
+	if (!r && json_object_object_get_ex(value, "max-bandwidth", &part))
+		vmm->max_bandwidth = json_object_get_int64(part);
+	json_object_put(value);
+	return r ? r : set_bandwidth(vmm, BANDWIDTH);
+}
+
 void vmm_close(struct vmm *vmm)
 {
 	char ignored[SNAPSHOT_WHY_BYTES];
 
 	vmm->why = ignored;
-	if (vmm->qmp && vmm->state_fd >= 0)
+	if (vmm->qmp && vmm->max_bandwidth >= 0)
+		(void)set_bandwidth(vmm, vmm->max_bandwidth);
+	if (vmm->qmp && vmm->prepared)
 		(void)set_capabilities(vmm, false);
 	qmp_close(vmm->qmp);
 	if (vmm->state_fd >= 0)
 		close(vmm->state_fd);
-	*vmm = (struct vmm){ .state_fd = -1 };
+	*vmm = (struct vmm){ .state_fd = -1, .max_bandwidth = -1 };
 }
 
 /* ---- the pause ------------------------------------------------------------------------------------ */
@@ -210,16 +273,21 @@ int vmm_begin_pause(struct vmm *vmm)
 	int r;
 
 	qmp_stop_when(vmm->qmp, NULL); /* what has begun to pause goes to its end, which is near */
-	vmm->stopped = true;
 	vmm->state_fd = os_memfd_create("latent-state", 0, false);
 	if (vmm->state_fd < 0)
 		return snapshot_fail(vmm->why, vmm->state_fd, "no memory for the device state");
 	r = give_fd(vmm, vmm->state_fd, "{\"fdname\": \"latent-state\"}");
-	if (!r)
-		r = vmm_run(vmm, "migrate-set-parameters", json_tokener_parse("{\"max-bandwidth\": 1099511627776}"), NULL);
-	if (!r)
+	if (!r) { /* refused if a user has begun a migration meanwhile, which then is left alone */
 		r = set_capabilities(vmm, true);
-	return r ? r : vmm_run(vmm, "migrate", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
+		vmm->prepared = r != -EREMOTEIO;
+	}
+	if (!r)
+		r = take_bandwidth(vmm);
+	if (r)
+		return r;
+	r = vmm_run(vmm, "migrate", json_tokener_parse("{\"uri\": \"fd:latent-state\"}"), NULL);
+	vmm->stopped = r != -EREMOTEIO;
+	return r;
 }
 
 int vmm_wait_stopped(struct vmm *vmm)

@@ -22,11 +22,13 @@ struct vmm {
 	char migration[32];     /* the last status that QEMU has told of its `migrate` */
 	int state_fd;           /* a memfd with the device state; -1: not begun */
 	uint64_t stopped_us, continued_us; /* 0: not yet */
-	bool ran, stopped;      /* ran: before anything was begun */
+	bool ran, stopped;      /* ran: before anything was begun; stopped: it stands, or will by the `migrate` begun */
+	bool prepared;          /* QEMU's capabilities for migrating are ours */
+	int64_t max_bandwidth;  /* of QEMU's `migrate`, bytes a second, as the user has it; -1: untouched */
 };
 
-/* `run_dir`: the VM's. Waiting ends with -EINTR when `*stop` is set, until vmm_begin_pause. Must be closed also after a
- * failure. */
+/* `run_dir`: the VM's. Waiting ends with -EINTR when `*stop` is set, until vmm_begin_pause. -EBUSY: the VM is in no state
+ * for it, or a user's `migrate` is under way. Must be closed also after a failure. */
 int vmm_open(const char *run_dir, const _Atomic bool *stop, char why[SNAPSHOT_WHY_BYTES], struct vmm *ret_vmm);
 /* The same of one that is starting, and waits with -incoming defer; `end_fd` is readable when it has ended (-1: not
  * known). */
@@ -45,13 +47,13 @@ int vmm_start_load(struct vmm *vmm, int state_fd);
 int vmm_start_guest(struct vmm *vmm);
 int vmm_poll_fd(const struct vmm *vmm); /* -1: it is not open */
 void vmm_drain(struct vmm *vmm);
-/* Lets the guest be, and the VMM as it was before. */
+/* Lets the guest be; QEMU's bandwidth for migrating is as it was before, and the capabilities are off. */
 void vmm_close(struct vmm *vmm);
 
 /* `*ret_value` may be NULL; `arguments` are put. */
 int vmm_run(struct vmm *vmm, const char *name, struct json_object *arguments, struct json_object **ret_value);
 
-/* From here on the guest stands sooner or later, and must be let go on by one of the last two. RAM that is no file is
+/* From here on the guest stands sooner or later, and must be let go on by one of the last two, also after a failure. RAM that is no file is
  * sent while it still runs; then it is stopped. */
 int vmm_begin_pause(struct vmm *vmm);
 int vmm_wait_stopped(struct vmm *vmm);

@@ -255,7 +255,7 @@ def steps(test, directory):
             every_step(test, guest, directory, how, options, status)
         guest.qmp("stop")
         answer = latent.command("save", "--no-disk", guest.name, directory / "paused",
-                                env={"LATENT_FAULT": "save_step:8:KILL"})
+                                env={"LATENT_FAULT": "save_step:9:KILL"})
         test.check_equal(answer.returncode, -signal.SIGKILL, "killed while the user had stopped the guest")
         time.sleep(1)
         test.check(guest.qmp("query-status")["status"] != "running", "it stays stopped")

@@ -215,7 +215,10 @@ def broken_off(test, directory):
             time.sleep(1)
             test.check(process.poll() is None, f"{what}: it is being saved")
             process.send_signal(number)
-            process.wait(10)
+            _, said = process.communicate(timeout=10)
+            disk = guest.qmp("query-block")[0]["inserted"]["file"]
+            test.check(number == signal.SIGKILL or f"the VM writes to {disk} from now on" in said,
+                       f"{what}: it says what the disk is: {said.strip()}")
             test.check(not (directory / what).exists(), f"{what}: there is no snapshot")
             test.check("ok" in load.wait(30), f"{what}: the guest goes on writing")
             check_memory(test, guest, f"after {what}")

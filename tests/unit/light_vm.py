@@ -35,34 +35,36 @@ class Place:
     def __init__(self, name, directory):
         self.name, self.directory = name, directory
         self.socket = directory / f"{name}.sock"
+        self.disk = directory / "disk.qcow2"
+        self.process = None
         self.log = open(directory / f"{name}.log", "ab")
 
     def line(self):
         return [QEMU, "-machine", "q35", "-m", "64", "-bios", f"{self.directory}/bios", "-nodefaults", "-display", "none", "-vga", "none",
                 "-qmp", f"unix:{self.directory}/{self.name}.qmp,server=on,wait=off",
-                "-drive", f"file={self.directory}/disk.qcow2,if=none,id=disk", "-device", "virtio-blk-pci,drive=disk"]
+                "-drive", f"file={self.disk},if=none,id=disk", "-device", "virtio-blk-pci,drive=disk"]
 
     def is_running(self):
         answer = self.qmp("query-status")
         return bool(answer) and answer["return"]["running"]
 
     def run(self):
-        subprocess.Popen([LATENT, "run", "--name", self.name, "--", *self.line()], stdin=subprocess.DEVNULL, stdout=self.log,
-                         stderr=self.log)
+        self.process = subprocess.Popen([LATENT, "run", "--name", self.name, "--", *self.line()], stdin=subprocess.DEVNULL,
+                                        stdout=self.log, stderr=self.log)
         deadline_s = time.monotonic() + TIMEOUT_S
         while not self.qmp("query-status"):
             check(time.monotonic() < deadline_s, "QEMU starts")
             time.sleep(0.05)
 
-    def qmp(self, command):
+    def qmp(self, command, arguments=None):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(TIMEOUT_S)
                 connection.connect(str(self.directory / f"{self.name}.qmp"))
                 stream = connection.makefile("rw")
                 stream.readline()
-                for name in ("qmp_capabilities", command):
-                    stream.write(json.dumps({"execute": name}) + "\n")
+                for message in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments or {}}):
+                    stream.write(json.dumps(message) + "\n")
                     stream.flush()
                     while "event" in (answer := json.loads(stream.readline() or "{}")):
                         pass
@@ -70,8 +72,10 @@ class Place:
         except (OSError, ValueError):
             return None
 
-    def start(self, *words, fault=None):
-        environment = dict(os.environ, LATENT_FAULT=fault) if fault else None
+    def start(self, *words, fault=None, path=None):
+        """`path`: where programs are looked for first."""
+        environment = dict(os.environ, **({"LATENT_FAULT": fault} if fault else {}),
+                           **({"PATH": f"{path}:{os.environ['PATH']}"} if path else {}))
         return subprocess.Popen([LATENT, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -252,8 +252,6 @@ static int describe(struct send *s)
 	source_get_view(s->source, &view);
 	s->manifest.ram_bytes = os_bytes(view.pages);
 	r = list_volumes(s);
-	if (!r)
-		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
 	if (r)
 		return r;
 	describe_nodes(s->vmm.qmp, &s->manifest);
@@ -276,10 +274,10 @@ static int digest_files(struct send *s)
 }
 
 /* The other host finds on shared storage what this one has brought there; QEMU has less to do in the pause. What cannot be
- * brought there QEMU will say. */
+ * brought there QEMU will say. On storage that hangs it hangs: nothing is held yet. */
 static void sync_disks(const struct send *s)
 {
-	for (uint32_t i = 0; i < s->manifest.disks; i++) {
+	for (uint32_t i = 0; i < s->manifest.disks && !s->progress->stop; i++) {
 		int fd = open(s->manifest.disk[i].layer[0].volume.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 
 		if (fd >= 0) {
@@ -828,13 +826,17 @@ static int prepare(struct send *s)
 	if (!r)
 		r = clear_record(s);
 	if (!r)
+		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
+	if (!r)
+		sync_disks(s);
+	if (!r)
+		r = check_stop(s);
+	if (!r)
 		r = begin_source(s);
 	if (!r)
 		r = describe(s);
 	if (!r)
 		r = digest_files(s);
-	if (!r)
-		sync_disks(s);
 	if (!r && getrandom(s->record.session, sizeof s->record.session, 0) != sizeof s->record.session)
 		r = snapshot_fail(s->why, -EIO, "no random numbers");
 	if (!r)

@@ -252,8 +252,6 @@ static int describe(struct send *s)
 	source_get_view(s->source, &view);
 	s->manifest.ram_bytes = os_bytes(view.pages);
 	r = list_volumes(s);
-	if (!r)
-		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
 	if (r)
 		return r;
 	describe_nodes(s->vmm.qmp, &s->manifest);
@@ -814,13 +812,17 @@ static int prepare(struct send *s)
 	if (!r)
 		r = clear_record(s);
 	if (!r)
+		r = disks_list(&s->vmm, s->options->cwd, &s->manifest, &s->names);
+	if (!r) { /* the other host finds it on shared storage, and QEMU has less to do in the pause; nothing is held yet */
+		disks_sync(&s->manifest, &s->progress->stop);
+		r = check_stop(s);
+	}
+	if (!r)
 		r = begin_source(s);
 	if (!r)
 		r = describe(s);
 	if (!r)
 		r = digest_files(s);
-	if (!r) /* the other host finds it on shared storage, and QEMU has less to do in the pause */
-		disks_sync(&s->manifest, &s->progress->stop);
 	if (!r && getrandom(s->record.session, sizeof s->record.session, 0) != sizeof s->record.session)
 		r = snapshot_fail(s->why, -EIO, "no random numbers");
 	if (!r)

@@ -152,6 +152,11 @@ bool saver_is_client(int client); /* it saves the VM, or is about to */
 
 /* incoming.c: at the first mapping of guest RAM. */
 int incoming_begin(struct agent *agent);
+/* False: what the guest begins with is still to come, and the mover writes guest RAM by its descriptor, which no
+ * protection of a mapping holds up. True of a VM that has come from nowhere. Any thread. */
+bool incoming_may_run(const struct agent *agent);
+/* Also what comes while the guest runs is there. Any thread, without the mask lock. */
+bool incoming_is_complete(const struct agent *agent);
 void incoming_want(struct agent *agent, uintptr_t hva);
 /* Another mover in the place of one that is gone: its end of a new channel. From the service thread. -ENOENT: nothing
  * has come from another host; -EALREADY: there is a mover. */

@@ -172,6 +172,8 @@ static int start(struct agent *a)
 
 static const char *why_not(struct agent *a)
 {
+	if (!incoming_is_complete(a))
+		return "the VM is still coming from another host: memory cannot be given back before all of it is here";
 	if (a->kernel_io)
 		return "the kernel does I/O to guest RAM by itself (vhost, io_uring or Linux AIO): "
 		       "memory cannot be given back";

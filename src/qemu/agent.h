@@ -71,6 +71,9 @@ int agent_exclude(const char *what);
 /* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
 void agent_note_kernel_io(bool of_drives);
 
+/* What to do where shared memory comes in large folios; NULL: it does not. */
+const char *agent_explain_large(void);
+
 /* os_freeze of all threads but the agent's own ones; os_thaw ends it. */
 int agent_freeze(unsigned timeout_ms);
 
@@ -201,7 +204,8 @@ void reclaimer_yield(bool yield);
  * is taken any more when it returns. Any thread, with no lock held. */
 void reclaimer_leave(void);
 
-/* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
+/* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open; -EOPNOTSUPP also while shared memory
+ * comes in large folios (agent_explain_large), of which no page can be missing alone. */
 int faults_make_pages(struct agent *agent);
 /* Writes to what `uffd` protects go to saver_written; -1: no more (none is under way when it returns). */
 int faults_serve_writes(struct agent *agent, int uffd);

@@ -229,6 +229,16 @@ static void *incoming_main(void *arg)
 	return NULL;
 }
 
+static const char *why_not_later(int r)
+{
+	const char *large = agent_explain_large();
+
+	if (r == -EPERM)
+		return "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
+		       "vm.unprivileged_userfaultfd=1)";
+	return large ? large : strerror(-r);
+}
+
 bool incoming_may_run(const struct agent *a) { return !a->config.incoming.active || incoming.may_run; }
 
 /* A mover that is gone has said nothing of the end, but nothing is missing, and another one is not to be expected. */
@@ -248,9 +258,7 @@ int incoming_begin(struct agent *a)
 		return 0;
 	r = faults_make_pages(a);
 	if (r)
-		agent_say("pages cannot come later: %s", r == -EPERM
-			  ? "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
-			    "vm.unprivileged_userfaultfd=1)" : strerror(-r));
+		agent_say("pages cannot come later: %s", why_not_later(r));
 	incoming.agent = a;
 	incoming.channel = config->channel_fd;
 	for (uint32_t i = 0; i < config->volumes && i < AGENT_RESTORE_VOLUMES; i++)

@@ -138,7 +138,7 @@ static void *work(void *arg)
 /* A store in memory as large as guest RAM: its slots are at most three quarters of what went there. */
 static int open_store(struct agent *a)
 {
-	int r = os_memfd_is_fine_grained() ? faults_make_pages(a) : -EOPNOTSUPP, fd;
+	int r = faults_make_pages(a), fd;
 
 	if (r)
 		return r;
@@ -180,6 +180,8 @@ static const char *why_not(struct agent *a)
 	if (!a->overlays_allowed || reclaimer.left)
 		return "something else needs all of guest RAM as it is: memory cannot be given back "
 		       "(see `latent stat`)";
+	if (agent_explain_large())
+		return agent_explain_large();
 	if (!scanner_shortest_us())
 		return "nobody knows which pages are cold: run `latent scan` first";
 	return NULL;
@@ -193,8 +195,7 @@ static const char *why_not_started(int r)
 		       "/dev/userfaultfd, or "
 		       "set vm.unprivileged_userfaultfd=1";
 	case -EOPNOTSUPP:
-		return "the kernel cannot write-protect shared memory (Linux 5.19), or gives it in huge "
-		       "pages only";
+		return "the kernel cannot write-protect shared memory (Linux 5.19)";
 	default:
 		return strerror(-r);
 	}

@@ -400,17 +400,27 @@ int agent_freeze(unsigned timeout_ms)
 	return os_freeze(AGENT_FREEZE_SIGNAL, timeout_ms);
 }
 
+/* A thread sets the flag before it hands its I/O to the kernel: asked before it stands, it may do both in between. */
+int agent_freeze_writers(struct agent *a, unsigned timeout_ms)
+{
+	int r = a->kernel_io ? -EBUSY : agent_freeze(timeout_ms);
+
+	if (!r && a->kernel_io) {
+		os_thaw();
+		r = -EBUSY;
+	}
+	return r;
+}
+
 int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)
 {
 	uint64_t begin_us;
 	struct volume *v;
 	int r;
 
-	if (a->kernel_io)
-		return -EBUSY;
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
 	begin_us = os_now_us();
-	r = agent_freeze(timeout_ms);
+	r = agent_freeze_writers(a, timeout_ms);
 	if (!r) {
 		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 			int one = all || !volume_is_mapped(v) ? volume_settle(v, &done->pages) : 0;

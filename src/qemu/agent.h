@@ -76,6 +76,8 @@ const char *agent_explain_large(void);
 
 /* os_freeze of all threads but the agent's own ones; os_thaw ends it. */
 int agent_freeze(unsigned timeout_ms);
+/* The same for who needs that nobody writes guest RAM. -EBUSY: the kernel may do so by itself; nobody stands then. */
+int agent_freeze_writers(struct agent *agent, unsigned timeout_ms);
 
 struct settled {
 	uint64_t pages, paused_us;

@@ -36,9 +36,7 @@ static struct {
 /* The kernel's own I/O to guest RAM nobody can stop; it ends with the VM at the earliest. */
 static int freeze(void *ctx)
 {
-	struct agent *a = ctx;
-
-	return a->kernel_io ? -EBUSY : agent_freeze(FREEZE_MS);
+	return agent_freeze_writers(ctx, FREEZE_MS);
 }
 
 static void thaw(void *ctx)

@@ -4,6 +4,7 @@
 #include "cli/doctor.h"
 #include "cli/preflight.h"
 #include "cli/vm_view.h"
+#include "os/os.h"
 #include "os/probe.h"
 #include "os/selftest.h"
 #include "vmdir/vmdir.h"
@@ -198,16 +199,17 @@ static void check_activity(struct check_list *list, const struct os_features *fe
 
 static void check_huge_pages(struct check_list *list, const struct os_features *features)
 {
-	struct check *check = check_add(list, "huge pages", "speed of guests that work on much memory");
-	const char *setting = features->shmem_thp;
+	struct check *check = check_add(list, "huge pages",
+					"single pages that are missing: restores and migrations that go on while the guest runs, reclaim");
+	const char *setting = *features->shmem_thp ? features->shmem_thp : "unknown";
 
-	if (!*setting || !strcmp(setting, "never") || !strcmp(setting, "deny")) {
-		check_found(check, CHECK_LIMITED, "none for shared memory (shmem_enabled: %s)",
-			    *setting ? setting : "unknown");
-		check_remedy(check, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled");
+	if (os_memfd_is_fine_grained()) {
+		check_found(check, CHECK_OK, "none in guest RAM (shmem_enabled: %s)", setting);
 		return;
 	}
-	check_found(check, CHECK_OK, "shmem_enabled: %s", setting);
+	check_found(check, CHECK_LIMITED, "forced on shared memory (shmem_enabled: %s): no page of it can be missing alone", setting);
+	check_remedy(check, "echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled, and to the files of that name in "
+			    "hugepages-*kB");
 }
 
 static void check_overcommit(struct check_list *list)

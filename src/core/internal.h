@@ -144,6 +144,8 @@ int mask_single(struct ram *ram, void *hva, size_t bytes, bool on);
 void mask_forget(struct ram *ram, uint64_t entry);
 /* Masked pages among these read as zeros from now on. */
 void mask_drop(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
+/* What the page of a masked entry holds; may wait for storage. */
+int mask_read(struct ram *ram, uint64_t entry, void *page);
 /* Writes the contents of masked pages into the memfd; for a range that is mapped no more. */
 void mask_rescue(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages);
 

@@ -116,6 +116,8 @@ static int get_contents(struct ram *ram, uint64_t entry, void *page)
 	return 0;
 }
 
+int mask_read(struct ram *ram, uint64_t entry, void *page) { return get_contents(ram, entry, page); }
+
 void mask_rescue(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages)
 {
 	uint64_t contents[OS_PAGE_BYTES / sizeof(uint64_t)];
@@ -353,6 +355,8 @@ static int expect_run(struct ram *ram, struct ram_block *b, uint64_t page, uint6
 {
 	int r = os_punch_hole(b->memfd, memfd_at(b, page), os_bytes(pages));
 
+	if (!r && os_has_data(b->memfd, memfd_at(b, page), os_bytes(pages)))
+		r = -EAGAIN; /* a large folio that could not be split: nobody would wait for its pages */
 	if (!r)
 		r = mask_watch(ram, b, page, pages);
 	for (uint64_t i = page; !r && i < page + pages; i++) {

@@ -454,23 +454,53 @@ static bool may_take(const struct unit *u, uint64_t i)
 	       u->becomes[i] != ENTRY_BASE && entry_get(u->block, u->page + i) == ENTRY_WATCHED;
 }
 
-/* Nobody sees the pages between the two steps: he would wait for the mask lock. */
+/* The punch has made zeros of it, and left it there. It is protected still, so nobody has written it since. */
+static int put_back(struct unit *u, uint64_t i)
+{
+	uint64_t page[OS_PAGE_BYTES / sizeof(uint64_t)];
+	int r = 0;
+
+	u->ram->reclaim.counts.left_failed++;
+	if (u->becomes[i] == ENTRY_WATCHED) /* it was all zeros */
+		return 0;
+	r = mask_read(u->ram, u->becomes[i], page);
+	return r ? r : os_write_all(u->memfd, page, sizeof page, u->memfd_offset + os_bytes(i));
+}
+
+static void note_taken(struct unit *u, uint64_t i)
+{
+	mask_set(u->ram, u->block, u->page + i, u->becomes[i]);
+	count_taken(&u->ram->reclaim.counts, u->becomes[i]);
+	u->becomes[i] = ENTRY_BASE;
+	u->ram->reclaim.take[i] = false;
+}
+
+/*
+ * Nobody writes the pages between the steps, nor finds them missing: he would wait for the mask lock. A part of a large
+ * folio that cannot be split just then, for somebody holds a page of it, is no hole after the punch.
+ */
 static int take_run(struct unit *u, uint64_t first, uint64_t end)
 {
-	struct ram *ram = u->ram;
-	int r = os_punch_hole(u->memfd, u->memfd_offset + os_bytes(first), os_bytes(end - first));
+	uint64_t at = u->memfd_offset + os_bytes(first), from, to;
+	int r = os_punch_hole(u->memfd, at, os_bytes(end - first));
+	bool left;
 
 	if (r) { /* of all, or of none */
-		ram->reclaim.counts.left_failed += end - first;
+		u->ram->reclaim.counts.left_failed += end - first;
 		return r;
 	}
+	left = os_has_data(u->memfd, at, os_bytes(end - first));
 	for (uint64_t i = first; i < end; i++) {
-		mask_set(ram, u->block, u->page + i, u->becomes[i]);
-		count_taken(&ram->reclaim.counts, u->becomes[i]);
-		u->becomes[i] = ENTRY_BASE;
-		ram->reclaim.take[i] = false;
+		at = u->memfd_offset + os_bytes(i);
+		if (left && os_next_data(u->memfd, at, at + OS_PAGE_BYTES, &from, &to)) {
+			int one = put_back(u, i);
+
+			r = r ? r : one;
+		} else {
+			note_taken(u, i);
+		}
 	}
-	return 0;
+	return r;
 }
 
 /* From page `*i` on, as much as may be done at once; what cannot be taken is forgotten. */

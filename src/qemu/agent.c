@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -300,6 +301,13 @@ static int start(struct agent *a)
 	return 0;
 }
 
+/* With the range lock. A page that is brought by its address comes alone; see "Huge pages" in docs/activity.md. */
+static void keep_small(struct agent *a, void *hva, size_t bytes)
+{
+	if (!os_set_marks(hva, bytes, OS_MARK_NOHUGEPAGE, true)) /* no: this kernel has none */
+		ram_remember_advice(a->ram, hva, bytes, MADV_NOHUGEPAGE);
+}
+
 /* The kernel joins mappings of one opening of a file only: base has to be mapped from the VMM's own,
  * or what returns to base never becomes one mapping with what has always been there. */
 static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t offset)
@@ -312,6 +320,8 @@ static int add_block(struct agent *a, void *hva, size_t bytes, int fd, uint64_t 
 	ram_lock(a->ram);
 	r = ram_add_block(a->ram, a->config.block_name, hva, bytes >> OS_PAGE_SHIFT, same_opening, offset,
 			  &block);
+	if (!r)
+		keep_small(a, hva, bytes);
 	ram_unlock(a->ram);
 	if (r) {
 		close(same_opening);
@@ -378,9 +388,28 @@ void agent_note_kernel_io(bool of_drives)
 		a->stats->other_io = 1;
 }
 
+const char *agent_explain_large(void)
+{
+	return os_memfd_is_fine_grained() ? NULL
+		: "shared memory comes in huge pages, of which no page can be missing alone: write never or advise to "
+		  "/sys/kernel/mm/transparent_hugepage/shmem_enabled (and to the files of that name in hugepages-*kB)";
+}
+
 int agent_freeze(unsigned timeout_ms)
 {
 	return os_freeze(AGENT_FREEZE_SIGNAL, timeout_ms);
+}
+
+/* A thread sets the flag before it hands its I/O to the kernel: asked before it stands, it may do both in between. */
+int agent_freeze_writers(struct agent *a, unsigned timeout_ms)
+{
+	int r = a->kernel_io ? -EBUSY : agent_freeze(timeout_ms);
+
+	if (!r && a->kernel_io) {
+		os_thaw();
+		r = -EBUSY;
+	}
+	return r;
 }
 
 int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct settled *done)
@@ -389,11 +418,9 @@ int agent_settle_frozen(struct agent *a, bool all, unsigned timeout_ms, struct s
 	struct volume *v;
 	int r;
 
-	if (a->kernel_io)
-		return -EBUSY;
 	ram_lock(a->ram); /* before the others stop: one of them may have it */
 	begin_us = os_now_us();
-	r = agent_freeze(timeout_ms);
+	r = agent_freeze_writers(a, timeout_ms);
 	if (!r) {
 		for (uint32_t i = 0; (v = volumes_nth(a->volumes, i)); i++) {
 			int one = all || !volume_is_mapped(v) ? volume_settle(v, &done->pages) : 0;

@@ -71,8 +71,13 @@ int agent_exclude(const char *what);
 /* vhost, io_uring and Linux AIO do I/O to guest RAM that no stopped thread holds up. */
 void agent_note_kernel_io(bool of_drives);
 
+/* What to do where shared memory comes in large folios; NULL: it does not. */
+const char *agent_explain_large(void);
+
 /* os_freeze of all threads but the agent's own ones; os_thaw ends it. */
 int agent_freeze(unsigned timeout_ms);
+/* The same for who needs that nobody writes guest RAM. -EBUSY: the kernel may do so by itself; nobody stands then. */
+int agent_freeze_writers(struct agent *agent, unsigned timeout_ms);
 
 struct settled {
 	uint64_t pages, paused_us;
@@ -152,6 +157,11 @@ bool saver_is_client(int client); /* it saves the VM, or is about to */
 
 /* incoming.c: at the first mapping of guest RAM. */
 int incoming_begin(struct agent *agent);
+/* False: what the guest begins with is still to come, and the mover writes guest RAM by its descriptor, which no
+ * protection of a mapping holds up. True of a VM that has come from nowhere. Any thread. */
+bool incoming_may_run(const struct agent *agent);
+/* Also what comes while the guest runs is there. Any thread, without the mask lock. */
+bool incoming_is_complete(const struct agent *agent);
 void incoming_want(struct agent *agent, uintptr_t hva);
 /* Another mover in the place of one that is gone: its end of a new channel. From the service thread. -ENOENT: nothing
  * has come from another host; -EALREADY: there is a mover. */
@@ -196,7 +206,8 @@ void reclaimer_yield(bool yield);
  * is taken any more when it returns. Any thread, with no lock held. */
 void reclaimer_leave(void);
 
-/* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open. */
+/* faults.c: from now on pages may be masked. -EPERM, -EOPNOTSUPP: as os_uffd_open; -EOPNOTSUPP also while shared memory
+ * comes in large folios (agent_explain_large), of which no page can be missing alone. */
 int faults_make_pages(struct agent *agent);
 /* Writes to what `uffd` protects go to saver_written; -1: no more (none is under way when it returns). */
 int faults_serve_writes(struct agent *agent, int uffd);

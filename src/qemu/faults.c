@@ -168,6 +168,8 @@ int faults_make_pages(struct agent *a)
 {
 	int uffd, r;
 
+	if (!os_memfd_is_fine_grained())
+		return -EOPNOTSUPP;
 	if (faults.uffd >= 0)
 		return 0;
 	uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM);

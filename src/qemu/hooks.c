@@ -135,6 +135,13 @@ static bool changes_pages(int advice)
 	return advice == MADV_DONTNEED || advice == MADV_REMOVE || advice == MADV_POPULATE_WRITE;
 }
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+/* Of guest RAM no page could be missing alone then; see "Huge pages" in docs/activity.md. Advice need not be taken. */
+static bool wants_large(int advice) { return advice == MADV_HUGEPAGE || advice == MADV_COLLAPSE; }
+
 HOOK int madvise(void *hva, size_t bytes, int advice)
 {
 	struct agent *a = agent_get();
@@ -143,6 +150,8 @@ HOOK int madvise(void *hva, size_t bytes, int advice)
 	bytes = (bytes + OS_PAGE_BYTES - 1) & ~(OS_PAGE_BYTES - 1); /* as the kernel does */
 	if (!a || (uintptr_t)hva & (OS_PAGE_BYTES - 1) || !touches_ram(a->ram, hva, bytes))
 		return (int)raw(SYS_madvise, (long)hva, (long)bytes, advice, 0, 0, 0);
+	if (wants_large(advice))
+		return 0;
 	if (changes_pages(advice))
 		restorer_wait();
 	ram_lock(a->ram);

@@ -27,7 +27,8 @@ static struct {
 	_Atomic int channel; /* -1: there is no mover (any more) */
 	int closed;  /* the last one's: the thread that serves faults may just be using it */
 	bool began;
-	bool may_run; /* the guest */
+	_Atomic bool may_run; /* the guest */
+	_Atomic bool complete; /* the mover has said that all is there */
 	struct volume *volume[AGENT_RESTORE_VOLUMES]; /* NULL: it cannot be mapped */
 } incoming = { .channel = -1, .closed = -1 };
 
@@ -134,6 +135,15 @@ static int answer(enum incoming_op op, int error)
 	return agent_send(incoming.channel, &message) == (ssize_t)sizeof reply ? 0 : -EPIPE;
 }
 
+static int end(void)
+{
+	int r = ram_unmask(incoming.agent->ram);
+
+	if (!r)
+		incoming.complete = true;
+	return r;
+}
+
 static int obey(const struct incoming_request *q)
 {
 	int r = 0;
@@ -154,7 +164,7 @@ static int obey(const struct incoming_request *q)
 		incoming.may_run = true;
 		return answer(q->op, 0);
 	case INCOMING_END:
-		return answer(q->op, ram_unmask(incoming.agent->ram));
+		return answer(q->op, end());
 	default:
 		return -EPROTO;
 	}
@@ -219,6 +229,26 @@ static void *incoming_main(void *arg)
 	return NULL;
 }
 
+static const char *why_not_later(int r)
+{
+	const char *large = agent_explain_large();
+
+	if (r == -EPERM)
+		return "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
+		       "vm.unprivileged_userfaultfd=1)";
+	return large ? large : strerror(-r);
+}
+
+bool incoming_may_run(const struct agent *a) { return !a->config.incoming.active || incoming.may_run; }
+
+/* A mover that is gone has said nothing of the end, but nothing is missing, and another one is not to be expected. */
+bool incoming_is_complete(const struct agent *a)
+{
+	if (!a->config.incoming.active || incoming.complete)
+		return true;
+	return incoming.may_run && incoming.channel < 0 && !ram_expected(a->ram);
+}
+
 int incoming_begin(struct agent *a)
 {
 	const struct agent_incoming *config = &a->config.incoming;
@@ -228,9 +258,7 @@ int incoming_begin(struct agent *a)
 		return 0;
 	r = faults_make_pages(a);
 	if (r)
-		agent_say("pages cannot come later: %s", r == -EPERM
-			  ? "there is no userfaultfd for it (run as root, allow /dev/userfaultfd, or set "
-			    "vm.unprivileged_userfaultfd=1)" : strerror(-r));
+		agent_say("pages cannot come later: %s", why_not_later(r));
 	incoming.agent = a;
 	incoming.channel = config->channel_fd;
 	for (uint32_t i = 0; i < config->volumes && i < AGENT_RESTORE_VOLUMES; i++)

@@ -138,7 +138,7 @@ static void *work(void *arg)
 /* A store in memory as large as guest RAM: its slots are at most three quarters of what went there. */
 static int open_store(struct agent *a)
 {
-	int r = os_memfd_is_fine_grained() ? faults_make_pages(a) : -EOPNOTSUPP, fd;
+	int r = faults_make_pages(a), fd;
 
 	if (r)
 		return r;
@@ -172,12 +172,16 @@ static int start(struct agent *a)
 
 static const char *why_not(struct agent *a)
 {
+	if (!incoming_is_complete(a))
+		return "the VM is still coming from another host: memory cannot be given back before all of it is here";
 	if (a->kernel_io)
 		return "the kernel does I/O to guest RAM by itself (vhost, io_uring or Linux AIO): "
 		       "memory cannot be given back";
 	if (!a->overlays_allowed || reclaimer.left)
 		return "something else needs all of guest RAM as it is: memory cannot be given back "
 		       "(see `latent stat`)";
+	if (agent_explain_large())
+		return agent_explain_large();
 	if (!scanner_shortest_us())
 		return "nobody knows which pages are cold: run `latent scan` first";
 	return NULL;
@@ -191,8 +195,7 @@ static const char *why_not_started(int r)
 		       "/dev/userfaultfd, or "
 		       "set vm.unprivileged_userfaultfd=1";
 	case -EOPNOTSUPP:
-		return "the kernel cannot write-protect shared memory (Linux 5.19), or gives it in huge "
-		       "pages only";
+		return "the kernel cannot write-protect shared memory (Linux 5.19)";
 	default:
 		return strerror(-r);
 	}

@@ -467,7 +467,7 @@ static bool settle_next(struct agent *a, uint64_t *settled, int *ret_r)
 	pages = pages_left(b, page, SETTLE_PAGES);
 	*ret_r = b ? ram_update_private(a->ram, b, page, pages) : 0;
 	if (b && !*ret_r && ram_has_copies(b, page, pages)) {
-		*ret_r = agent_freeze(FREEZE_MS);
+		*ret_r = agent_freeze_writers(a, FREEZE_MS);
 		if (!*ret_r) {
 			*ret_r = ram_settle_copies(a->ram, b, page, pages, settled);
 			os_thaw();
@@ -476,6 +476,11 @@ static bool settle_next(struct agent *a, uint64_t *settled, int *ret_r)
 	}
 	ram_unlock(a->ram);
 	saver.settled_to += pages;
+	if (*ret_r && a->kernel_io) { /* since `settle` has looked: as there */
+		*ret_r = 0;
+		saver.settled_to = saver.total_pages;
+		return false;
+	}
 	if (stood)
 		usleep(SETTLE_PAUSE_US); /* the guest's */
 	return pages;

@@ -18,6 +18,7 @@
 
 #define FREEZE_MS                                                                                       \
 	5 /* a thread that does not stop sooner is not worth waiting for: the guest stands meanwhile */
+#define ARRIVING_US 100000u /* how often is looked whether the guest has come */
 
 _Static_assert(ACTIVITY_CLASSES == VM_STATS_CLASSES && SCAN_SOURCES == VM_STATS_SCAN_SOURCES &&
 		       SCAN_WINDOWS == VM_STATS_WINDOWS && SCAN_UNKNOWN == UINT64_MAX,
@@ -35,9 +36,7 @@ static struct {
 /* The kernel's own I/O to guest RAM nobody can stop; it ends with the VM at the earliest. */
 static int freeze(void *ctx)
 {
-	struct agent *a = ctx;
-
-	return a->kernel_io ? -EBUSY : agent_freeze(FREEZE_MS);
+	return agent_freeze_writers(ctx, FREEZE_MS);
 }
 
 static void thaw(void *ctx)
@@ -106,7 +105,8 @@ static void *look(void *arg)
 
 	os_never_freeze((pid_t)syscall(SYS_gettid));
 	for (;;) {
-		uint64_t us = scan_step(scan);
+		/* Before it has run here nothing is in use, whatever the mover writes. */
+		uint64_t us = incoming_may_run(scanner.agent) ? scan_step(scan) : ARRIVING_US;
 
 		scan_get_report(scan, &report);
 		publish(&scanner.agent->stats->scan, &report);

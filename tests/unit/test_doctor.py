@@ -16,6 +16,7 @@ PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 OK, LACKING, NO_IMAGE = 0, 1, 66  # src/cli/cli.h
 MIB, SECTOR = 1 << 20, 512
+SHMEM_ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 STATUSES = {"ok", "limited", "missing"}
 KEYS = {"name", "status", "found", "enables", "remedy"}
 MACHINE = ["kernel", "kernel's rules", "pagemap", "populate", "leases", "vm.max_map_count", "userfaultfd", "activity",
@@ -112,6 +113,10 @@ def machine():
     check(set(answer) == {"checks", "images"} and answer["images"] == [], f"keys of the answer: {sorted(answer)}")
     found = check_keys("latent doctor", answer["checks"])
     check(list(found) == MACHINE, f"checks of the machine: {list(found)}")
+    huge = next(one for one in answer["checks"] if one["name"] == "huge pages")
+    setting = SHMEM_ENABLED.read_text() if SHMEM_ENABLED.exists() else ""
+    forced = any(f"[{word}]" in setting for word in ("always", "within_size", "force"))
+    check("advise" not in (huge["remedy"] or "") and (huge["status"] == "limited" or not forced), f"huge pages: {huge}")
     status = LACKING if "missing" in found.values() else OK
     check(done.returncode == status and not done.stderr, f"latent doctor: status {done.returncode}: {done.stderr}")
     text = doctor()

@@ -33,8 +33,22 @@ def give_back(vm, *options):
     check(False, f"reclaim: {answer.stderr}")
 
 
+def large_folios_are_forbidden(vm):
+    """Of what shows guest RAM's memfd; where the kernel knows none, there is nothing to forbid."""
+    mapping, flags = "", {}
+    for line in Path(f"/proc/{vm.process.pid}/smaps").read_text().splitlines():
+        if line.startswith("VmFlags:"):
+            flags[mapping] = line.split()[1:]
+        elif not line.split()[0].endswith(":"):
+            mapping = line
+    found = {name: one for name, one in flags.items() if "memfd:latent-ram" in name}
+    known = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").exists()
+    check(found and all("nh" in one for one in found.values()) == known, f"guest RAM in small pages: {found}")
+
+
 def body(directory):
     vm = cheap.VM("vm", directory)
+    large_folios_are_forbidden(vm)
     total = vm.do("sum")
     vm.do(f"open {directory}/vm.image")  # for writing: its pages, which do not pack, become the VM's own
     check(vm.stat()["pages_base_now"] == cheap.IMAGE_PAGES + OTHER_HALF_PAGES, "all is the VM's own memory")

@@ -77,21 +77,24 @@ static void fill(uint64_t *page, uint64_t seed, size_t noise)
 #define SMALL 8
 #define NOISE RIG_PAGE_WORDS
 
-static void put(uint64_t page, uint64_t seed, size_t noise)
+static void put_at(uint8_t *at, uint64_t seed, size_t noise)
 {
 	uint64_t words[RIG_PAGE_WORDS];
 
 	fill(words, seed, noise);
-	memcpy(hva(page), words, sizeof words);
+	memcpy(at, words, sizeof words);
 }
 
-static bool has(uint64_t page, uint64_t seed, size_t noise)
+static bool has_at(const uint8_t *at, uint64_t seed, size_t noise)
 {
 	uint64_t words[RIG_PAGE_WORDS];
 
 	fill(words, seed, noise);
-	return !memcmp(hva(page), words, sizeof words);
+	return !memcmp(at, words, sizeof words);
 }
+
+static void put(uint64_t page, uint64_t seed, size_t noise) { put_at(hva(page), seed, noise); }
+static bool has(uint64_t page, uint64_t seed, size_t noise) { return has_at(hva(page), seed, noise); }
 
 static void open_store(uint64_t bytes, bool in_memory)
 {
@@ -1037,6 +1040,98 @@ static void test_changed_slot(void **state)
 	spill_close(s);
 }
 
+/* ---- large folios --------------------------------------------------------------------------------- */
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+#define LARGE_PAGES 512
+
+/* Guest RAM in one large folio, of which somebody holds a page, so that it cannot be split. */
+struct large {
+	int memfd, pipe[2];
+	uint8_t *area, *hva;
+	struct ram *ram;
+	struct ram_block *block;
+	struct mask_server server;
+};
+
+static bool collapse(struct large *l)
+{
+	const size_t bytes = os_bytes(LARGE_PAGES);
+
+	l->area = mmap(NULL, 2 * bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	l->hva = (uint8_t *)(((uintptr_t)l->area + bytes - 1) & ~(bytes - 1));
+	assert_ptr_equal(mmap(l->hva, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, l->memfd, 0), l->hva);
+	for (uint64_t i = 0; i < LARGE_PAGES; i++)
+		rig_write(l->hva + os_bytes(i), 1000 + i);
+	return !madvise(l->hva, bytes, MADV_COLLAPSE);
+}
+
+static void hold_page(struct large *l, uint64_t page)
+{
+	struct iovec iov = { l->hva + os_bytes(page), OS_PAGE_BYTES };
+
+	assert_int_equal(pipe(l->pipe), 0);
+	assert_int_equal(vmsplice(l->pipe[1], &iov, 1, 0), OS_PAGE_BYTES);
+}
+
+static void watch_large(struct large *l)
+{
+	assert_int_equal(ram_create(1000, &l->ram), 0);
+	ram_lock(l->ram);
+	assert_int_equal(ram_add_block(l->ram, "large", l->hva, LARGE_PAGES, l->memfd, 0, &l->block), 0);
+	ram_unlock(l->ram);
+	assert_int_equal(mask_server_start(&l->server, l->ram), 0);
+	assert_int_equal(ram_reclaim_open(l->ram, t.store, STORE_BYTES, true), 0);
+}
+
+static void close_large(struct large *l)
+{
+	mask_server_stop(&l->server);
+	ram_remove_blocks(l->ram);
+	ram_destroy(l->ram);
+	munmap(l->area, 2 * os_bytes(LARGE_PAGES));
+	close(l->server.uffd);
+	close(l->pipe[0]);
+	close(l->pipe[1]);
+	close(l->memfd);
+}
+
+/* The punch makes zeros of a part of such a folio, and leaves it there. */
+static void test_part_of_a_large_folio(void **state)
+{
+	enum { HELD = 7 };
+	static const uint64_t cold_pages[] = { 3, 50, 51, 300 };
+	struct large l = { .memfd = os_memfd_create("large", os_bytes(LARGE_PAGES), false), .pipe = { -1, -1 } };
+	unsigned cold = ACTIVITY_COLD;
+	uint64_t pages;
+
+	(void)state;
+	if (!collapse(&l)) {
+		print_message("SKIP: this kernel makes no large folios of shared memory (%s)\n", strerror(errno));
+		munmap(l.area, 2 * os_bytes(LARGE_PAGES));
+		close(l.memfd);
+		skip();
+	}
+	hold_page(&l, HELD);
+	watch_large(&l);
+	put_at(l.hva + os_bytes(51), 51, SMALL); /* to the store, the others are of one word */
+	ram_lock(l.ram);
+	for (size_t i = 0; i < sizeof cold_pages / sizeof cold_pages[0]; i++)
+		ram_set_activity(l.ram, l.block, cold_pages[i], entry_activity(ACTIVITY_COLD, 1));
+	ram_unlock(l.ram);
+	assert_int_equal(ram_reclaim(l.ram, 0, 0, LARGE_PAGES, by_activity, &cold, &pages), 0);
+	for (uint64_t i = 0; i < LARGE_PAGES; i++)
+		assert_true(i == 51 ? has_at(l.hva + os_bytes(i), 51, SMALL) : rig_holds(l.hva + os_bytes(i), 1000 + i));
+	for (uint64_t i = 0; i < LARGE_PAGES; i++)
+		rig_write(l.hva + os_bytes(i), 2000 + i); /* nothing stays protected */
+	for (uint64_t i = 0; i < LARGE_PAGES; i++)
+		assert_true(rig_holds(l.hva + os_bytes(i), 2000 + i));
+	assert_int_equal(l.server.error, 0);
+	close_large(&l);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -1072,6 +1167,7 @@ int main(void)
 		TEST(test_pinned_slot_stays),
 		TEST(test_damaged_slot),
 		TEST(test_changed_slot),
+		TEST(test_part_of_a_large_folio),
 	};
 	int uffd = os_uffd_open(OS_UFFD_MISSING_SHMEM | OS_UFFD_WP_HUGETLBFS_SHMEM);
 

@@ -35,6 +35,21 @@ static void path_of(struct listing *l, struct json_object *image, char path[MANI
 	json_object_put(json);
 }
 
+/* Such a node, too, is called json:{...}, with the path of the whole file in it. */
+static bool is_part_of_file(struct json_object *image)
+{
+	const char *name = text_of(image, "filename");
+	struct json_object *json = strncmp(name, "json:", 5) ? NULL : json_tokener_parse(name + 5), *node = json;
+	bool is = false;
+
+	do
+		is = !strcmp(text_of(node, "driver"), "raw") && (json_object_object_get_ex(node, "offset", NULL) ||
+								 json_object_object_get_ex(node, "size", NULL));
+	while (!is && json_object_object_get_ex(node, "file", &node));
+	json_object_put(json);
+	return is;
+}
+
 static bool is_plain_format(const char *format)
 {
 	return !strcmp(format, "qcow2") || !strcmp(format, "raw");
@@ -54,6 +69,9 @@ static int take_layers(struct listing *l, struct json_object *image, struct mani
 		if (disk->layers == MANIFEST_LAYERS)
 			return snapshot_fail(l->why, -E2BIG, "the disk %.60s lies over more than %d files: join some "
 					     "(block-commit)", disk->drive, MANIFEST_LAYERS);
+		if (is_part_of_file(image))
+			return snapshot_fail(l->why, -ENOTSUP, "the disk %.60s uses a part of a file (offset=, size=), and only "
+					     "whole files can be part of a snapshot: use --no-disk and save it yourself", disk->drive);
 		path_of(l, image, layer->volume.path);
 		if (is_plain_format(format) && access(file, R_OK))
 			return snapshot_fail(l->why, -ENOENT, "the disk %.60s has its file %.100s no more (%s): put it back, or "

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
-"""A disk, or a file beneath it, that is a part of a file cannot be in a snapshot: a save says so, and leaves all as it was."""
+"""A disk, or a file beneath it, that is a part of a file cannot be in a snapshot: a save says so, and nothing is left."""
 
 import sys
 

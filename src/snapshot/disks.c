@@ -69,9 +69,6 @@ static int take_layers(struct listing *l, struct json_object *image, struct mani
 		if (disk->layers == MANIFEST_LAYERS)
 			return snapshot_fail(l->why, -E2BIG, "the disk %.60s lies over more than %d files: join some "
 					     "(block-commit)", disk->drive, MANIFEST_LAYERS);
-		if (is_part_of_file(image))
-			return snapshot_fail(l->why, -ENOTSUP, "the disk %.60s uses a part of a file (offset=, size=), and only "
-					     "whole files can be part of a snapshot: use --no-disk and save it yourself", disk->drive);
 		path_of(l, image, layer->volume.path);
 		if (is_plain_format(format) && access(file, R_OK))
 			return snapshot_fail(l->why, -ENOENT, "the disk %.60s has its file %.100s no more (%s): put it back, or "
@@ -80,6 +77,9 @@ static int take_layers(struct listing *l, struct json_object *image, struct mani
 			return snapshot_fail(l->why, -ENOTSUP, "the disk %.60s uses %.80s (%.10s): only qcow2 and raw files can "
 					     "be part of a snapshot; use --no-disk and save it yourself", disk->drive, file,
 					     format);
+		if (is_part_of_file(image))
+			return snapshot_fail(l->why, -ENOTSUP, "the disk %.60s uses a part of a file (offset=, size=), and only "
+					     "whole files can be part of a snapshot: use --no-disk and save it yourself", disk->drive);
 		snprintf(layer->format, sizeof layer->format, "%s", format);
 		snprintf(layer->file, sizeof layer->file, "disk%u.%u.%s", l->manifest->disks, disk->layers, format);
 		disk->layers++;

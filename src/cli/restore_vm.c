@@ -174,7 +174,6 @@ static void read_ahead(struct restore *r)
 	expect(r->vm.agent.state_fd); /* first: it is checked here */
 	expect(r->vm.agent.pages_fd);
 	expect(r->vm.agent.active_fd); /* -1: there is none */
-	learned_open(&r->vm.agent, r->request->number <= 1); /* one clone is enough */
 }
 
 /* For this VM alone, with a connection of its own. */
@@ -249,6 +248,8 @@ static int open_volumes(struct restore *r)
 		else
 			status = check_contents(v, fd, v->path);
 	}
+	if (!status && !r->vm.agent.pager.active)
+		learned_open(&r->vm.agent, r->request->number <= 1); /* one clone is enough */
 	return status;
 }
 

@@ -1156,7 +1156,9 @@ static int step_protect_copies(struct ram *ram, struct ram_block *b, const struc
 
 	if (r) /* some may be protected all the same: whoever looks for copies must know of them */
 		(void)ram_update_private(ram, b, range->page, range->pages);
-	return r == -EPERM ? 0 : r ? r : p->error; /* -EPERM: something else watches it */
+	if (r == -EPERM && ram->files[range->file].watched) /* by something else */
+		return 0;
+	return r ? r : p->error;
 }
 
 int ram_protect_copies(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t pages, ram_run each,

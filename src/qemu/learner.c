@@ -16,6 +16,8 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define LOOK_FIRST_US 50000u /* after the guest runs; each later look comes after twice the time: */
@@ -165,37 +167,77 @@ static int write_contents(const struct agent_restore *restore, int fd)
 	return r;
 }
 
+/* Nobody has changed them since the restore found them to be what they were. */
+static bool are_files_as_found(const struct agent_restore *restore)
+{
+	int fds[AGENT_RESTORE_VOLUMES + 2] = { restore->pages_fd, restore->ram_fd };
+	char id[ACTIVE_ID_BYTES];
+
+	for (uint32_t i = 0; i < restore->volumes; i++)
+		fds[2 + i] = restore->volume_fd[i];
+	return !active_id(fds, restore->volumes + 2, id) && !strcmp(id, restore->learn_name);
+}
+
 /* Under its name when all of it is there. */
-static void write_list(const struct agent_restore *restore)
+static void write_list(const struct agent_restore *restore, int dir_fd)
 {
 	char name[32];
 	int fd;
 
 	snprintf(name, sizeof name, ".new-%d", (int)getpid());
-	(void)unlinkat(restore->learn_dir_fd, name, 0); /* of one that was killed */
-	fd = openat(restore->learn_dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+	(void)unlinkat(dir_fd, name, 0); /* of one that was killed */
+	fd = openat(dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return;
-	if (write_contents(restore, fd) ||
-	    renameat(restore->learn_dir_fd, name, restore->learn_dir_fd, restore->learn_name))
-		(void)unlinkat(restore->learn_dir_fd, name, 0);
+	if (write_contents(restore, fd) || !are_files_as_found(restore) ||
+	    renameat(dir_fd, name, dir_fd, restore->learn_name))
+		(void)unlinkat(dir_fd, name, 0);
 	close(fd);
+}
+
+struct job {
+	const struct agent_restore *restore;
+	int dir_fd;
+};
+
+/* Nobody waits for this: the files and the directory may be on storage that does not answer. */
+static void *write_main(void *ctx)
+{
+	pid_t tid = (pid_t)syscall(SYS_gettid);
+	struct job *job = ctx;
+
+	os_never_freeze(tid);
+	write_list(job->restore, job->dir_fd);
+	close(job->dir_fd);
+	free(job);
+	os_may_freeze(tid);
+	return NULL;
+}
+
+/* [lock] The list is complete, and stays as it is. */
+static void begin_writing(struct agent *a)
+{
+	struct agent_restore *restore = &a->config.restore;
+	struct job *job = learner.count ? malloc(sizeof *job) : NULL;
+
+	if (job)
+		*job = (struct job){ restore, restore->learn_dir_fd };
+	if (!job || agent_start_thread("latent-learn", write_main, job, false)) {
+		free(job);
+		close(restore->learn_dir_fd);
+	}
+	restore->learn_dir_fd = -1;
 }
 
 /* [lock] */
 static void end(struct agent *a)
 {
-	struct agent_restore *restore = &a->config.restore;
-
 	end_single(a);
 	for (unsigned i = 0; i < learner.parts; i++)
 		list(&learner.part[i], 0, learner.part[i].pages, NEAR); /* where there is room */
-	if (learner.count)
-		write_list(restore);
 	while (learner.parts)
 		free(learner.part[--learner.parts].may);
-	close(restore->learn_dir_fd);
-	restore->learn_dir_fd = -1;
+	begin_writing(a);
 }
 
 /* [lock] When the next look is due. */

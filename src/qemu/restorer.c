@@ -393,8 +393,8 @@ static int copy_chunk(struct fill *f, const struct active_set *set, const uint8_
 	return r || !run ? r : write_page_run(f, first, chunk + os_bytes(n - run), run);
 }
 
-/* All of the set whose file is cold, from one piece of storage. What is damaged there is left to its file; how many
- * pages that is. */
+/* All of the set whose file is cold, from one piece of storage. What is damaged or cannot be read there is left to its
+ * file; how many pages that is. */
 static int copy_cold(struct fill *f, const struct active_set *set, int fd, const struct cold *cold, uint64_t *ret_wrong)
 {
 	uint8_t *chunk = malloc(os_bytes(CHUNK_PAGES));
@@ -407,9 +407,11 @@ static int copy_cold(struct fill *f, const struct active_set *set, int fd, const
 
 		for (uint64_t i = 0; i < n; i++)
 			wanted[i] = is_cold_page(f, &set->list[at + i], cold);
-		r = os_read_all(fd, chunk, os_bytes(n), set->contents_offset + os_bytes(at));
-		if (!r)
-			r = copy_chunk(f, set, chunk, at, n, wanted, ret_wrong);
+		if (os_read_all(fd, chunk, os_bytes(n), set->contents_offset + os_bytes(at))) {
+			*ret_wrong += set->count - at;
+			break;
+		}
+		r = copy_chunk(f, set, chunk, at, n, wanted, ret_wrong);
 	}
 	free(chunk);
 	return r;
@@ -520,7 +522,6 @@ static void read_learned(struct fill *f, const struct snapshot_image *image)
 		active_free(&f->learned);
 		return;
 	}
-	os_expect_read(fd, f->learned.contents_offset, os_bytes(f->learned.count));
 	for (uint64_t i = 0; i < f->learned.count; i++) {
 		uint64_t page = f->learned.list[i].page - f->ram_page;
 
@@ -529,15 +530,20 @@ static void read_learned(struct fill *f, const struct snapshot_image *image)
 	}
 }
 
-static void bring_learned(struct fill *f, const struct cold *cold)
+static int bring_learned(struct fill *f, const struct cold *cold)
 {
 	const struct agent_restore *restore = &f->agent->config.restore;
 	uint64_t wrong = 0;
-	int r = cold->any ? copy_cold(f, &f->learned, restore->learned_fd, cold, &wrong) : 0;
+	int r = 0;
 
-	if ((r || wrong) && restore->learn_dir_fd >= 0) /* the next restore makes it anew */
+	if (cold->any && f->learned.count) {
+		os_expect_read(restore->learned_fd, f->learned.contents_offset, os_bytes(f->learned.count));
+		r = copy_cold(f, &f->learned, restore->learned_fd, cold, &wrong);
+	}
+	if (wrong && restore->learn_dir_fd >= 0) /* the next restore makes it anew */
 		(void)unlinkat(restore->learn_dir_fd, restore->learn_name, 0);
 	read_ahead(f);
+	return r;
 }
 
 /* Before the guest runs: what it uses. */
@@ -551,7 +557,7 @@ static int bring_in_use(struct fill *f, const struct snapshot_image *image)
 		r = bring_active(f, &cold);
 	}
 	if (!r)
-		bring_learned(f, &cold);
+		r = bring_learned(f, &cold);
 	return r ? r : copy_all_written(f);
 }
 

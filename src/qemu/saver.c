@@ -269,13 +269,14 @@ static bool find_copies(struct agent *a, unsigned index, struct ram_block *b, ui
 	return any;
 }
 
-/* Memory for what was found, and what of it is swapped out. No lock: what may lie there meanwhile is looked at later. */
-static void bring_copies(unsigned index, uint8_t *hva, uint64_t page, uint64_t pages)
+/* Memory for those of the pages that are so, and what of them is swapped out. No lock: what may lie there meanwhile is looked
+ * at later. */
+static void bring_copies(unsigned index, enum kept which, uint8_t *hva, uint64_t page, uint64_t pages)
 {
 	const uint8_t *kept = saver.kept[index] + page;
 
 	for (uint64_t i = 0, n; i < pages; i += n ? n : 1) {
-		for (n = 0; i + n < pages && kept[i + n]; n++)
+		for (n = 0; i + n < pages && kept[i + n] == which; n++)
 			;
 		if (n) {
 			(void)os_populate_write(copy_of(index, page + i), os_bytes(n));
@@ -322,7 +323,7 @@ static uint64_t keep_some(struct agent *a, unsigned index, uint64_t page)
 	ram_unlock(a->ram);
 	if (!any)
 		return pages;
-	bring_copies(index, hva, page, pages);
+	bring_copies(index, KEPT, hva, page, pages);
 	ram_lock(a->ram);
 	if (ram_block_at(a->ram, index) == b)
 		take_copies(a, index, b, page, pages);
@@ -332,10 +333,8 @@ static uint64_t keep_some(struct agent *a, unsigned index, uint64_t page)
 
 /* Private copies, before the guest waits for it; in the pause only those that it has written meanwhile, and those for which
  * there was no time: the other side waits for the answer, and others for this thread. */
-static void keep_copies(struct agent *a)
+static void keep_copies(struct agent *a, uint64_t until_us)
 {
-	uint64_t until_us = os_now_us() + KEEP_US;
-
 	/* Kernel I/O may be writing copies at any time, and no protection sees it. */
 	saver.copies_uffd = a->kernel_io ? -1 : os_uffd_open_unserved(COPY_FEATURES);
 	ram_lock(a->ram);
@@ -364,36 +363,52 @@ static void renew(struct agent *a, unsigned index, struct ram_block *b, uint64_t
 	(void)ram_zap_clean(a->ram, b, page, pages);
 }
 
+/* [range lock] Those of the pages that are to be copied again. */
+static void copy_renewed(unsigned index, const struct ram_block *b, uint64_t page, uint64_t pages)
+{
+	uint8_t *kept = saver.kept[index];
+
+	for (uint64_t i = page; i < page + pages; i++) {
+		if (kept[i] != RENEW)
+			continue;
+		memcpy(copy_of(index, i), b->hva + os_bytes(i), OS_PAGE_BYTES);
+		kept[i] = KEPT;
+	}
+}
+
 /* The next pages of a block, once more; how many, 0: it has no more. */
 static uint64_t renew_some(struct agent *a, unsigned index, uint64_t page)
 {
-	bool stood = false;
 	struct ram_block *b;
+	bool any = false;
 	uint64_t pages;
+	uint8_t *hva;
 
 	ram_lock(a->ram);
 	b = saver.kept[index] ? ram_block_at(a->ram, index) : NULL;
 	pages = pages_left(b, page, COPY_PAGES);
+	hva = b ? b->hva : NULL;
 	if (pages && ram_has_overlay(b, page, pages) && !agent_freeze(COPY_FREEZE_MS)) {
 		renew(a, index, b, page, pages);
 		os_thaw();
-		stood = true;
+		any = memchr(saver.kept[index] + page, RENEW, pages);
 	}
-	for (uint64_t i = page; stood && i < page + pages; i++) {
-		if (saver.kept[index][i] != RENEW)
-			continue;
-		memcpy(copy_of(index, i), b->hva + os_bytes(i), OS_PAGE_BYTES);
-		saver.kept[index][i] = KEPT;
-	}
+	ram_unlock(a->ram);
+	if (!any)
+		return pages;
+	bring_copies(index, RENEW, hva, page, pages);
+	ram_lock(a->ram);
+	if (ram_block_at(a->ram, index) == b)
+		copy_renewed(index, b, page, pages);
+	else
+		memset(saver.kept[index] + page, NOT_KEPT, pages);
 	ram_unlock(a->ram);
 	return pages;
 }
 
 /* What was written while all else was done. */
-static void renew_copies(struct agent *a)
+static void renew_copies(struct agent *a, uint64_t until_us)
 {
-	uint64_t until_us = os_now_us() + KEEP_US;
-
 	for (unsigned i = 0; i < RAM_BLOCKS; i++)
 		for (uint64_t page = 0, pages; os_now_us() < until_us && (pages = renew_some(a, i, page)); page += pages)
 			;
@@ -409,12 +424,13 @@ static void unwatch_copies(struct agent *a)
 /* Most of the work, before the guest waits for it. */
 static int arm(struct agent *a)
 {
+	uint64_t until_us = os_now_us() + KEEP_US;
 	int r = faults_serve_writes(a, saver.uffd);
 
 	if (!r)
 		faults_watch_peer(saver.client);
 	if (!r && !saver.moves)
-		keep_copies(a);
+		keep_copies(a, until_us);
 	for (unsigned i = 0; !r && i < RAM_BLOCKS; i++) {
 		for (uint64_t page = 0, pages = 1; !r && pages; page += pages) {
 			struct ram_block *b;
@@ -429,7 +445,7 @@ static int arm(struct agent *a)
 		}
 	}
 	if (!r && !saver.moves)
-		renew_copies(a);
+		renew_copies(a, until_us);
 	return r;
 }
 

@@ -173,6 +173,32 @@ int active_rebind(int fd, const struct snapshot_image *image)
 	return os_write_all(fd, &image->checksum, sizeof image->checksum, offsetof(struct active_header, pages_checksum));
 }
 
+int active_id(const int *fds, uint32_t count, char ret_id[ACTIVE_ID_BYTES])
+{
+	uint64_t words[7 * (SNAPSHOT_VOLUMES + 2)] = { 0 };
+	XXH128_hash_t sum;
+
+	if (count > SNAPSHOT_VOLUMES + 2)
+		return -EINVAL;
+	for (uint32_t i = 0; i < count; i++) {
+		uint64_t *w = words + (size_t)7 * i;
+		struct stat st;
+
+		if (fstat(fds[i], &st))
+			return -errno;
+		w[0] = st.st_dev;
+		w[1] = st.st_ino;
+		w[2] = (uint64_t)st.st_size;
+		w[3] = (uint64_t)st.st_mtim.tv_sec;
+		w[4] = (uint64_t)st.st_mtim.tv_nsec;
+		w[5] = (uint64_t)st.st_ctim.tv_sec; /* an old time of writing can be set; this one cannot */
+		w[6] = (uint64_t)st.st_ctim.tv_nsec;
+	}
+	sum = XXH3_128bits(words, (size_t)7 * count * sizeof words[0]);
+	snprintf(ret_id, ACTIVE_ID_BYTES, "%016llx%016llx", (unsigned long long)sum.high64, (unsigned long long)sum.low64);
+	return 0;
+}
+
 void active_free(struct active_set *set)
 {
 	free(set->list);

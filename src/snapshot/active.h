@@ -52,4 +52,9 @@ uint64_t active_digest(const struct active_set *set, uint64_t i, const struct sn
 int active_rebind(int fd, const struct snapshot_image *image);
 void active_free(struct active_set *set);
 
+/* Files in the state in which they are now (device, inode, size, times of writing and of change): a name, equal only if all
+ * of them are. 0 or a negative errno. */
+#define ACTIVE_ID_BYTES 33u
+int active_id(const int *fds, uint32_t count, char ret_id[ACTIVE_ID_BYTES]);
+
 #endif

@@ -26,7 +26,7 @@
 #define AGENT_RESTORE_VOLUMES 32
 #define AGENT_RESTORE_OVERLAYS 16
 #define AGENT_OVERLAY_BYTES 160
-#define AGENT_LEARN_BYTES 80
+#define AGENT_LEARN_BYTES 40
 
 /* When the device state is there, */
 enum agent_restore_then {
@@ -44,7 +44,7 @@ struct agent_restore {
 	/* What an earlier restore of it on this host asked for beside the active set, as in snapshot/active.h.
 	 * -1: nothing is known; then it is what this one asks for, and becomes that file of learn_dir_fd (-1: it is not). */
 	int32_t learned_fd, learn_dir_fd;
-	char learn_name[AGENT_LEARN_BYTES];
+	char learn_name[AGENT_LEARN_BYTES]; /* active_id of pages_fd, ram_fd and the volumes: what its contents are from */
 	uint32_t volumes;
 	int32_t volume_fd[AGENT_RESTORE_VOLUMES]; /* in the order in which pages refer to them */
 	struct agent_pager {

@@ -117,6 +117,7 @@ def body(test):
             used(test, guest, snapshot, nonce, path, pages)
             from_one_piece(test, guest, snapshot, nonce, path)
             damaged(test, guest, snapshot, nonce, path)
+            of_other_files(test, guest, snapshot, nonce, path)
             test.check(digests(snapshot) == before, "the snapshot is what it was, byte by byte")
     finally:
         latent.end_all_vms()
@@ -162,6 +163,17 @@ def from_one_piece(test, guest, snapshot, nonce, path):
     restore(guest, snapshot)
     latent.wait_for("they are made anew", path.exists)
     guest.kill9()
+
+
+def of_other_files(test, guest, snapshot, nonce, path):
+    """What was learned from files as they were is nothing to them as they are."""
+    ram = snapshot / "ram"
+    ram.chmod(ram.stat().st_mode)  # the time of its change is another one
+    restore(guest, snapshot)
+    check(test, guest, nonce, "another time of change")
+    latent.wait_for("another time of change: it is learned anew", lambda: len(lists()) == 2)
+    guest.kill9()
+    path.unlink()
 
 
 def damaged(test, guest, snapshot, nonce, path):

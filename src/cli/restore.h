@@ -38,7 +38,8 @@ int restore_step(void);
 int restore_become(const struct restore_request *request);
 
 /* The new disks that this attempt has made for the VM; there need not be any. */
-void restore_remove_overlays(const struct manifest *manifest, const char *disks_dir, const char *name, uint64_t attempt);
+void restore_remove_overlays(const struct manifest *manifest, const char *disks_dir, const char *name,
+			     uint64_t attempt);
 
 /* ---- VMs in the background --------------------------------------------------------------------- */
 

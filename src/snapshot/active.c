@@ -159,6 +159,20 @@ int active_read(int fd, const struct snapshot_image *image, struct active_set *r
 	return r;
 }
 
+uint64_t active_digest(const struct active_set *set, uint64_t i, const struct snapshot_image *image)
+{
+	const struct snapshot_page *p = snapshot_page_at(image, set->list[i].page);
+
+	if (p->kind == SNAPSHOT_EQUAL)
+		p = snapshot_page_at(image, p->value);
+	return p->kind == SNAPSHOT_DATA ? p->value : set->digest[i];
+}
+
+int active_rebind(int fd, const struct snapshot_image *image)
+{
+	return os_write_all(fd, &image->checksum, sizeof image->checksum, offsetof(struct active_header, pages_checksum));
+}
+
 int active_id(const int *fds, uint32_t count, char ret_id[ACTIVE_ID_BYTES])
 {
 	uint64_t words[7 * (SNAPSHOT_VOLUMES + 2)] = { 0 };
@@ -183,20 +197,6 @@ int active_id(const int *fds, uint32_t count, char ret_id[ACTIVE_ID_BYTES])
 	sum = XXH3_128bits(words, (size_t)7 * count * sizeof words[0]);
 	snprintf(ret_id, ACTIVE_ID_BYTES, "%016llx%016llx", (unsigned long long)sum.high64, (unsigned long long)sum.low64);
 	return 0;
-}
-
-uint64_t active_digest(const struct active_set *set, uint64_t i, const struct snapshot_image *image)
-{
-	const struct snapshot_page *p = snapshot_page_at(image, set->list[i].page);
-
-	if (p->kind == SNAPSHOT_EQUAL)
-		p = snapshot_page_at(image, p->value);
-	return p->kind == SNAPSHOT_DATA ? p->value : set->digest[i];
-}
-
-int active_rebind(int fd, const struct snapshot_image *image)
-{
-	return os_write_all(fd, &image->checksum, sizeof image->checksum, offsetof(struct active_header, pages_checksum));
 }
 
 void active_free(struct active_set *set)

@@ -40,8 +40,8 @@ struct active_set {
 	uint64_t contents_offset; /* bytes */
 };
 
-/* All of it, into an empty file. `image`: as it was written or read. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1: the list alone; `volume_fd`: of the image's volumes.
- * 0 or a negative errno. */
+/* All of it, into an empty file. `image`: as it was written or read. `ram_fd`: where pages of SNAPSHOT_DATA are, or -1:
+ * the list alone; `volume_fd`: of the image's volumes. 0 or a negative errno. */
 int active_write(int fd, const struct active_page *list, uint64_t count, const struct snapshot_image *image, int ram_fd,
 		 const int volume_fd[SNAPSHOT_VOLUMES]);
 /* Checked against the image, to which it must belong. -EBADMSG, with a sentence in `why`; -ENOMEM. */

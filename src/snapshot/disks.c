@@ -38,6 +38,21 @@ static void path_of(struct listing *l, struct json_object *image, char path[MANI
 	json_object_put(json);
 }
 
+/* Such a node, too, is called json:{...}, with the path of the whole file in it. */
+static bool is_part_of_file(struct json_object *image)
+{
+	const char *name = text_of(image, "filename");
+	struct json_object *json = strncmp(name, "json:", 5) ? NULL : json_tokener_parse(name + 5), *node = json;
+	bool is = false;
+
+	do
+		is = !strcmp(text_of(node, "driver"), "raw") && (json_object_object_get_ex(node, "offset", NULL) ||
+								 json_object_object_get_ex(node, "size", NULL));
+	while (!is && json_object_object_get_ex(node, "file", &node));
+	json_object_put(json);
+	return is;
+}
+
 static bool is_plain_format(const char *format)
 {
 	return !strcmp(format, "qcow2") || !strcmp(format, "raw");
@@ -65,6 +80,9 @@ static int take_layers(struct listing *l, struct json_object *image, struct mani
 			return snapshot_fail(l->why, -ENOTSUP, "the disk %.60s uses %.80s (%.10s): only qcow2 and raw files can "
 					     "be part of a snapshot; use --no-disk and save it yourself", disk->drive, file,
 					     format);
+		if (is_part_of_file(image))
+			return snapshot_fail(l->why, -ENOTSUP, "the disk %.60s uses a part of a file (offset=, size=), and only "
+					     "whole files can be part of a snapshot: use --no-disk and save it yourself", disk->drive);
 		snprintf(layer->format, sizeof layer->format, "%s", format);
 		snprintf(layer->file, sizeof layer->file, "disk%u.%u.%s", l->manifest->disks, disk->layers, format);
 		disk->layers++;

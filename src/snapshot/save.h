@@ -21,7 +21,7 @@ struct save_options {
 	bool stop;              /* the guest stands until all is written */
 	bool compress;          /* `ram.zst` in place of `ram` */
 	bool no_disks;          /* disks are left as they are, and are not part of the snapshot */
-	uint64_t limit_bytes_s; /* of writing; 0: none */
+	uint64_t limit_bytes_s; /* of writing RAM; 0: none */
 };
 
 /* What is done while the guest stands, in this order. */

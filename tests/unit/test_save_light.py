@@ -21,6 +21,7 @@ NO_ANSWER = 75
 NOISE_BYTES, NOISE_AT = 4 << 20, 16 << 20
 SLOW_BYTES_S = 64 << 10  # of QEMU's migration
 WRITTEN_BYTES = 8 << 20
+LIMIT_MIB = 1
 COMMAND_S = 10  # src/snapshot/vmm.c
 # Steps of a save (maker_step), by the number that LATENT_FAULT takes.
 STEPS = ["the directory is made", "new overlays are made", "guest RAM is held", "what the disks were written is on storage",
@@ -149,6 +150,17 @@ def written_disks(one, _):
         check(dirty_pages(disk) == 0, f"written disks: before the guest is stopped {dirty_pages(disk)} pages are left {options}")
 
 
+# ---- the rate ----
+
+def limited(one, _):
+    """Far less than what is written between two looks at the clock."""
+    figures = saved(one, one.directory / "limited", "--limit", str(LIMIT_MIB))
+    mib, seconds = figures["ram_bytes_written"] / (1 << 20), figures["write_us"] / 1e6
+    print(f"limited: {mib:.2f} MiB in {seconds:.2f} s")
+    check(mib >= NOISE_BYTES >> 20, f"limited: {mib} MiB were there to write")
+    check(mib <= seconds * LIMIT_MIB * 1.1, f"limited: {mib:.2f} MiB in {seconds:.2f} s are more than {LIMIT_MIB} MiB/s")
+
+
 # ---- QEMU's own migration ----
 
 def status_of(place):
@@ -190,7 +202,7 @@ def users_bandwidth(one, _):
     wait_until("user's bandwidth: after one that is killed", lambda: bandwidth_of(one) == SLOW_BYTES_S and one.is_running())
 
 
-TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, written_disks, users_migration, users_bandwidth)}
+TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, written_disks, limited, users_migration, users_bandwidth)}
 
 
 def run(places, names):

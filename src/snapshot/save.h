@@ -46,7 +46,8 @@ struct save_result {
 };
 
 /* 0, or a negative errno with a sentence in `why`; then nothing of the snapshot is left, and the VM runs as it
- * did, on the new overlays of its disks if there are any in the result. -EINTR: progress->stop was set. Progress may be looked at from another thread. */
+ * did, on the new overlays of its disks if there are any in the result. -EINTR: progress->stop was set. Progress may be
+ * looked at from another thread. */
 int snapshot_save(const struct save_options *options, struct source_progress *progress,
 		  struct save_result *ret_result, char why[SNAPSHOT_WHY_BYTES]);
 

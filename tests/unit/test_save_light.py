@@ -226,7 +226,8 @@ def users_bandwidth(one, _):
     wait_until("user's bandwidth: after one that is killed", lambda: bandwidth_of(one) == SLOW_BYTES_S and one.is_running())
 
 
-TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, many_layers, written_disks, limited, users_migration, users_bandwidth)}
+TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, many_layers, written_disks, limited,
+                                          users_migration, users_bandwidth)}
 
 
 def run(places, names):

@@ -27,7 +27,7 @@ static const struct cli_option options[] = {
 	[OPT_COMPRESS] = { "compress", CLI_FLAG, NULL, "store RAM in packed pieces (zstd)" },
 	[OPT_WINDOW] = { "window", CLI_VALUE, "MS",
 			 "see for so long, before and after the pause, which pages the guest uses (default: 250, 1000)" },
-	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB a second" },
+	[OPT_LIMIT] = { "limit", CLI_VALUE, "MIB", "write at most so many MiB of RAM a second" },
 	[OPT_JSON] = { "json", CLI_FLAG, NULL, "print the result as a JSON object" },
 	{ NULL, CLI_FLAG, NULL, NULL },
 };

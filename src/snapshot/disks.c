@@ -71,7 +71,7 @@ static int take_layers(struct listing *l, struct json_object *image, struct mani
 
 		if (disk->layers == MANIFEST_LAYERS)
 			return snapshot_fail(l->why, -E2BIG, "the disk %.60s lies over more than %d files: join some "
-					     "(block-commit)", disk->drive, MANIFEST_LAYERS);
+					     "(block-stream)", disk->drive, MANIFEST_LAYERS);
 		path_of(l, image, layer->volume.path);
 		if (is_plain_format(format) && access(file, R_OK))
 			return snapshot_fail(l->why, -ENOENT, "the disk %.60s has its file %.100s no more (%s): put it back, or "

@@ -21,7 +21,7 @@ struct save_options {
 	bool stop;              /* the guest stands until all is written */
 	bool compress;          /* `ram.zst` in place of `ram` */
 	bool no_disks;          /* disks are left as they are, and are not part of the snapshot */
-	uint64_t limit_bytes_s; /* of writing; 0: none */
+	uint64_t limit_bytes_s; /* of writing RAM; 0: none */
 };
 
 /* What is done while the guest stands, in this order. */
@@ -46,7 +46,8 @@ struct save_result {
 };
 
 /* 0, or a negative errno with a sentence in `why`; then nothing of the snapshot is left, and the VM runs as it
- * did, on the new overlays of its disks if there are any in the result. -EINTR: progress->stop was set. Progress may be looked at from another thread. */
+ * did, on the new overlays of its disks if there are any in the result. -EINTR: progress->stop was set. Progress may be
+ * looked at from another thread. */
 int snapshot_save(const struct save_options *options, struct source_progress *progress,
 		  struct save_result *ret_result, char why[SNAPSHOT_WHY_BYTES]);
 

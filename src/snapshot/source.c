@@ -21,6 +21,7 @@
 
 #define ANSWER_MS 20000
 #define LOAD_AGAIN_US 50000
+#define TURN_US 100000 /* so often it is seen that the user ends it */
 #define CHUNK_PAGES 128u
 #define ENTRIES_CHUNK 512u
 #define AHEAD_PAGES 32u /* of the guest's writes, at most: 128 KiB */
@@ -545,37 +546,55 @@ struct writer {
 	uint64_t limit_bytes_s, begin_us;
 };
 
-static int drain_early(struct writer *w)
+/* Until as much may have been written as is; what the user ends does not wait. */
+static void keep_rate(const struct writer *w)
 {
-	struct source *s = w->source;
-	struct early *e;
-	int r = 0;
-
-	pthread_mutex_lock(&s->lock);
-	e = s->early;
-	s->early = NULL;
-	s->early_count = 0;
-	pthread_cond_signal(&s->room);
-	pthread_mutex_unlock(&s->lock);
-	while (e) {
-		struct early *next = e->next;
-
-		r = r ? r : store_pages(&w->store, e->page, e->bytes, 1);
-		free(e);
-		e = next;
-	}
-	return r;
-}
-
-static void keep_rate(struct writer *w)
-{
-	uint64_t due_us;
+	uint64_t due_us, now_us;
 
 	if (!w->limit_bytes_s)
 		return;
 	due_us = w->begin_us + w->progress->bytes_written * 1000000 / w->limit_bytes_s;
-	if (os_now_us() < due_us)
-		usleep((useconds_t)(due_us - os_now_us() < 100000 ? due_us - os_now_us() : 100000));
+	while (!w->progress->stop && (now_us = os_now_us()) < due_us)
+		usleep((useconds_t)(due_us - now_us < TURN_US ? due_us - now_us : TURN_US));
+}
+
+/* Some of the copies that wait; NULL: there are none. */
+static struct early *take_early(struct source *s)
+{
+	struct early *first, **end = &first;
+	unsigned n = 0;
+
+	pthread_mutex_lock(&s->lock);
+	first = s->early;
+	for (; *end && n < CHUNK_PAGES; n++)
+		end = &(*end)->next;
+	s->early = *end;
+	*end = NULL;
+	s->early_count -= n;
+	pthread_cond_signal(&s->room);
+	pthread_mutex_unlock(&s->lock);
+	return first;
+}
+
+/* A few at a time: with a limit the guest, which may be waiting for room, has some after each of them. */
+static int drain_early(struct writer *w)
+{
+	struct early *e;
+	int r = 0;
+
+	while (!r && (e = take_early(w->source))) {
+		while (e) {
+			struct early *next = e->next;
+
+			r = r ? r : store_pages(&w->store, e->page, e->bytes, 1);
+			free(e);
+			e = next;
+		}
+		if (!r && w->progress->stop)
+			r = -EINTR;
+		keep_rate(w);
+	}
+	return r;
 }
 
 /* Takes what is still pending of a chunk; the rest the server has. */
@@ -710,22 +729,32 @@ static int write_base(struct writer *w)
 	return r ? r : drain_early(w);
 }
 
-static int write_private(struct writer *w)
+static int write_private_run(struct writer *w, const struct control_run *run)
 {
-	struct source *s = w->source;
+	const struct source *s = w->source;
 	int r = 0;
 
-	for (uint64_t i = 0; !r && i < s->private_runs; i++) {
-		const struct control_run *run = &s->runs[i];
-		uint64_t page = s->block[run->block].first + run->page;
+	for (uint64_t done = 0; !r && done < run->pages; done += CHUNK_PAGES) {
+		uint64_t page = s->block[run->block].first + run->page + done;
+		uint64_t n = run->pages - done < CHUNK_PAGES ? run->pages - done : CHUNK_PAGES;
 
-		r = store_pages(&w->store, page, s->copies + os_bytes(page), run->pages);
+		r = store_pages(&w->store, page, s->copies + os_bytes(page), n);
 		if (!r)
 			r = drain_early(w);
 		if (!r && w->progress->stop)
 			r = -EINTR;
 		keep_rate(w);
 	}
+	return r;
+}
+
+static int write_private(struct writer *w)
+{
+	struct source *s = w->source;
+	int r = 0;
+
+	for (uint64_t i = 0; !r && i < s->private_runs; i++)
+		r = write_private_run(w, &s->runs[i]);
 	return r;
 }
 

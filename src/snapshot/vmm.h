@@ -53,8 +53,8 @@ void vmm_close(struct vmm *vmm);
 /* `*ret_value` may be NULL; `arguments` are put. */
 int vmm_run(struct vmm *vmm, const char *name, struct json_object *arguments, struct json_object **ret_value);
 
-/* From here on the guest stands sooner or later, and must be let go on by one of the last two, also after a failure. RAM that is no file is
- * sent while it still runs; then it is stopped. */
+/* From here on, also after a failure, the guest stands sooner or later, and must be let go on by one of the last two. RAM
+ * that is no file is sent while it still runs; then it is stopped. */
 int vmm_begin_pause(struct vmm *vmm);
 int vmm_wait_stopped(struct vmm *vmm);
 /* The guest is stopped: its devices are saved, and the locks of its images dropped. */

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 
-from light_vm import SKIPPED, TIMEOUT_S, check, failures, two_places
+from light_vm import SKIPPED, TIMEOUT_S, Place, check, failures, two_places
 
 NO_ANSWER = 75
 NOISE_BYTES, NOISE_AT = 4 << 20, 16 << 20
 SLOW_BYTES_S = 64 << 10  # of QEMU's migration
 WRITTEN_BYTES = 8 << 20
+LIMIT_MIB = 1
+LAYERS_MAX = 24  # src/snapshot/manifest.h
 COMMAND_S = 10  # src/snapshot/vmm.c
 # Steps of a save (maker_step), by the number that LATENT_FAULT takes.
 STEPS = ["the directory is made", "new overlays are made", "guest RAM is held", "what the disks were written is on storage",
@@ -124,6 +126,29 @@ def named_disks(one, _):
           f"named disks: when they were switched: {said.strip()}")
 
 
+def overlay_over(path, below):
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", path], check=True)
+    return path
+
+
+def many_layers(one, _):
+    """What the refusal advises helps, and writes nothing beneath."""
+    deep = Place("deep", one.directory)
+    layers = [one.directory / "disk.qcow2"]  # which has a layer itself
+    while len(layers) < LAYERS_MAX:
+        layers.append(overlay_over(one.directory / f"layer{len(layers)}.qcow2", layers[-1]))
+    deep.disk = layers[-1]
+    deep.run()
+    status, _, said = end(save(deep, deep.directory / "deep"))
+    check(status == NO_ANSWER and "block-stream" in said, f"many layers: refused: {said.strip()}")
+    before = [os.stat(layer).st_mtime_ns for layer in layers[:-1]]
+    deep.qmp("block-stream", {"device": "disk", "base": str(layers[1])})
+    wait_until("many layers: they are joined", lambda: not deep.qmp("query-block-jobs")["return"])
+    saved(deep, deep.directory / "deep")
+    check([os.stat(layer).st_mtime_ns for layer in layers[:-1]] == before, "many layers: those beneath are as they were")
+    deep.qmp("quit")
+
+
 # ---- before the pause ----
 
 def dirty_pages(path):
@@ -147,6 +172,17 @@ def written_disks(one, _):
         check(dirty_pages(disk) > 0, "written disks: there is something to bring to storage")
         save_fails_after(one, one.directory / "written", step, options=options)
         check(dirty_pages(disk) == 0, f"written disks: before the guest is stopped {dirty_pages(disk)} pages are left {options}")
+
+
+# ---- the rate ----
+
+def limited(one, _):
+    """Far less than what is written between two looks at the clock."""
+    figures = saved(one, one.directory / "limited", "--limit", str(LIMIT_MIB))
+    mib, seconds = figures["ram_bytes_written"] / (1 << 20), figures["write_us"] / 1e6
+    print(f"limited: {mib:.2f} MiB in {seconds:.2f} s")
+    check(mib >= NOISE_BYTES >> 20, f"limited: {mib} MiB were there to write")
+    check(mib <= seconds * LIMIT_MIB * 1.1, f"limited: {mib:.2f} MiB in {seconds:.2f} s are more than {LIMIT_MIB} MiB/s")
 
 
 # ---- QEMU's own migration ----
@@ -190,7 +226,8 @@ def users_bandwidth(one, _):
     wait_until("user's bandwidth: after one that is killed", lambda: bandwidth_of(one) == SLOW_BYTES_S and one.is_running())
 
 
-TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, written_disks, users_migration, users_bandwidth)}
+TESTS = {test.__name__: test for test in (two_at_once, late_answer, named_disks, many_layers, written_disks, limited,
+                                          users_migration, users_bandwidth)}
 
 
 def run(places, names):

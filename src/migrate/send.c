@@ -144,6 +144,11 @@ static int take_any(struct send *s, const struct wire_message *m)
 	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
 }
 
+static int unexpected(struct send *s, const struct wire_message *m)
+{
+	return snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m->type);
+}
+
 static int await(struct send *s, enum wire_type type, struct wire_message *m)
 {
 	uint64_t until_us = os_now_us() + ANSWER_MS * 1000ull;
@@ -167,9 +172,25 @@ static int await(struct send *s, enum wire_type type, struct wire_message *m)
 			until_us = os_now_us() + ANSWER_MS * 1000ull; /* it reads, and that may take its time */
 		r = take_any(s, m);
 		if (r)
-			return r < 0 ? r : snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)",
-							 (int)m->type);
+			return r < 0 ? r : unexpected(s, m);
 	}
+}
+
+/* In a pass: what waits is sent as far as it can be, and what has come is heard. A destination that nobody listens to for long
+ * is cut off (TCP_USER_TIMEOUT). */
+static int turn(struct send *s)
+{
+	struct wire_message m;
+	int r = link_wait(s->link, false, NULL, 0, 0, s->why);
+
+	if (r)
+		return r;
+	while (!(r = link_receive(s->link, &m, s->why))) {
+		r = take_any(s, &m);
+		if (r)
+			return r < 0 ? r : unexpected(s, &m);
+	}
+	return r == -EAGAIN ? 0 : r;
 }
 
 /* Room for it is waited for. */
@@ -434,6 +455,8 @@ static int put_all(struct send *s, int (*fill)(struct teller *, struct wire_batc
 			r = put(s, WIRE_HINT, hint, hints * sizeof *hint);
 		if (!r && s->batch->runs)
 			r = put_batch(s, false);
+		if (!r)
+			r = turn(s);
 		if (!r)
 			r = check_stop(s);
 		if (!r)
@@ -722,7 +745,7 @@ static int serve(struct send *s)
 		if (!r)
 			r = rest(s);
 		if (r > 0)
-			r = snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m.type);
+			r = unexpected(s, &m);
 	}
 	return r;
 }

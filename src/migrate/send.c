@@ -510,11 +510,20 @@ static uint64_t pages_in_pause(const struct send *s)
 	return ms < max_ms ? pages_in(s, (unsigned)(max_ms - ms)) : 0;
 }
 
+/* What the guest has written since is as much as there was to tell, or most of what is left: it will be as much again. What
+ * the destination has not found is told once more, and that is all of it. */
+static bool is_written_as_fast(const struct send *s, uint64_t left, uint64_t before)
+{
+	uint64_t written = left - teller_lacked(s->teller);
+
+	return written > before / 4 * 3 && written > left / 4 * 3;
+}
+
 /* Another pass costs more than it brings: what is left fits into the downtime, or comes soon enough behind the switch, or
  * does not become less. */
 static bool is_enough(const struct send *s, uint64_t left, uint64_t before)
 {
-	return left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || left > before / 4 * 3 ||
+	return left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || is_written_as_fast(s, left, before) ||
 	       (!s->options->no_postcopy && left <= pages_in(s, REST_MS));
 }
 
@@ -535,18 +544,10 @@ static int settle(struct send *s)
 	return r;
 }
 
-static uint64_t lacked(const struct send *s)
-{
-	struct teller_counts told;
-
-	teller_get_counts(s->teller, &told);
-	return told.lacked + told.stale;
-}
-
 /* While the guest runs: until another pass would be no good. */
 static int put_passes(struct send *s)
 {
-	uint64_t before = UINT64_MAX, lacked_before;
+	uint64_t before = UINT64_MAX;
 	int r = 0;
 
 	s->first_pass_us = os_now_us();
@@ -561,7 +562,6 @@ static int put_passes(struct send *s)
 		left = teller_collect(s->teller);
 		if (pass > 1 && is_enough(s, left, before))
 			return 0;
-		lacked_before = lacked(s);
 		before = left;
 		s->result->passes = pass;
 		s->progress->pass = pass;
@@ -570,8 +570,6 @@ static int put_passes(struct send *s)
 			r = put_all(s, teller_fill);
 		if (!r)
 			r = step(end_pass(s));
-		if (lacked(s) != lacked_before)
-			before = UINT64_MAX; /* what is left is no measure of what the guest writes */
 	}
 	return r;
 }

@@ -149,9 +149,11 @@ static int unexpected(struct send *s, const struct wire_message *m)
 	return snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m->type);
 }
 
+/* A pass is over when the destination has read what it names, however long that takes: it is the link that tells whether
+ * somebody is there. */
 static int await(struct send *s, enum wire_type type, struct wire_message *m)
 {
-	uint64_t until_us = os_now_us() + ANSWER_MS * 1000ull;
+	uint64_t until_us = type == WIRE_PASS ? UINT64_MAX : os_now_us() + ANSWER_MS * 1000ull;
 	int r;
 
 	for (;;) {
@@ -168,8 +170,6 @@ static int await(struct send *s, enum wire_type type, struct wire_message *m)
 		}
 		if (r || m->type == type)
 			return r;
-		if (m->type == WIRE_LACK || m->type == WIRE_STALE)
-			until_us = os_now_us() + ANSWER_MS * 1000ull; /* it reads, and that may take its time */
 		r = take_any(s, m);
 		if (r)
 			return r < 0 ? r : unexpected(s, m);

@@ -1,8 +1,9 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """`latent receive` and a source that lies: whatever it says, it is refused with a sentence, QEMU ends, and nothing is left.
-And one that tells of pages on an image: they are mapped, with the source bit, and are what the image has there. And a destination
-that has not what it said: the source hears it at once, and does not go on for ever for it.
+And one that tells of pages on an image: they are mapped, with the source bit, and are what the image has there. And one
+whose hints are slow to follow: it is asked for those pages instead. And a destination that has not what it said: the source
+hears it at once, and does not go on for ever for it.
 
 What an honest source says first is taken down from a real one, and then said with one thing changed. The VM is QEMU with a
 processor that is halted by its first instruction, or writes to memory in a loop. LATENT_BUILD is meson's build directory.
@@ -25,6 +26,7 @@ import zlib
 
 BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build"))
 LATENT, QEMU = BUILD / "latent", "qemu-system-x86_64"
+READ_MS, SLOW_S = 200, 20  # all of one message: 51 s
 TIMEOUT_S, SKIPPED, NO_ANSWER = 60, 77, 75
 HALT, BIOS_BYTES = b"\xf4", 1 << 16
 RAM_MIB, PAGE, IMAGE_PAGES = 64, 4096, 512
@@ -57,7 +59,7 @@ HEADER, HELLO = struct.Struct("<IIII"), struct.Struct("<QII16sII")
 BLOCK, FILES, RUN, PAGES, SWITCH = (struct.Struct(text) for text in ("<64sQ", "<II", "<QIHHQ", "<IIII", "<QQQ"))
 MAGIC, SESSION = 0x54415247494d544c, b"0123456789abcdef"
 HELLO_TYPE, REFUSE, MANIFEST, BLOCKS, READY, PAGES_TYPE, PASS, STATE, SWITCH_TYPE = range(9)
-LOADED, TOKEN, FILES_TYPE, HAVE, SAME, LACK, HINT, STALE = 9, 10, 16, 18, 19, 20, 21, 22
+LOADED, TOKEN, PING, FILES_TYPE, HAVE, SAME, LACK, HINT, STALE = 9, 10, 15, 16, 18, 19, 20, 21, 22
 SAME_ENTRY = struct.Struct("<QQ32s")
 MISSING, WORD, VOLUME, DATA = range(4)
 
@@ -152,14 +154,16 @@ class Machine:
                 "-vga", "none", "-drive", f"file={self.directory}/disk.qcow2,if=none,id=disk", "-device",
                 "virtio-blk-pci,drive=disk"]
 
-    def receive(self):
-        receiver = self.start("receive", "--json", "--listen", f"unix:{self.socket}", "--name", "there", "--", *self.line())
+    def receive(self, fault=None):
+        receiver = self.start("receive", "--json", "--listen", f"unix:{self.socket}", "--name", "there", "--", *self.line(),
+                              fault=fault)
         receiver.stdout.readline()
         return receiver
 
-    def start(self, *words):
+    def start(self, *words, fault=None):
+        environment = dict(os.environ, LATENT_FAULT=fault) if fault else None
         return subprocess.Popen([LATENT, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+                                stderr=subprocess.PIPE, text=True, env=environment)
 
     @contextlib.contextmanager
     def called(self, name, line, *options):
@@ -421,6 +425,45 @@ def on_an_image(machine, said):
     check(not alive(), "the source goes away: no VM is left")
 
 
+# ---- a disk that is slow ----
+
+def stale_of(peer):
+    """The pages of the next STALE, and whether a ping came before it."""
+    pinged = False
+    while True:
+        kind, payload = next_message(peer)
+        pinged = pinged or kind == PING
+        if kind == STALE:
+            return struct.unpack(f"<{len(payload) // 8}Q", payload), pinged
+        if kind == REFUSE:
+            raise OSError(payload.decode())
+
+
+def on_a_slow_disk(machine, said):
+    """Hints that are right, and take longer to be read than to be sent."""
+    receiver = machine.receive(fault=f"storage_read:delay:{READ_MS}")
+    first, places = 1000, range(0, IMAGE_PAGES, 2)  # one read each
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(SLOW_S)
+        peer.connect(str(machine.socket))
+        told(said, without_ballot(said))(peer)
+        receive(peer, READY)
+        found = []
+        for begin in (first, first + IMAGE_PAGES):
+            send(peer, HINT, b"".join(hint(begin + place, 1, place, page_of(machine.image, place)) for place in places))
+            stale, pinged = stale_of(peer)
+            found.append(len(places) - len(stale))
+            check(pinged or begin != first, "while it reads it pings")
+            check(stale == tuple(begin + place for place in places[found[-1]:]), "what it has not read in time is stale, all of it")
+        check(0 < found[1] < found[0], f"it has read {found[0]} pages of {len(places)}, and then {found[1]}, for it was slow")
+        send(peer, PASS)
+        receive(peer, PASS)
+        check(guest_ram("there", first, 3, machine.directory / "ram") == page_of(machine.image, 0) + bytes(PAGE) +
+              page_of(machine.image, 2), "what it has read is in place")
+    receiver.communicate(timeout=TIMEOUT_S)
+    check(not alive(), "no VM is left of that")
+
+
 # ---- a destination that has not what it said ----
 
 def quick_digest(page):
@@ -482,6 +525,7 @@ def main():
         said = machine.take_down()
         lacks_a_page(machine)
         on_an_image(machine, said)
+        on_a_slow_disk(machine, said)
         try_all(machine, said)
         check(not list(directory.glob("*.latent-*")), "no ballot is left")
     return 1 if failures else 0

@@ -117,8 +117,10 @@ static ssize_t read_run(struct hint_files *files, uint32_t n, uint64_t page, siz
 {
 	off_t at = (off_t)os_bytes(page);
 	int fd = files->file[n].fd;
-	ssize_t got;
+	ssize_t got = os_fault(OS_FAULT_STORAGE_READ);
 
+	if (got)
+		return got;
 	if (files->file[n].direct) {
 		got = pread(fd, files->room, os_bytes(pages), at);
 		if (got >= 0 || errno != EINVAL)

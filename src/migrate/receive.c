@@ -27,7 +27,10 @@
 #define TURN_MS 200
 #define STORAGE_MS 60000 /* for the ballot */
 #define AGENT_MS 20000
-#define SAME_AT_ONCE 64u /* pages that are read before the source hears something */
+#define SAME_AT_ONCE 16u /* pages that are read before the source hears something */
+/* What one message names, 4 MiB of pages at the most, may take so long to be read: longer than most links take to bring it. */
+#define READ_US 2000000u
+#define READ_LEAST_US 100000u
 
 struct receive {
 	const struct receive_options *options;
@@ -47,6 +50,10 @@ struct receive {
 	uint64_t state_bytes, switched_us;
 	uint64_t bytes_before; /* over links that were cut */
 	uint8_t *room; /* for contents that are unpacked */
+	struct patience {
+		uint64_t us;       /* so long what a message names may be read; */
+		uint64_t until_us; /* what this one does */
+	} with_snapshots, with_disks;
 	uint8_t session[WIRE_SESSION_BYTES];
 	struct digest digest[WIRE_FILES_MAX];
 	struct files files;
@@ -374,18 +381,39 @@ static int take_pages(struct receive *c, const struct wire_message *m)
 	return r;
 }
 
+/* ---- pages that are read here ------------------------------------------------------------------------------ */
+
+/* Reading is to cost no more than sending: what of a message has not been read in time is not read, and the next one has half
+ * the time. So storage that stays slow is hardly asked any more. */
+static void begin_reading(struct patience *p)
+{
+	p->until_us = os_now_us() + p->us;
+}
+
+static bool is_time_left(const struct patience *p)
+{
+	return os_now_us() < p->until_us;
+}
+
+static void end_reading(struct patience *p, bool all)
+{
+	p->us = all ? READ_US : p->us / 2 > READ_LEAST_US ? p->us / 2 : READ_LEAST_US;
+}
+
 /* What is here is put in place as if it had been received; of the others the source is told. */
 static int take_same(struct receive *c, const struct wire_message *m)
 {
 	uint8_t contents[OS_PAGE_BYTES];
 	uint64_t lacked[WIRE_SAME_MAX];
 	const struct wire_same *same;
-	size_t count, lacks = 0;
+	size_t count, i, lacks = 0;
 	int r = wire_read_same(m, c->limits.pages, &same, &count, c->why);
 
-	if (!r)
-		same = memcpy(c->room, same, count * sizeof *same); /* a tick ends the message */
-	for (size_t i = 0; !r && i < count; i++) {
+	if (r)
+		return r;
+	same = memcpy(c->room, same, count * sizeof *same); /* a tick ends the message */
+	begin_reading(&c->with_snapshots);
+	for (i = 0; !r && i < count && is_time_left(&c->with_snapshots); i++) {
 		const struct wire_run run = { .page = same[i].page, .pages = 1, .kind = WIRE_DATA };
 
 		r = i % SAME_AT_ONCE ? 0 : tick(c);
@@ -398,6 +426,9 @@ static int take_same(struct receive *c, const struct wire_message *m)
 	}
 	if (r)
 		return r;
+	end_reading(&c->with_snapshots, i == count);
+	for (; i < count; i++)
+		lacked[lacks++] = same[i].page;
 	c->progress->same = c->result->same += count - lacks;
 	return lacks ? say(c, WIRE_LACK, lacked, lacks * sizeof lacked[0]) : 0;
 }
@@ -433,12 +464,14 @@ static int take_hints(struct receive *c, const struct wire_message *m)
 	uint64_t stale[WIRE_HINTS_MAX];
 	const struct wire_hint *hint;
 	const uint8_t *contents;
-	size_t count, got, stales = 0;
+	size_t count, got, i = 0, stales = 0;
 	int r = wire_read_hints(m, &c->limits, &hint, &count, c->why);
 
-	if (!r)
-		hint = memcpy(c->room, hint, count * sizeof *hint); /* a tick ends the message */
-	for (size_t i = 0; !r && i < count;) {
+	if (r)
+		return r;
+	hint = memcpy(c->room, hint, count * sizeof *hint); /* a tick ends the message */
+	begin_reading(&c->with_disks);
+	while (!r && i < count && is_time_left(&c->with_disks)) {
 		size_t n = hint_read(&c->hints, hint + i, count - i, &contents, &got);
 
 		r = take_hinted(c, hint + i, n, contents, got, stale, &stales);
@@ -448,6 +481,9 @@ static int take_hints(struct receive *c, const struct wire_message *m)
 	}
 	if (r)
 		return r;
+	end_reading(&c->with_disks, i == count);
+	for (; i < count; i++)
+		stale[stales++] = hint[i].page;
 	c->progress->disks = c->result->disks += count - stales;
 	return stales ? say(c, WIRE_STALE, stale, stales * sizeof stale[0]) : 0;
 }
@@ -910,6 +946,7 @@ static struct receive *create(const struct receive_options *options, struct rece
 	c->why = why;
 	c->vm.pid_fd = -1;
 	c->vmm.state_fd = -1;
+	c->with_snapshots.us = c->with_disks.us = READ_US;
 	memset(c->files.volume_fd, -1, sizeof c->files.volume_fd);
 	c->state_fd = os_memfd_create("latent-state", 0, false);
 	c->room = malloc((size_t)WIRE_DATA_PAGES_MAX << OS_PAGE_SHIFT);

@@ -144,9 +144,16 @@ static int take_any(struct send *s, const struct wire_message *m)
 	return m->type == WIRE_WANT && s->told ? add_wanted(s, m) : 1;
 }
 
+static int unexpected(struct send *s, const struct wire_message *m)
+{
+	return snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m->type);
+}
+
+/* A pass is over when the destination has read what it names, however long that takes: it is the link that tells whether
+ * somebody is there. */
 static int await(struct send *s, enum wire_type type, struct wire_message *m)
 {
-	uint64_t until_us = os_now_us() + ANSWER_MS * 1000ull;
+	uint64_t until_us = type == WIRE_PASS ? UINT64_MAX : os_now_us() + ANSWER_MS * 1000ull;
 	int r;
 
 	for (;;) {
@@ -163,13 +170,27 @@ static int await(struct send *s, enum wire_type type, struct wire_message *m)
 		}
 		if (r || m->type == type)
 			return r;
-		if (m->type == WIRE_LACK || m->type == WIRE_STALE)
-			until_us = os_now_us() + ANSWER_MS * 1000ull; /* it reads, and that may take its time */
 		r = take_any(s, m);
 		if (r)
-			return r < 0 ? r : snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)",
-							 (int)m->type);
+			return r < 0 ? r : unexpected(s, m);
 	}
+}
+
+/* In a pass: what waits is sent as far as it can be, and what has come is heard. A destination that nobody listens to for long
+ * is cut off (TCP_USER_TIMEOUT). */
+static int turn(struct send *s)
+{
+	struct wire_message m;
+	int r = link_wait(s->link, false, NULL, 0, 0, s->why);
+
+	if (r)
+		return r;
+	while (!(r = link_receive(s->link, &m, s->why))) {
+		r = take_any(s, &m);
+		if (r)
+			return r < 0 ? r : unexpected(s, &m);
+	}
+	return r == -EAGAIN ? 0 : r;
 }
 
 /* Room for it is waited for. */
@@ -421,6 +442,8 @@ static int put_all(struct send *s, int (*fill)(struct teller *, struct wire_batc
 		if (!r && s->batch->runs)
 			r = put_batch(s, false);
 		if (!r)
+			r = turn(s);
+		if (!r)
 			r = check_stop(s);
 		if (!r)
 			r = keep_rate(s);
@@ -473,11 +496,20 @@ static uint64_t pages_in_pause(const struct send *s)
 	return ms < max_ms ? pages_in(s, (unsigned)(max_ms - ms)) : 0;
 }
 
+/* What the guest has written since is as much as there was to tell, or most of what is left: it will be as much again. What
+ * the destination has not found is told once more, and that is all of it. */
+static bool is_written_as_fast(const struct send *s, uint64_t left, uint64_t before)
+{
+	uint64_t written = left - teller_lacked(s->teller);
+
+	return written > before / 4 * 3 && written > left / 4 * 3;
+}
+
 /* Another pass costs more than it brings: what is left fits into the downtime, or comes soon enough behind the switch, or
  * does not become less. */
 static bool is_enough(const struct send *s, uint64_t left, uint64_t before)
 {
-	return left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || left > before / 4 * 3 ||
+	return left <= ENOUGH_PAGES || left <= pages_in_downtime(s) || is_written_as_fast(s, left, before) ||
 	       (!s->options->no_postcopy && left <= pages_in(s, REST_MS));
 }
 
@@ -498,18 +530,10 @@ static int settle(struct send *s)
 	return r;
 }
 
-static uint64_t lacked(const struct send *s)
-{
-	struct teller_counts told;
-
-	teller_get_counts(s->teller, &told);
-	return told.lacked + told.stale;
-}
-
 /* While the guest runs: until another pass would be no good. */
 static int put_passes(struct send *s)
 {
-	uint64_t before = UINT64_MAX, lacked_before;
+	uint64_t before = UINT64_MAX;
 	int r = 0;
 
 	s->first_pass_us = os_now_us();
@@ -524,7 +548,6 @@ static int put_passes(struct send *s)
 		left = teller_collect(s->teller);
 		if (pass > 1 && is_enough(s, left, before))
 			return 0;
-		lacked_before = lacked(s);
 		before = left;
 		s->result->passes = pass;
 		s->progress->pass = pass;
@@ -533,8 +556,6 @@ static int put_passes(struct send *s)
 			r = put_all(s, teller_fill);
 		if (!r)
 			r = step(end_pass(s));
-		if (lacked(s) != lacked_before)
-			before = UINT64_MAX; /* what is left is no measure of what the guest writes */
 	}
 	return r;
 }
@@ -708,7 +729,7 @@ static int serve(struct send *s)
 		if (!r)
 			r = rest(s);
 		if (r > 0)
-			r = snapshot_fail(s->why, -EPROTO, "the destination says something else than it should (%d)", (int)m.type);
+			r = unexpected(s, &m);
 	}
 	return r;
 }

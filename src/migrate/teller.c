@@ -29,7 +29,8 @@ struct teller {
 	uint64_t there;
 	int volume_fd[SNAPSHOT_VOLUMES]; /* of those that are not there; -1: not opened yet */
 	uint8_t *state;                  /* of each page */
-	uint64_t left;
+	bool *stale;                     /* of each page: a hint was; there is no other */
+	uint64_t left, lacked;           /* lacked: those of them that are LACKED */
 	bool stands;                     /* the guest, and for good */
 	struct activity_order *order;    /* of what is to be told; NULL: the next one to be told is the first */
 	struct activity_run run;         /* of the order; the first of it is the next one. A table is a block */
@@ -60,8 +61,9 @@ int teller_create(struct source *source, uint64_t there, struct teller **ret_tel
 		memset(t->volume_fd, -1, sizeof t->volume_fd);
 		memset(&t->numbers, -1, sizeof t->numbers);
 		t->state = malloc((size_t)t->view.pages);
+		t->stale = calloc((size_t)t->view.pages, sizeof *t->stale);
 	}
-	if (!t || !t->state) {
+	if (!t || !t->state || !t->stale) {
 		teller_destroy(t);
 		return snapshot_fail(why, -ENOMEM, "no memory to keep account of the pages");
 	}
@@ -81,6 +83,7 @@ void teller_destroy(struct teller *t)
 	activity_order_destroy(t->order);
 	free(t->had);
 	free(t->copies);
+	free(t->stale);
 	free(t->state);
 	free(t);
 }
@@ -103,6 +106,8 @@ static void set_state(struct teller *t, uint64_t page, enum state state)
 {
 	t->left += state != TOLD;
 	t->left -= t->state[page] != TOLD;
+	t->lacked += state == LACKED;
+	t->lacked -= t->state[page] == LACKED;
 	t->state[page] = (uint8_t)state;
 }
 
@@ -355,13 +360,14 @@ void teller_may_hint(struct teller *t, const struct hint_numbers *numbers)
 	t->numbers = *numbers;
 }
 
-/* The place that the page was read from, or written to, if it has not become something else since. -1: there is none. */
+/* The place that the page was read from, or written to, if it has not become something else since. -1: there is none. What was
+ * stale once would be so again: where its sample sees nothing of what the guest writes, in each pass. */
 static int32_t find_hint(const struct teller *t, const struct source_block *b, uint64_t page, const struct saying *s,
 			 uint64_t *file_page)
 {
 	uint64_t origin;
 
-	if (t->stands || t->state[page] != TO_TELL || s->run.kind != WIRE_DATA)
+	if (t->stands || t->state[page] != TO_TELL || t->stale[page] || s->run.kind != WIRE_DATA)
 		return -1;
 	origin = __atomic_load_n(&b->origins[page - b->first], __ATOMIC_RELAXED);
 	*file_page = origin_file_page(origin);
@@ -518,6 +524,7 @@ void teller_lack(struct teller *t, uint64_t page)
 void teller_stale(struct teller *t, uint64_t page)
 {
 	t->counts.stale++;
+	t->stale[page] = true;
 	set_state(t, page, LACKED);
 }
 
@@ -525,7 +532,7 @@ void teller_forget(struct teller *t)
 {
 	rewind_order(t);
 	memset(t->state, TOLD, (size_t)t->view.pages);
-	t->left = 0;
+	t->left = t->lacked = 0;
 	t->there = 0;
 }
 
@@ -539,6 +546,11 @@ void teller_owe(struct teller *t, uint64_t page, uint64_t pages)
 uint64_t teller_left(const struct teller *t)
 {
 	return t->left;
+}
+
+uint64_t teller_lacked(const struct teller *t)
+{
+	return t->lacked;
 }
 
 void teller_get_counts(const struct teller *t, struct teller_counts *counts)

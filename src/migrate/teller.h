@@ -46,7 +46,7 @@ const struct wire_same *teller_same(struct teller *teller, size_t *ret_count);
 const struct wire_hint *teller_hints(struct teller *teller, size_t *ret_count);
 /* But it has not: the page is to be told again, in another way. */
 void teller_lack(struct teller *teller, uint64_t page);
-void teller_stale(struct teller *teller, uint64_t page); /* of a hint */
+void teller_stale(struct teller *teller, uint64_t page); /* of a hint; there is none of this page any more */
 /* As teller_fill, without a look at contents: pages that may have any are told as missing, and are told by teller_fill
  * afterwards. */
 int teller_fill_missing(struct teller *teller, struct wire_batch *batch, char why[SNAPSHOT_WHY_BYTES]);
@@ -61,6 +61,8 @@ void teller_owe(struct teller *teller, uint64_t page, uint64_t pages);
 
 /* Pages that are still to be told. */
 uint64_t teller_left(const struct teller *teller);
+/* Those of them that the destination has not found, and that the guest has not written since. */
+uint64_t teller_lacked(const struct teller *teller);
 void teller_get_counts(const struct teller *teller, struct teller_counts *ret_counts);
 
 #endif

@@ -12,6 +12,7 @@
 #include "os/os.h"
 #include "volume/volume.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -291,6 +292,12 @@ static void check_reads(struct rig *rig, struct hint_files *files)
 		assert_memory_equal(contents, page, sizeof page);
 	}
 	make_file(rig);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 1, EIO);
+	assert_int_equal(read_hints(files, (uint64_t[]){ 5, 6, 7 }, 3, &got), 3);
+	assert_int_equal(got, 0);
+	os_fault_arm(OS_FAULT_STORAGE_READ, 0, 0);
+	assert_int_equal(read_hints(files, (uint64_t[]){ 5, 6, 7 }, 3, &got), 3);
+	assert_int_equal(got, 3);
 }
 
 static void test_files_are_read(void **state)

@@ -1,13 +1,16 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """`latent receive` and a source that lies: whatever it says, it is refused with a sentence, QEMU ends, and nothing is left.
-And one that tells of pages on an image: they are mapped, with the source bit, and are what the image has there.
+And one that tells of pages on an image: they are mapped, with the source bit, and are what the image has there. And one
+whose hints are slow to follow: it is asked for those pages instead. And a destination that has not what it said: the source
+hears it at once, and does not go on for ever for it.
 
 What an honest source says first is taken down from a real one, and then said with one thing changed. The VM is QEMU with a
-processor that is halted by its first instruction. LATENT_BUILD is meson's build directory.
+processor that is halted by its first instruction, or writes to memory in a loop. LATENT_BUILD is meson's build directory.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -23,16 +26,41 @@ import zlib
 
 BUILD = pathlib.Path(os.environ.get("LATENT_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build"))
 LATENT, QEMU = BUILD / "latent", "qemu-system-x86_64"
+READ_MS, SLOW_S = 200, 20  # all of one message: 51 s
 TIMEOUT_S, SKIPPED, NO_ANSWER = 60, 77, 75
 HALT, BIOS_BYTES = b"\xf4", 1 << 16
 RAM_MIB, PAGE, IMAGE_PAGES = 64, 4096, 512
+RESET = 0xfff0
+FIRST_WRITTEN, N_WRITTEN, N_OTHERS = 16 << 8, 600, 512  # pages
+PASSES_ENOUGH, PASSES_LOOKED_AT = 3, 8
+PASS_S = 0.3  # in which all is written
+# For the reset vector, which jumps to the first byte: to 32 bits, and one bit of each written page is turned, on and on.
+WRITER = bytes.fromhex(
+    "2e660f01165000"    # lgdtl %cs:0x50
+    "0f20c0"            # movl %cr0, %eax
+    "0c01"              # orb $1, %al
+    "0f22c0"            # movl %eax, %cr0
+    "66ea1700ffff0800"  # ljmpl $8, $0xffff0017
+    "66b81000"          # movw $16, %ax
+    "8ed8"              # movw %ax, %ds
+    "be00000001"        # movl $0x1000000, %esi
+    "803601"            # xorb $1, (%esi)
+    "81c600100000"      # addl $0x1000, %esi
+    "81fe00802501"      # cmpl $0x1258000, %esi
+    "72ef"              # jb to the xorb
+    "ebe8"              # jmp to the movl
+    "8d7600"
+    "0000000000000000" "ffff0000009acf00" "ffff00000092cf00"  # the GDT
+    "1700" "3800ffff")  # and where it is
+JUMP = bytes.fromhex("e90d00")
 
 # docs/migration.md
 HEADER, HELLO = struct.Struct("<IIII"), struct.Struct("<QII16sII")
 BLOCK, FILES, RUN, PAGES, SWITCH = (struct.Struct(text) for text in ("<64sQ", "<II", "<QIHHQ", "<IIII", "<QQQ"))
 MAGIC, SESSION = 0x54415247494d544c, b"0123456789abcdef"
 HELLO_TYPE, REFUSE, MANIFEST, BLOCKS, READY, PAGES_TYPE, PASS, STATE, SWITCH_TYPE = range(9)
-LOADED, TOKEN, FILES_TYPE, SAME, LACK, HINT, STALE = 9, 10, 16, 19, 20, 21, 22
+LOADED, TOKEN, PING, FILES_TYPE, HAVE, SAME, LACK, HINT, STALE = 9, 10, 15, 16, 18, 19, 20, 21, 22
+SAME_ENTRY = struct.Struct("<QQ32s")
 MISSING, WORD, VOLUME, DATA = range(4)
 
 failures = []
@@ -56,11 +84,16 @@ def read(peer, n_bytes):
     return data
 
 
+def next_message(peer):
+    kind, n_bytes, checksum, _ = HEADER.unpack(read(peer, HEADER.size))
+    payload = read(peer, n_bytes)
+    check_checksum(kind, payload, checksum)
+    return kind, payload
+
+
 def receive(peer, wanted):
     while True:
-        kind, n_bytes, checksum, _ = HEADER.unpack(read(peer, HEADER.size))
-        payload = read(peer, n_bytes)
-        check_checksum(kind, payload, checksum)
+        kind, payload = next_message(peer)
         if kind == wanted:
             return payload
         if kind == REFUSE:
@@ -90,8 +123,14 @@ def pages(*runs, contents=b"", data_pages=None, packed=0):
     return PAGES.pack(len(runs), count, packed, 0) + b"".join(RUN.pack(*run) for run in runs) + contents
 
 
+def runs_of(payload):
+    """(page, pages, kind) of each."""
+    n_runs = PAGES.unpack(payload[:PAGES.size])[0]
+    return [RUN.unpack(payload[at:at + RUN.size])[:3] for at in range(PAGES.size, PAGES.size + n_runs * RUN.size, RUN.size)]
+
+
 def same_page(page):
-    return struct.pack("<QQ32s", page, 1, b"")
+    return SAME_ENTRY.pack(page, 1, b"")
 
 
 def hint(page, file, file_page, contents=b"", reserved=0):
@@ -115,36 +154,52 @@ class Machine:
                 "-vga", "none", "-drive", f"file={self.directory}/disk.qcow2,if=none,id=disk", "-device",
                 "virtio-blk-pci,drive=disk"]
 
-    def receive(self):
-        receiver = self.start("receive", "--json", "--listen", f"unix:{self.socket}", "--name", "there", "--", *self.line())
+    def receive(self, fault=None):
+        receiver = self.start("receive", "--json", "--listen", f"unix:{self.socket}", "--name", "there", "--", *self.line(),
+                              fault=fault)
         receiver.stdout.readline()
         return receiver
 
-    def start(self, *words):
+    def start(self, *words, fault=None):
+        environment = dict(os.environ, LATENT_FAULT=fault) if fault else None
         return subprocess.Popen([LATENT, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+                                stderr=subprocess.PIPE, text=True, env=environment)
 
-    def take_down(self):
-        """What a real source says before it is told that all is ready: {type: payload}."""
-        vmm = self.start("run", "--name", "honest", "--", *self.line())
-        while not (pathlib.Path(os.environ["LATENT_RUNTIME_DIR"]) / "honest" / "mover.sock").exists():
+    @contextlib.contextmanager
+    def called(self, name, line, *options):
+        """By a real source: the connection, and what it says before it is told that all is ready, {type: payload}."""
+        vmm = self.start("run", "--name", name, "--", *line)
+        while not (pathlib.Path(os.environ["LATENT_RUNTIME_DIR"]) / name / "mover.sock").exists():
             time.sleep(0.05)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(self.socket))
             listener.listen(1)
-            sender = self.start("migrate", "honest", f"unix:{self.socket}")
+            listener.settimeout(TIMEOUT_S)
+            sender = self.start("migrate", *options, name, f"unix:{self.socket}")
             peer, _ = listener.accept()
             with peer:
+                peer.settimeout(TIMEOUT_S)
                 said = {HELLO_TYPE: receive(peer, HELLO_TYPE)}
                 send(peer, HELLO_TYPE, said[HELLO_TYPE])
                 for kind in (MANIFEST, BLOCKS, FILES_TYPE):
                     said[kind] = receive(peer, kind)
+                yield peer, said
             sender.communicate(timeout=TIMEOUT_S)
         self.socket.unlink()
-        check(vmm.poll() is None, "a destination that goes away is no harm to the VM")
+        check(vmm.poll() is None, f"a destination that goes away is no harm to the VM {name}")
         vmm.terminate()
         vmm.wait(TIMEOUT_S)
-        return said
+
+    def take_down(self):
+        with self.called("honest", self.line()) as (_, said):
+            return said
+
+    def writers_line(self, contents):
+        """A VM that has this from the first page on that it writes."""
+        (self.directory / "contents").write_bytes(contents)
+        (self.directory / "writer").write_bytes(WRITER.ljust(RESET, HALT) + JUMP.ljust(BIOS_BYTES - RESET, HALT))
+        line = [f"{self.directory}/writer" if word == f"{self.directory}/bios" else word for word in self.line()]
+        return [*line, "-device", f"loader,file={self.directory}/contents,addr={FIRST_WRITTEN * PAGE},force-raw=on"]
 
 
 def alive():
@@ -370,6 +425,94 @@ def on_an_image(machine, said):
     check(not alive(), "the source goes away: no VM is left")
 
 
+# ---- a disk that is slow ----
+
+def stale_of(peer):
+    """The pages of the next STALE, and whether a ping came before it."""
+    pinged = False
+    while True:
+        kind, payload = next_message(peer)
+        pinged = pinged or kind == PING
+        if kind == STALE:
+            return struct.unpack(f"<{len(payload) // 8}Q", payload), pinged
+        if kind == REFUSE:
+            raise OSError(payload.decode())
+
+
+def on_a_slow_disk(machine, said):
+    """Hints that are right, and take longer to be read than to be sent."""
+    receiver = machine.receive(fault=f"storage_read:delay:{READ_MS}")
+    first, places = 1000, range(0, IMAGE_PAGES, 2)  # one read each
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(SLOW_S)
+        peer.connect(str(machine.socket))
+        told(said, without_ballot(said))(peer)
+        receive(peer, READY)
+        found = []
+        for begin in (first, first + IMAGE_PAGES):
+            send(peer, HINT, b"".join(hint(begin + place, 1, place, page_of(machine.image, place)) for place in places))
+            stale, pinged = stale_of(peer)
+            found.append(len(places) - len(stale))
+            check(pinged or begin != first, "while it reads it pings")
+            check(stale == tuple(begin + place for place in places[found[-1]:]), "what it has not read in time is stale, all of it")
+        check(0 < found[1] < found[0], f"it has read {found[0]} pages of {len(places)}, and then {found[1]}, for it was slow")
+        send(peer, PASS)
+        receive(peer, PASS)
+        check(guest_ram("there", first, 3, machine.directory / "ram") == page_of(machine.image, 0) + bytes(PAGE) +
+              page_of(machine.image, 2), "what it has read is in place")
+    receiver.communicate(timeout=TIMEOUT_S)
+    check(not alive(), "no VM is left of that")
+
+
+# ---- a destination that has not what it said ----
+
+def quick_digest(page):
+    xxh3 = ctypes.CDLL("libxxhash.so.0").XXH3_64bits
+    xxh3.restype, xxh3.argtypes = ctypes.c_uint64, [ctypes.c_char_p, ctypes.c_size_t]
+    return xxh3(page, len(page))
+
+
+def both_contents(contents):
+    """Digests of what the written pages hold, in turns."""
+    for at in range(0, N_WRITTEN * PAGE, PAGE):
+        page = contents[at:at + PAGE]
+        yield quick_digest(page)
+        yield quick_digest(bytes([page[0] ^ 1]) + page[1:])
+
+
+def lack_in_each_pass(peer):
+    """Of what is told as the same the first page. Returns the passes, and whether the first pass told it once more."""
+    passes, lacked, again = 0, None, False
+    while passes < PASSES_LOOKED_AT:
+        kind, payload = next_message(peer)
+        if kind == SAME:
+            page = SAME_ENTRY.unpack(payload[:SAME_ENTRY.size])[0]
+            lacked = page if lacked is None else lacked
+            send(peer, LACK, struct.pack("<Q", page))
+        elif kind == PAGES_TYPE and not passes and lacked is not None:
+            again = again or any(page <= lacked < page + n_pages and run == DATA for page, n_pages, run in runs_of(payload))
+        elif kind == PASS:
+            passes += 1
+            time.sleep(PASS_S)
+            send(peer, PASS)
+        elif kind in (STATE, SWITCH_TYPE, REFUSE):
+            break
+    check(lacked is not None, "pages are told as the same")
+    return passes, again
+
+
+def lacks_a_page(machine):
+    """So slowly that a pass takes its time, and that what the guest writes in one cannot be sent in the pause."""
+    contents = os.urandom((N_WRITTEN + N_OTHERS) * PAGE)
+    with machine.called("writer", machine.writers_line(contents), "--max-rate", "1") as (peer, _):
+        digests = list(both_contents(contents))
+        send(peer, HAVE, struct.pack(f"<{len(digests)}Q", *digests))
+        send(peer, READY, bytes(16))
+        passes, again = lack_in_each_pass(peer)
+    check(again, "what is lacked is told again in the same pass: the source listens while it tells")
+    check(2 <= passes <= PASSES_ENOUGH, f"a page that is lacked in each pass is no reason to go on: {passes} passes")
+
+
 def main():
     if shutil.which(QEMU) is None:
         print(f"{QEMU} is not installed")
@@ -380,7 +523,9 @@ def main():
         os.environ["LATENT_RUNTIME_DIR"] = str(directory / "run")
         machine = Machine(directory)
         said = machine.take_down()
+        lacks_a_page(machine)
         on_an_image(machine, said)
+        on_a_slow_disk(machine, said)
         try_all(machine, said)
         check(not list(directory.glob("*.latent-*")), "no ballot is left")
     return 1 if failures else 0

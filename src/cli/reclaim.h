@@ -10,7 +10,7 @@
 #define RECLAIM_WHY_BYTES 768
 #define RECLAIM_LONGEST_US 780000000ull /* 13 minutes: nobody remembers for longer that a page was not used */
 
-/* Ctrl-C; reclaim_catch_interrupts: from here on. */
+/* How often Ctrl-C was: the first ends a walk, the second waits for nothing. reclaim_catch_interrupts: from here on. */
 extern volatile sig_atomic_t reclaim_interrupted;
 void reclaim_catch_interrupts(void);
 

@@ -169,7 +169,7 @@ int reclaim_auto(struct vm_view *view, double target_percent, bool json)
 	char why[RECLAIM_WHY_BYTES];
 	int r = 0;
 
-	while (!r && !reclaim_interrupted && vmdir_is_live(view->root, view->name)) {
+	while (!r && !reclaim_interrupted && vm_view_is_live(view)) {
 		r = step(&l, why);
 		if (fflush(stdout))
 			break;

@@ -43,7 +43,8 @@ enum pressure_act { PRESSURE_REST, PRESSURE_WALK, PRESSURE_BACK_OFF };
 struct pressure_control {
 	double target_percent, refaults_most_per_s;
 	uint64_t floor_us;       /* never younger than that */
-	uint64_t unused_us;      /* of the next walk */
+	uint64_t unused_us;      /* of the next walk, */
+	uint64_t walked_us;      /* and of the last one; 0: there was none */
 	unsigned backoffs, rest; /* rest: steps in which nothing is done */
 };
 

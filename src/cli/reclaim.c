@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <json-c/json.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -68,7 +69,7 @@ struct result {
 	uint64_t begun_us;
 };
 
-volatile sig_atomic_t reclaim_interrupted;
+volatile sig_atomic_t reclaim_interrupted; /* how often */
 
 static int parse(const struct cli_command *command, int argc, char **argv, struct request *request);
 static int reclaim(struct vm_view *view, const struct request *request);
@@ -168,7 +169,8 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 static void on_interrupt(int signal)
 {
 	(void)signal;
-	reclaim_interrupted = 1;
+	if (reclaim_interrupted < SIG_ATOMIC_MAX)
+		reclaim_interrupted++;
 }
 
 void reclaim_catch_interrupts(void)
@@ -231,7 +233,7 @@ static int wait_for_end(struct vm_view *view, uint64_t walks, char why[RECLAIM_W
 
 	while (!r) {
 		usleep(LOOK_MS * 1000);
-		if (!vmdir_is_live(view->root, view->name)) {
+		if (!vm_view_is_live(view)) {
 			snprintf(why, RECLAIM_WHY_BYTES, "it has ended");
 			r = -ESRCH;
 			break;
@@ -244,6 +246,11 @@ static int wait_for_end(struct vm_view *view, uint64_t walks, char why[RECLAIM_W
 			show_progress(view, pages_before);
 		if (r || stat_get(&view->stats.reclaim.walks) != walks)
 			break;
+		if (reclaim_interrupted > 1) { /* whatever the agent does */
+			snprintf(why, RECLAIM_WHY_BYTES, "its end was not waited for");
+			r = -ECANCELED;
+			break;
+		}
 		if (reclaim_interrupted && !ended)
 			r = ask(view, 0, 0, why);
 		ended = reclaim_interrupted;
@@ -277,8 +284,13 @@ int reclaim_walk(struct vm_view *view, uint64_t unused_us, uint64_t until_bytes,
 		 char why[RECLAIM_WHY_BYTES])
 {
 	uint64_t walks;
-	int r = vm_view_update(view);
+	int r;
 
+	if (!vm_view_is_live(view)) { /* another one of its name is not asked instead */
+		snprintf(why, RECLAIM_WHY_BYTES, "it has ended");
+		return -ESRCH;
+	}
+	r = vm_view_update(view);
 	if (r) {
 		snprintf(why, RECLAIM_WHY_BYTES, "its statistics cannot be read: %s", strerror(-r));
 		return r;

@@ -10,7 +10,7 @@
 #define RECLAIM_WHY_BYTES 768
 #define RECLAIM_LONGEST_US 780000000ull /* 13 minutes: nobody remembers for longer that a page was not used */
 
-/* Ctrl-C; reclaim_catch_interrupts: from here on. */
+/* How often Ctrl-C was: the first ends a walk, the second waits for nothing. reclaim_catch_interrupts: from here on. */
 extern volatile sig_atomic_t reclaim_interrupted;
 void reclaim_catch_interrupts(void);
 
@@ -43,7 +43,8 @@ enum pressure_act { PRESSURE_REST, PRESSURE_WALK, PRESSURE_BACK_OFF };
 struct pressure_control {
 	double target_percent, refaults_most_per_s;
 	uint64_t floor_us;       /* never younger than that */
-	uint64_t unused_us;      /* of the next walk */
+	uint64_t unused_us;      /* of the next walk, */
+	uint64_t walked_us;      /* and of the last one; 0: there was none */
 	unsigned backoffs, rest; /* rest: steps in which nothing is done */
 };
 

@@ -21,9 +21,10 @@
 
 static uint64_t at_most(uint64_t us) { return us < RECLAIM_LONGEST_US ? us : RECLAIM_LONGEST_US; }
 
+/* What comes back was given back by the last walk, or by one before, of more age. */
 static enum pressure_act back_off(struct pressure_control *c)
 {
-	c->unused_us = at_most(c->unused_us * 2);
+	c->unused_us = at_most(2 * (c->walked_us > c->unused_us ? c->walked_us : c->unused_us));
 	c->backoffs += c->backoffs < BACKOFFS_MAX;
 	c->rest = 1u << c->backoffs;
 	return PRESSURE_BACK_OFF;
@@ -42,7 +43,7 @@ enum pressure_act pressure_step(struct pressure_control *c, double percent, doub
 		c->unused_us = at_most(c->unused_us + c->unused_us / 8);
 		return PRESSURE_REST;
 	}
-	*ret_unused_us = c->unused_us;
+	*ret_unused_us = c->walked_us = c->unused_us;
 	c->unused_us = c->unused_us / 2 > c->floor_us ? c->unused_us / 2 : c->floor_us;
 	c->backoffs -= c->backoffs > 0;
 	return PRESSURE_WALK;
@@ -159,8 +160,10 @@ int reclaim_auto(struct vm_view *view, double target_percent, bool json)
 {
 	struct loop l = {
 		.view = view,
-		.control = { target_percent, REFAULTS_MOST_PER_S, reclaim_floor_us(&view->stats),
-			     RECLAIM_LONGEST_US, 0, 0 },
+		.control = { .target_percent = target_percent,
+			     .refaults_most_per_s = REFAULTS_MOST_PER_S,
+			     .floor_us = reclaim_floor_us(&view->stats),
+			     .unused_us = RECLAIM_LONGEST_US },
 		.json = json,
 		.shown = !json && isatty(STDOUT_FILENO),
 		.returned = stat_get(&view->stats.reclaim.returned),
@@ -169,7 +172,7 @@ int reclaim_auto(struct vm_view *view, double target_percent, bool json)
 	char why[RECLAIM_WHY_BYTES];
 	int r = 0;
 
-	while (!r && !reclaim_interrupted && vmdir_is_live(view->root, view->name)) {
+	while (!r && !reclaim_interrupted && vm_view_is_live(view)) {
 		r = step(&l, why);
 		if (fflush(stdout))
 			break;

@@ -11,7 +11,6 @@
 #include <json-c/json.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -138,14 +137,6 @@ static int parse(const struct cli_command *command, int argc, char **argv, struc
 	return CLI_OK;
 }
 
-/* Another VM has its name now: the file that is open here has none any more. */
-static bool is_replaced(const struct vm_view *view)
-{
-	struct stat st;
-
-	return fstat(view->stats_fd, &st) || !st.st_nlink;
-}
-
 /* Until the VM ends. */
 static int watch(const struct request *request, struct vm_view *view)
 {
@@ -156,7 +147,7 @@ static int watch(const struct request *request, struct vm_view *view)
 	bool terminal = isatty(STDOUT_FILENO) && !request->json;
 	int status = CLI_OK;
 
-	while (vmdir_is_live(view->root, view->name) && !is_replaced(view)) {
+	while (vm_view_is_live(view)) {
 		if (terminal)
 			fputs("\033[H\033[J", stdout);
 		status = show(request, view);

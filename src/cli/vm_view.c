@@ -46,6 +46,19 @@ void vm_view_close(struct vm_view *view)
 	view->stats_fd = -1;
 }
 
+/* Another VM has its name: the file that is open here has none any more. */
+static bool is_replaced(const struct vm_view *view)
+{
+	struct stat st;
+
+	return fstat(view->stats_fd, &st) || !st.st_nlink;
+}
+
+bool vm_view_is_live(const struct vm_view *view)
+{
+	return vmdir_is_live(view->root, view->name) && !is_replaced(view);
+}
+
 /* Not mapped: who writes the file may cut it at any moment. */
 int vm_view_update(struct vm_view *view)
 {

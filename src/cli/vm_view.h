@@ -23,6 +23,9 @@ struct vm_view {
 int vm_view_open(const char *root, const char *name, struct vm_view *ret_view);
 void vm_view_close(struct vm_view *view);
 
+/* False: the VM that was opened has ended, also where another one has its name now. */
+bool vm_view_is_live(const struct vm_view *view);
+
 /* Reads the statistics again; the old ones stay on failure. */
 int vm_view_update(struct vm_view *view);
 

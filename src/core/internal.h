@@ -12,7 +12,7 @@
 struct ram_file {
 	bool used;
 	bool watched;           /* see ram_file_is_watched */
-	bool copy_only;         /* masked pages of it are copied from now on, and not mapped */
+	_Atomic bool copy_only; /* it is given up: masked pages of it are copied from now on, and its overlays too */
 	int fd;
 	uint64_t pages;
 	uint64_t overlay_pages; /* entries that map it, */

@@ -1208,9 +1208,16 @@ static void zap_clean_run(struct zap *z, const struct ram_block *b, uint64_t pag
 	}
 }
 
+/*
+ * Of a file that is given up nothing is: ram_privatize copies its pages with no lock, in a thread that no freeze stops, so a
+ * page that was clean a moment ago may be a copy by now. It says so (ram_unmask_file) before it takes the range lock first.
+ */
+static bool may_zap_clean(const struct ram *ram, unsigned file) { return !ram->files[file].copy_only; }
+
 static int step_zap_clean(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
 {
-	(void)ram;
+	if (!may_zap_clean(ram, range->file))
+		return 0;
 	for (uint64_t i = 0, end; i < range->pages; i = end + 1) {
 		for (end = i; end < range->pages && !entry_is_private(entry_get(b, range->page + end)); end++)
 			;
@@ -1255,7 +1262,11 @@ int ram_zap_clean(struct ram *ram, struct ram_block *b, uint64_t page, uint64_t 
 
 	assert_locked(ram);
 	for (; !r && page < end; page = last) {
-		for (last = page; last < end && is_clean(b, last);)
+		unsigned file = entry_file(entry_get(b, page));
+
+		if (is_clean(b, page) && !may_zap_clean(ram, file))
+			return -EBUSY;
+		for (last = page; last < end && is_clean(b, last) && entry_file(entry_get(b, last)) == file;)
 			last++;
 		if (last > page)
 			r = os_zap(page_hva(b, page), os_bytes(last - page));

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: BSD-2-Clause-Patent
 """`latent reclaim` with a store in a file, and a save that brings all of it back before it begins, in parts."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ from cheap import check, latent
 
 OTHER_HALF_PAGES = (cheap.RAM_MIB - cheap.IMAGE_MIB) * cheap.PAGES_PER_MIB
 DEADLINE_S = 30
+NO_ANSWER = 75
 
 
 def reclaim_stat(vm):
@@ -44,6 +48,70 @@ def large_folios_are_forbidden(vm):
     found = {name: one for name, one in flags.items() if "memfd:latent-ram" in name}
     known = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").exists()
     check(found and all("nh" in one for one in found.values()) == known, f"guest RAM in small pages: {found}")
+
+
+@contextlib.contextmanager
+def slow_walk(directory):
+    """A VM, and a walk through its RAM that takes minutes: each page waits for the store."""
+    os.environ["LATENT_FAULT"] = "write:delay:100"
+    vm = cheap.VM("slow", directory)
+    del os.environ["LATENT_FAULT"]
+    vm.do(f"open {directory}/slow.image")
+    latent("scan", "slow", "--period", "100ms")
+    time.sleep(1)
+    walk = subprocess.Popen([cheap.LATENT, "reclaim", "slow", "--cold-for", "300ms", "--store",
+                             f"/var/tmp/latent-test-slow-{os.getpid()}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True)
+    try:
+        time.sleep(1)
+        check(walk.poll() is None, "a walk is under way")
+        yield vm, walk
+    finally:
+        if walk.poll() is None:
+            walk.kill()
+        walk.communicate()
+        vm.kill()
+        vm.close()
+
+
+def end_of(walk, what):
+    try:
+        walk.wait(DEADLINE_S / 3)
+    except subprocess.TimeoutExpired:
+        check(False, f"{what}: it ends")
+    return walk.returncode
+
+
+def walks_end_early(directory):
+    with slow_walk(directory) as (_, walk):
+        walk.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        check(walk.poll() is None, "the first Ctrl-C waits for the agent")
+        walk.send_signal(signal.SIGINT)
+        check(end_of(walk, "a second Ctrl-C") == NO_ANSWER, "its end was not waited for")
+    with slow_walk(directory) as (vm, walk):
+        vm.kill()
+        other = cheap.VM("slow", directory)
+        check(end_of(walk, "another VM has its name") == NO_ANSWER, "its VM has ended")
+        other.close()
+
+
+def auto_ends_with_its_vm(directory):
+    if not Path("/proc/pressure/memory").exists():
+        print("no pressure is told here: --auto is not tried")
+        return
+    vm = cheap.VM("again", directory)
+    latent("scan", "again", "--period", "100ms")
+    auto = subprocess.Popen([cheap.LATENT, "reclaim", "again", "--auto", "--pressure", "100", "--json"],
+                            stdout=subprocess.PIPE, text=True)
+    check("rest" in auto.stdout.readline(), "--auto is at work")
+    vm.kill()
+    other = cheap.VM("again", directory)
+    check(end_of(auto, "--auto, and another VM has its name") == 0, "--auto ends with its VM")
+    auto.kill()
+    auto.communicate()
+    other.close()
+    vm.close()
 
 
 def body(directory):
@@ -81,6 +149,8 @@ def body(directory):
     check(reclaim_stat(vm)["pages_packed_now"] == cheap.IMAGE_PAGES, "and is given back again")
     check(vm.do("sum") == total, "memory is what it was, from the file")
     vm.close()
+    walks_end_early(directory)
+    auto_ends_with_its_vm(directory)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,22 @@ static void test_backs_off(void **state)
 	assert_int_equal(c.unused_us, RECLAIM_LONGEST_US);
 }
 
+/* By then the next walk's age is half of what has just come back. */
+static void test_backs_off_from_what_was_walked(void **state)
+{
+	struct pressure_control c = control();
+	uint64_t unused_us;
+
+	(void)state;
+	c.unused_us = 6 * MINUTES;
+	assert_int_equal(pressure_step(&c, 50, 0, &unused_us), PRESSURE_WALK);
+	assert_int_equal(unused_us, 6 * MINUTES);
+	assert_int_equal(pressure_step(&c, 50, 101, &unused_us), PRESSURE_BACK_OFF);
+	while (pressure_step(&c, 50, 0, &unused_us) == PRESSURE_REST)
+		;
+	assert_int_equal(unused_us, 12 * MINUTES);
+}
+
 static void test_sizes(void **state)
 {
 	static const struct {
@@ -105,6 +121,7 @@ int main(void)
 		cmocka_unit_test(test_younger_while_it_lasts),
 		cmocka_unit_test(test_nothing_without_pressure),
 		cmocka_unit_test(test_backs_off),
+		cmocka_unit_test(test_backs_off_from_what_was_walked),
 		cmocka_unit_test(test_sizes),
 	};
 

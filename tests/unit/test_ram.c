@@ -712,6 +712,28 @@ static void test_privatize(void **state)
 	check_reconciled(rig);
 }
 
+/* A thread that no freeze stops privatizes with no lock: what it has copied, and not flagged yet, must stay. */
+static void test_zap_beside_privatize(void **state)
+{
+	struct rig *rig = *state;
+	struct ram_block *b = rig->blocks[0].ram;
+
+	assert_int_equal(overlay(rig, 0, 16, 0, 20), 0);
+	assert_int_equal(overlay(rig, 16, 16, 1, 20), 0);
+	assert_int_equal(ram_unmask_file(rig->ram, rig->files[0].index), 0); /* its first step */
+	ram_lock(rig->ram);
+	assert_int_equal(ram_update_private(rig->ram, b, 0, 32), 0);
+	guest_writes(rig, 2, 1);
+	assert_int_equal(ram_zap_clean(rig->ram, b, 0, 16), -EBUSY);
+	assert_int_equal(ram_zap_clean(rig->ram, b, 16, 16), 0);
+	ram_zap_clean_overlays(rig->ram);
+	ram_unlock(rig->ram);
+	assert_guest_tags(rig, 2, 1);
+	assert_int_equal(privatize(rig, 0), 0);
+	assert_guest_tags(rig, 2, 1);
+	check_reconciled(rig);
+}
+
 /* Longer than the slices that privatizing goes by, of two mappings, some copied already. */
 static void test_privatize_much(void **unused)
 {
@@ -1403,6 +1425,7 @@ int main(void)
 		TEST(test_discard),
 		TEST(test_what_lay_beneath_never_reappears),
 		TEST(test_privatize),
+		TEST(test_zap_beside_privatize),
 		cmocka_unit_test(test_privatize_much),
 		cmocka_unit_test(test_zap_clean_overlays),
 		cmocka_unit_test(test_protect_copies),

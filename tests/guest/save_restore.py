@@ -363,7 +363,7 @@ def cold_restore(test, guest, bad, what):
     """Nothing of the snapshot is in memory, so that the copies are used, but for the wrong ones. What is said then."""
     for name in ("ram", "active"):
         host.drop_from_page_cache(bad / name)
-    before = len(guest.qemu_log.read_text())
+    before = len(guest.qemu_log.read_text()) if guest.qemu_log.exists() else 0
     guest.restore(bad)
     test.check(guest.sh("latent-guest mem check m", timeout=120).startswith("ok"), f"{what}: the guest's memory is right")
     guest.kill9()

@@ -3,6 +3,7 @@
  * and shown. */
 #include "cli/reclaim.h"
 
+#include "activity/states.h"
 #include "cli/cli.h"
 #include "os/os.h"
 
@@ -72,6 +73,7 @@ struct result {
 volatile sig_atomic_t reclaim_interrupted; /* how often */
 
 static int parse(const struct cli_command *command, int argc, char **argv, struct request *request);
+static int check_age(const struct vm_view *view, uint64_t cold_for_us);
 static int reclaim(struct vm_view *view, const struct request *request);
 static void print_text(const struct vm_view *view, const struct result *result);
 static void print_json(const struct vm_view *view, const struct result *result);
@@ -88,7 +90,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (status)
 		return status;
 	reclaim_catch_interrupts();
-	if (request.store)
+	status = check_age(&view, request.cold_for_us);
+	if (!status && request.store)
 		status = reclaim_give_store(&view, request.store, request.store_max_bytes);
 	if (!status && request.is_auto)
 		status = reclaim_auto(
@@ -98,6 +101,20 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		status = reclaim(&view, &request);
 	vm_view_close(&view);
 	return status;
+}
+
+/* Nothing would ever be found. */
+static int check_age(const struct vm_view *view, uint64_t cold_for_us)
+{
+	uint64_t shortest_us = stat_get(&view->stats.scan.shortest_us_now), longest_us;
+
+	longest_us = activity_longest_us(shortest_us < SCAN_PERIOD_MAX_US ? shortest_us : SCAN_PERIOD_MAX_US);
+	if (cold_for_us <= longest_us)
+		return CLI_OK;
+	return cli_fail(CLI_USAGE,
+			"reclaim: nobody remembers for longer than %ju s that a page of %s was not used: give a shorter "
+			"--cold-for, or have it scanned at a longer period",
+			(uintmax_t)longest_us / 1000000, view->name);
 }
 
 static int take_option(struct request *request, int option, const char *value)

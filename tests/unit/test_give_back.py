@@ -15,7 +15,7 @@ from cheap import check, latent
 
 OTHER_HALF_PAGES = (cheap.RAM_MIB - cheap.IMAGE_MIB) * cheap.PAGES_PER_MIB
 DEADLINE_S = 30
-NO_ANSWER = 75
+USAGE, NO_ANSWER = 64, 75
 
 
 def reclaim_stat(vm):
@@ -117,6 +117,11 @@ def auto_ends_with_its_vm(directory):
 def body(directory):
     vm = cheap.VM("vm", directory)
     large_folios_are_forbidden(vm)
+    answer = latent("reclaim", "vm", "--cold-for", "781s")
+    check(answer.returncode == USAGE and "longer than 780 s" in answer.stderr, f"nobody remembers for so long: {answer.stderr}")
+    latent("scan", "vm", "--period", "1h")
+    answer = latent("reclaim", "vm", "--cold-for", "18001s")
+    check(answer.returncode == USAGE and "longer than 18000 s" in answer.stderr, f"nor for five long periods: {answer.stderr}")
     total = vm.do("sum")
     vm.do(f"open {directory}/vm.image")  # for writing: its pages, which do not pack, become the VM's own
     check(vm.stat()["pages_base_now"] == cheap.IMAGE_PAGES + OTHER_HALF_PAGES, "all is the VM's own memory")

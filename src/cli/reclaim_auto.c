@@ -19,7 +19,10 @@
 
 /* ---- what to do: a function of what was measured ---------------------------------------------------- */
 
-static uint64_t at_most(const struct pressure_control *c, uint64_t us) { return us < c->longest_us ? us : c->longest_us; }
+static uint64_t at_most(const struct pressure_control *c, uint64_t us)
+{
+	return us < c->longest_us ? us : c->longest_us;
+}
 
 /* What comes back was given back by the last walk, or by one before, of more age. */
 static enum pressure_act back_off(struct pressure_control *c)

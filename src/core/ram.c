@@ -1207,8 +1207,9 @@ static void zap_clean_run(struct zap *z, const struct ram_block *b, uint64_t pag
 }
 
 /*
- * Of a file that is given up nothing is: ram_privatize copies its pages with no lock, in a thread that no freeze stops, so a
- * page that was clean a moment ago may be a copy by now. It says so (ram_unmask_file) before it takes the range lock first.
+ * Of a file that is given up nothing is: ram_privatize copies its pages with no lock, in a thread that no freeze
+ * stops, so a page that was clean a moment ago may be a copy by now. It says so (ram_unmask_file) before it takes the
+ * range lock for the first time.
  */
 static bool may_zap_clean(const struct ram *ram, unsigned file) { return !ram->files[file].copy_only; }
 

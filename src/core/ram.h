@@ -197,8 +197,8 @@ int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uin
  * the guest has written. */
 int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 /* [locked] The same for what is clean of all overlays, but short runs between private copies; writers stopped, and
- * the private flags brought up to date (ram_for_private, ram_for_written) since they stand. Not of files that are given up
- * (ram_privatize). */
+ * the private flags brought up to date (ram_for_private, ram_for_written) since they stand. Not of files that are
+ * given up (ram_privatize). */
 void ram_zap_clean_overlays(struct ram *ram);
 
 /* [locked] Brings the private flags of the pages up to date. */

@@ -74,6 +74,15 @@ def slow_walk(directory):
         vm.close()
 
 
+def replace(vm, watcher, directory):
+    """Another VM of its name, before the watcher can see that there is none."""
+    watcher.send_signal(signal.SIGSTOP)
+    vm.kill()
+    other = cheap.VM(vm.name, directory)
+    watcher.send_signal(signal.SIGCONT)
+    return other
+
+
 def end_of(walk, what):
     try:
         walk.wait(DEADLINE_S / 3)
@@ -90,8 +99,7 @@ def walks_end_early(directory):
         walk.send_signal(signal.SIGINT)
         check(end_of(walk, "a second Ctrl-C") == NO_ANSWER, "its end was not waited for")
     with slow_walk(directory) as (vm, walk):
-        vm.kill()
-        other = cheap.VM("slow", directory)
+        other = replace(vm, walk, directory)
         check(end_of(walk, "another VM has its name") == NO_ANSWER, "its VM has ended")
         other.close()
 
@@ -105,8 +113,7 @@ def auto_ends_with_its_vm(directory):
     auto = subprocess.Popen([cheap.LATENT, "reclaim", "again", "--auto", "--pressure", "100", "--json"],
                             stdout=subprocess.PIPE, text=True)
     check("rest" in auto.stdout.readline(), "--auto is at work")
-    vm.kill()
-    other = cheap.VM("again", directory)
+    other = replace(vm, auto, directory)
     check(end_of(auto, "--auto, and another VM has its name") == 0, "--auto ends with its VM")
     auto.kill()
     auto.communicate()

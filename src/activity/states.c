@@ -55,6 +55,11 @@ uint64_t activity_unused_us(uint64_t entry, uint64_t shortest_us)
 	return larger(looks ? (looks - 1) * shortest_us : 0, units > 2 ? (units - 2) * LONG_UNIT_US : 0);
 }
 
+uint64_t activity_longest_us(uint64_t shortest_us)
+{
+	return activity_unused_us(entry_activity(ACTIVITY_FROZEN, LONG_STATES - 1), shortest_us);
+}
+
 bool activity_used_within(uint64_t entry, uint64_t window_us, uint64_t period_us)
 {
 	enum activity now = activity_of(entry);

@@ -94,6 +94,9 @@ static inline enum activity_class activity_class_of(uint64_t entry)
  * during a migration, when only minutes count). */
 uint64_t activity_unused_us(uint64_t entry, uint64_t shortest_us);
 
+/* The most that activity_unused_us says of any entry. */
+uint64_t activity_longest_us(uint64_t shortest_us);
+
 /* Was the page used within the last `window_us`? Looks are counted where six of them are as long as the window, and
  * minutes else. A new page: no. */
 bool activity_used_within(uint64_t entry, uint64_t window_us, uint64_t period_us);

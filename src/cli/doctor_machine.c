@@ -207,7 +207,8 @@ static void check_huge_pages(struct check_list *list, const struct os_features *
 		check_found(check, CHECK_OK, "none in guest RAM (shmem_enabled: %s)", setting);
 		return;
 	}
-	check_found(check, CHECK_LIMITED, "forced on shared memory (shmem_enabled: %s): no page of it can be missing alone", setting);
+	check_found(check, CHECK_LIMITED, "forced on shared memory (shmem_enabled: %s): no page of it can be missing alone",
+		    setting);
 	check_remedy(check, "echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled, and to the files of that name in "
 			    "hugepages-*kB");
 }

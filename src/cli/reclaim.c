@@ -3,6 +3,7 @@
  * and shown. */
 #include "cli/reclaim.h"
 
+#include "activity/states.h"
 #include "cli/cli.h"
 #include "os/os.h"
 
@@ -72,6 +73,7 @@ struct result {
 volatile sig_atomic_t reclaim_interrupted; /* how often */
 
 static int parse(const struct cli_command *command, int argc, char **argv, struct request *request);
+static int check_age(const struct vm_view *view, uint64_t cold_for_us);
 static int reclaim(struct vm_view *view, const struct request *request);
 static void print_text(const struct vm_view *view, const struct result *result);
 static void print_json(const struct vm_view *view, const struct result *result);
@@ -88,7 +90,8 @@ static int run(const struct cli_command *command, int argc, char **argv)
 	if (status)
 		return status;
 	reclaim_catch_interrupts();
-	if (request.store)
+	status = check_age(&view, request.cold_for_us);
+	if (!status && request.store)
 		status = reclaim_give_store(&view, request.store, request.store_max_bytes);
 	if (!status && request.is_auto)
 		status = reclaim_auto(
@@ -98,6 +101,19 @@ static int run(const struct cli_command *command, int argc, char **argv)
 		status = reclaim(&view, &request);
 	vm_view_close(&view);
 	return status;
+}
+
+/* Nothing would ever be found. */
+static int check_age(const struct vm_view *view, uint64_t cold_for_us)
+{
+	uint64_t longest_us = reclaim_longest_us(&view->stats);
+
+	if (cold_for_us <= longest_us)
+		return CLI_OK;
+	return cli_fail(CLI_USAGE,
+			"reclaim: nobody remembers for longer than %ju s that a page of %s was not used: give a shorter "
+			"--cold-for, or have it scanned at a longer period",
+			(uintmax_t)longest_us / 1000000, view->name);
 }
 
 static int take_option(struct request *request, int option, const char *value)
@@ -188,13 +204,21 @@ uint64_t reclaim_pages(const struct vm_stats *stats)
 	return stat_get(&c->zeros) + stat_get(&c->words) + stat_get(&c->spilled) + stat_get(&c->clean);
 }
 
+/* The scan's period. The VMM may have written anything there. */
+static uint64_t shortest_us(const struct vm_stats *stats)
+{
+	uint64_t us = stat_get(&stats->scan.shortest_us_now);
+
+	us = us > FLOOR_MIN_US / 2 ? us : FLOOR_MIN_US / 2;
+	return us < SCAN_PERIOD_MAX_US ? us : SCAN_PERIOD_MAX_US;
+}
+
 uint64_t reclaim_floor_us(const struct vm_stats *stats)
 {
-	uint64_t shortest_us = stat_get(&stats->scan.shortest_us_now);
-
-	return shortest_us > FLOOR_MIN_US / 2 && shortest_us < RECLAIM_LONGEST_US / 2 ? 2 * shortest_us
-										      : FLOOR_MIN_US;
+	return 2 * shortest_us(stats);
 }
+
+uint64_t reclaim_longest_us(const struct vm_stats *stats) { return activity_longest_us(shortest_us(stats)); }
 
 static int ask(const struct vm_view *view, uint64_t unused_us, uint64_t until_bytes,
 	       char why[RECLAIM_WHY_BYTES])
@@ -313,7 +337,7 @@ static bool is_reached(const struct vm_view *view, uint64_t to_bytes)
 static int walk_to(struct vm_view *view, uint64_t to_bytes, uint64_t *ret_unused_us,
 		   char why[RECLAIM_WHY_BYTES])
 {
-	uint64_t floor_us = reclaim_floor_us(&view->stats), unused_us = RECLAIM_LONGEST_US;
+	uint64_t floor_us = reclaim_floor_us(&view->stats), unused_us = reclaim_longest_us(&view->stats);
 	int r;
 
 	for (;; unused_us = unused_us / 2 > floor_us ? unused_us / 2 : floor_us) {

@@ -8,7 +8,6 @@
 #include <signal.h>
 
 #define RECLAIM_WHY_BYTES 768
-#define RECLAIM_LONGEST_US 780000000ull /* 13 minutes: nobody remembers for longer that a page was not used */
 
 /* How often Ctrl-C was: the first ends a walk, the second waits for nothing. reclaim_catch_interrupts: from here on. */
 extern volatile sig_atomic_t reclaim_interrupted;
@@ -31,8 +30,10 @@ int reclaim_give_store(const struct vm_view *view, const char *path, uint64_t mo
 /* Pages that were given back so far. */
 uint64_t reclaim_pages(const struct vm_stats *stats);
 
-/* The least time for which a page must not have been used: two of the shortest scan periods, or 1 s. */
+/* The least time for which a page must not have been used: two of the shortest scan periods, or 1 s; and the most that
+ * anybody remembers: 13 minutes, or five such periods. */
 uint64_t reclaim_floor_us(const struct vm_stats *stats);
+uint64_t reclaim_longest_us(const struct vm_stats *stats);
 
 /* ---- --auto: reclaim_auto.c ------------------------------------------------------------------------ */
 
@@ -42,7 +43,8 @@ enum pressure_act { PRESSURE_REST, PRESSURE_WALK, PRESSURE_BACK_OFF };
  * again when what was given back is used again. */
 struct pressure_control {
 	double target_percent, refaults_most_per_s;
-	uint64_t floor_us;       /* never younger than that */
+	uint64_t floor_us;       /* never younger than that, */
+	uint64_t longest_us;     /* nor older */
 	uint64_t unused_us;      /* of the next walk, */
 	uint64_t walked_us;      /* and of the last one; 0: there was none */
 	unsigned backoffs, rest; /* rest: steps in which nothing is done */

@@ -19,12 +19,15 @@
 
 /* ---- what to do: a function of what was measured ---------------------------------------------------- */
 
-static uint64_t at_most(uint64_t us) { return us < RECLAIM_LONGEST_US ? us : RECLAIM_LONGEST_US; }
+static uint64_t at_most(const struct pressure_control *c, uint64_t us)
+{
+	return us < c->longest_us ? us : c->longest_us;
+}
 
 /* What comes back was given back by the last walk, or by one before, of more age. */
 static enum pressure_act back_off(struct pressure_control *c)
 {
-	c->unused_us = at_most(2 * (c->walked_us > c->unused_us ? c->walked_us : c->unused_us));
+	c->unused_us = at_most(c, 2 * (c->walked_us > c->unused_us ? c->walked_us : c->unused_us));
 	c->backoffs += c->backoffs < BACKOFFS_MAX;
 	c->rest = 1u << c->backoffs;
 	return PRESSURE_BACK_OFF;
@@ -40,7 +43,7 @@ enum pressure_act pressure_step(struct pressure_control *c, double percent, doub
 		return PRESSURE_REST;
 	}
 	if (percent <= c->target_percent) {
-		c->unused_us = at_most(c->unused_us + c->unused_us / 8);
+		c->unused_us = at_most(c, c->unused_us + c->unused_us / 8);
 		return PRESSURE_REST;
 	}
 	*ret_unused_us = c->walked_us = c->unused_us;
@@ -163,7 +166,8 @@ int reclaim_auto(struct vm_view *view, double target_percent, bool json)
 		.control = { .target_percent = target_percent,
 			     .refaults_most_per_s = REFAULTS_MOST_PER_S,
 			     .floor_us = reclaim_floor_us(&view->stats),
-			     .unused_us = RECLAIM_LONGEST_US },
+			     .longest_us = reclaim_longest_us(&view->stats),
+			     .unused_us = reclaim_longest_us(&view->stats) },
 		.json = json,
 		.shown = !json && isatty(STDOUT_FILENO),
 		.returned = stat_get(&view->stats.reclaim.returned),

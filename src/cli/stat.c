@@ -207,7 +207,7 @@ static double percent(uint64_t part, uint64_t whole)
 	return whole ? 100 * (double)part / (double)whole : 0;
 }
 
-/* What a restore has left to be made. */
+/* What a restore has left to be made, what was given back, and what is still to come from another host. */
 static void print_masked(const struct vm_stats *stats)
 {
 	uint64_t now = stat_get(&stats->pages_masked_now);
@@ -217,10 +217,10 @@ static void print_masked(const struct vm_stats *stats)
 		return;
 	printf("  %-34s %9s  %5.1f %%\n", "to be made when it is touched", cli_size(now * PAGE_BYTES, a),
 	       percent(now * PAGE_BYTES, stats->ram_bytes));
-	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, replaced %ju; zero anyway %ju\n",
+	printf("  of %ju such pages made %ju, mapped %ju, copied %ju, unpacked %ju, replaced %ju; zero anyway %ju\n",
 	       (uintmax_t)stat_get(&stats->pages_masked), (uintmax_t)stat_get(&stats->masked_made),
 	       (uintmax_t)stat_get(&stats->masked_mapped), (uintmax_t)stat_get(&stats->masked_copied),
-	       (uintmax_t)stat_get(&stats->masked_dropped),
+	       (uintmax_t)stat_get(&stats->reclaim.returned), (uintmax_t)stat_get(&stats->masked_dropped),
 	       (uintmax_t)stat_get(&stats->pages_never_masked));
 }
 

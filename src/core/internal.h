@@ -12,7 +12,8 @@
 struct ram_file {
 	bool used;
 	bool watched;           /* see ram_file_is_watched */
-	_Atomic bool copy_only; /* it is given up: masked pages of it are copied from now on, and its overlays too */
+	bool copy_only;         /* masked pages of it are copied from now on, and not mapped */
+	_Atomic unsigned privatizing; /* threads that copy its pages just now, with no lock */
 	int fd;
 	uint64_t pages;
 	uint64_t overlay_pages; /* entries that map it, */

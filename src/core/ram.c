@@ -786,6 +786,7 @@ int ram_privatize(struct ram *ram, unsigned file)
 {
 	int r = ram_unmask_file(ram, file);
 
+	ram->files[file].privatizing++; /* see may_zap_clean */
 	for (size_t slot = 0; slot < RAM_BLOCKS; slot++) {
 		struct piece piece = { 0 };
 
@@ -797,6 +798,7 @@ int ram_privatize(struct ram *ram, unsigned file)
 			r = r ? r : one;
 		}
 	}
+	ram->files[file].privatizing--;
 	return r;
 }
 
@@ -1209,10 +1211,10 @@ static void zap_clean_run(struct zap *z, const struct ram_block *b, uint64_t pag
 }
 
 /*
- * Of a file that is given up nothing is: ram_privatize copies its pages with no lock, in a thread that no freeze stops, so a
- * page that was clean a moment ago may be a copy by now. It says so (ram_unmask_file) before it takes the range lock first.
+ * Not while somebody privatizes the file: he copies its pages with no lock, in a thread that no freeze stops, so a
+ * page that was clean a moment ago may be a copy by now. He says so before he takes the range lock for the first time.
  */
-static bool may_zap_clean(const struct ram *ram, unsigned file) { return !ram->files[file].copy_only; }
+static bool may_zap_clean(const struct ram *ram, unsigned file) { return !ram->files[file].privatizing; }
 
 static int step_zap_clean(struct ram *ram, struct ram_block *b, const struct ram_range *range, void *ctx)
 {

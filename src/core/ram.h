@@ -197,15 +197,15 @@ int ram_return_base(struct ram *ram, struct ram_block *block, uint64_t page, uin
  * the guest has written. */
 int ram_zap_base(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 /* [locked] The same for what is clean of all overlays, but short runs between private copies; writers stopped, and
- * the private flags brought up to date (ram_for_private, ram_for_written) since they stand. Not of files that are given up
- * (ram_privatize). */
+ * the private flags brought up to date (ram_for_private, ram_for_written) since they stand. Not of files that
+ * somebody privatizes meanwhile. */
 void ram_zap_clean_overlays(struct ram *ram);
 
 /* [locked] Brings the private flags of the pages up to date. */
 int ram_update_private(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 /* [locked; the pages' writers stopped, and private flags brought up to date since they stand] Takes what
- * the pages' overlays show of their files out of the page table, and no private copy. -EBUSY: not all, for a file is
- * being given up (ram_privatize). */
+ * the pages' overlays show of their files out of the page table, and no private copy. -EBUSY: not all, for
+ * somebody is privatizing one of the files. */
 int ram_zap_clean(struct ram *ram, struct ram_block *block, uint64_t page, uint64_t pages);
 
 /* [locked] Whether there are any among the pages, as far as is known (ram_update_private). */

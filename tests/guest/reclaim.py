@@ -78,7 +78,8 @@ class Contents:
 # ---- what it does not do ----
 
 def bad_input(test, guest):
-    for words in ([], ["--cold-for", "0"], ["--cold-for", "-1"], ["--cold-for", "soon"], ["--to", "0"], ["--to", "1X"],
+    for words in ([], ["--cold-for", "0"], ["--cold-for", "-1"], ["--cold-for", "soon"], ["--cold-for", "14m"],
+                  ["--to", "0"], ["--to", "1X"],
                   ["--to", "lots"], ["--cold-for", "1m", "--to", "1G"], ["--auto", "--pressure", "0"],
                   ["--auto", "--pressure", "101"], ["--to", "1G", "--pressure", "1"],
                   ["--to", "1G", "--store-max", "1G"], ["--to", "1G", "--store", "file", "--store-max", "4k"]):

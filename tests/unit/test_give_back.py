@@ -15,7 +15,7 @@ from cheap import check, latent
 
 OTHER_HALF_PAGES = (cheap.RAM_MIB - cheap.IMAGE_MIB) * cheap.PAGES_PER_MIB
 DEADLINE_S = 30
-NO_ANSWER = 75
+USAGE, NO_ANSWER = 64, 75
 
 
 def reclaim_stat(vm):
@@ -74,6 +74,15 @@ def slow_walk(directory):
         vm.close()
 
 
+def replace(vm, watcher, directory):
+    """Another VM of its name, before the watcher can see that there is none."""
+    watcher.send_signal(signal.SIGSTOP)
+    vm.kill()
+    other = cheap.VM(vm.name, directory)
+    watcher.send_signal(signal.SIGCONT)
+    return other
+
+
 def end_of(walk, what):
     try:
         walk.wait(DEADLINE_S / 3)
@@ -90,8 +99,7 @@ def walks_end_early(directory):
         walk.send_signal(signal.SIGINT)
         check(end_of(walk, "a second Ctrl-C") == NO_ANSWER, "its end was not waited for")
     with slow_walk(directory) as (vm, walk):
-        vm.kill()
-        other = cheap.VM("slow", directory)
+        other = replace(vm, walk, directory)
         check(end_of(walk, "another VM has its name") == NO_ANSWER, "its VM has ended")
         other.close()
 
@@ -105,8 +113,7 @@ def auto_ends_with_its_vm(directory):
     auto = subprocess.Popen([cheap.LATENT, "reclaim", "again", "--auto", "--pressure", "100", "--json"],
                             stdout=subprocess.PIPE, text=True)
     check("rest" in auto.stdout.readline(), "--auto is at work")
-    vm.kill()
-    other = cheap.VM("again", directory)
+    other = replace(vm, auto, directory)
     check(end_of(auto, "--auto, and another VM has its name") == 0, "--auto ends with its VM")
     auto.kill()
     auto.communicate()
@@ -117,6 +124,11 @@ def auto_ends_with_its_vm(directory):
 def body(directory):
     vm = cheap.VM("vm", directory)
     large_folios_are_forbidden(vm)
+    answer = latent("reclaim", "vm", "--cold-for", "781s")
+    check(answer.returncode == USAGE and "longer than 780 s" in answer.stderr, f"nobody remembers for so long: {answer.stderr}")
+    latent("scan", "vm", "--period", "1h")
+    answer = latent("reclaim", "vm", "--cold-for", "18001s")
+    check(answer.returncode == USAGE and "longer than 18000 s" in answer.stderr, f"nor for five long periods: {answer.stderr}")
     total = vm.do("sum")
     vm.do(f"open {directory}/vm.image")  # for writing: its pages, which do not pack, become the VM's own
     check(vm.stat()["pages_base_now"] == cheap.IMAGE_PAGES + OTHER_HALF_PAGES, "all is the VM's own memory")

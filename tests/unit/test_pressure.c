@@ -10,13 +10,15 @@
 #include <cmocka.h>
 
 #define MINUTES 60000000ull
+#define LONGEST_US (13 * MINUTES)
 
 static struct pressure_control control(void)
 {
 	return (struct pressure_control){ .target_percent = 1,
 					  .refaults_most_per_s = 100,
 					  .floor_us = 2 * MINUTES,
-					  .unused_us = 13 * MINUTES };
+					  .longest_us = LONGEST_US,
+					  .unused_us = LONGEST_US };
 }
 
 static void test_younger_while_it_lasts(void **state)
@@ -42,7 +44,7 @@ static void test_nothing_without_pressure(void **state)
 	c.unused_us = 2 * MINUTES;
 	for (int i = 0; i < 1000; i++)
 		assert_int_equal(pressure_step(&c, 1.0, 0, &unused_us), PRESSURE_REST);
-	assert_int_equal(c.unused_us, RECLAIM_LONGEST_US); /* and what is young is safe again */
+	assert_int_equal(c.unused_us, LONGEST_US); /* and what is young is safe again */
 	assert_int_equal(unused_us, 0);
 }
 
@@ -71,7 +73,7 @@ static void test_backs_off(void **state)
 	assert_int_equal(most, 64);
 	for (int i = 0; i < 100; i++)
 		(void)pressure_step(&c, 50, 1000, &unused_us);
-	assert_int_equal(c.unused_us, RECLAIM_LONGEST_US);
+	assert_int_equal(c.unused_us, LONGEST_US);
 }
 
 /* By then the next walk's age is half of what has just come back. */
@@ -88,6 +90,27 @@ static void test_backs_off_from_what_was_walked(void **state)
 	while (pressure_step(&c, 50, 0, &unused_us) == PRESSURE_REST)
 		;
 	assert_int_equal(unused_us, 12 * MINUTES);
+}
+
+/* Nothing is given back that was used within two periods, whatever these are. */
+static void test_ages_of_periods(void **state)
+{
+	static const struct {
+		uint64_t shortest_us, floor_us, longest_us;
+	} right[] = { { 0, 1000000, 13 * MINUTES },
+		      { 100000, 1000000, 13 * MINUTES },
+		      { MINUTES, 2 * MINUTES, 13 * MINUTES },
+		      { 7 * MINUTES, 14 * MINUTES, 35 * MINUTES },
+		      { 60 * MINUTES, 120 * MINUTES, 300 * MINUTES },
+		      { UINT64_MAX, 120 * MINUTES, 300 * MINUTES } };
+	static struct vm_stats stats;
+
+	(void)state;
+	for (size_t i = 0; i < sizeof right / sizeof right[0]; i++) {
+		stats.scan.shortest_us_now = right[i].shortest_us;
+		assert_int_equal(reclaim_floor_us(&stats), right[i].floor_us);
+		assert_int_equal(reclaim_longest_us(&stats), right[i].longest_us);
+	}
 }
 
 static void test_sizes(void **state)
@@ -122,6 +145,7 @@ int main(void)
 		cmocka_unit_test(test_nothing_without_pressure),
 		cmocka_unit_test(test_backs_off),
 		cmocka_unit_test(test_backs_off_from_what_was_walked),
+		cmocka_unit_test(test_ages_of_periods),
 		cmocka_unit_test(test_sizes),
 	};
 

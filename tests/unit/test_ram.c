@@ -712,26 +712,42 @@ static void test_privatize(void **state)
 	check_reconciled(rig);
 }
 
+static void *privatize_first(void *ctx)
+{
+	assert_int_equal(privatize(ctx, 0), 0);
+	return NULL;
+}
+
 /* A thread that no freeze stops privatizes with no lock: what it has copied, and not flagged yet, must stay. */
 static void test_zap_beside_privatize(void **state)
 {
 	struct rig *rig = *state;
 	struct ram_block *b = rig->blocks[0].ram;
+	int zapped, other;
+	pthread_t thread;
 
 	assert_int_equal(overlay(rig, 0, 16, 0, 20), 0);
 	assert_int_equal(overlay(rig, 16, 16, 1, 20), 0);
-	assert_int_equal(ram_unmask_file(rig->ram, rig->files[0].index), 0); /* its first step */
+	assert_int_equal(os_fault_parse("populate:delay:500"), 0); /* before it copies */
+	assert_int_equal(pthread_create(&thread, NULL, privatize_first, rig), 0);
+	usleep(200000);
 	ram_lock(rig->ram);
 	assert_int_equal(ram_update_private(rig->ram, b, 0, 32), 0);
-	guest_writes(rig, 2, 1);
-	assert_int_equal(ram_zap_clean(rig->ram, b, 0, 16), -EBUSY);
-	assert_int_equal(ram_zap_clean(rig->ram, b, 16, 16), 0);
+	guest_writes(rig, 2, 1); /* stands for a copy of the other thread's */
+	zapped = ram_zap_clean(rig->ram, b, 0, 16);
+	other = ram_zap_clean(rig->ram, b, 16, 16);
 	ram_zap_clean_overlays(rig->ram);
 	ram_unlock(rig->ram);
-	assert_guest_tags(rig, 2, 1);
-	assert_int_equal(privatize(rig, 0), 0);
+	pthread_join(thread, NULL);
+	assert_int_equal(os_fault_parse("populate:delay:0"), 0);
+	assert_int_equal(zapped, -EBUSY);
+	assert_int_equal(other, 0);
 	assert_guest_tags(rig, 2, 1);
 	check_reconciled(rig);
+	ram_lock(rig->ram);
+	assert_int_equal(ram_zap_clean(rig->ram, b, 0, 16), 0); /* it is over: they are known to be copies */
+	ram_unlock(rig->ram);
+	assert_guest_tags(rig, 2, 1);
 }
 
 /* Longer than the slices that privatizing goes by, of two mappings, some copied already. */

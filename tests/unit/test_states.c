@@ -133,6 +133,12 @@ static void test_unused_for(void **state)
 	assert_int_equal(activity_unused_us(after("u.........."), 10 * SECOND), 50 * SECOND);
 	assert_int_equal(activity_unused_us(entry_activity(ACTIVITY_FROZEN, 5), 10 * SECOND), 180 * SECOND);
 	assert_int_equal(activity_unused_us(entry_activity(ACTIVITY_FROZEN, 2), 60 * SECOND), 300 * SECOND);
+	assert_int_equal(activity_longest_us(10 * SECOND), 13 * 60 * SECOND);
+	assert_int_equal(activity_longest_us(3600 * SECOND), 5 * 3600 * SECOND);
+	for (unsigned i = 0; i < ACTIVITIES; i++)
+		for (unsigned k = 0; k < LONG_STATES; k++)
+			assert_in_range(activity_unused_us(entry_activity(i, k), 3600 * SECOND), 0,
+					activity_longest_us(3600 * SECOND));
 }
 
 static void test_used_within(void **state)

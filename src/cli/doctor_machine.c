@@ -200,7 +200,7 @@ static void check_activity(struct check_list *list, const struct os_features *fe
 static void check_huge_pages(struct check_list *list, const struct os_features *features)
 {
 	struct check *check = check_add(list, "huge pages",
-					"single pages that are missing: restores and migrations that go on while the guest runs, reclaim");
+					"reclaim, and restores and migrations that bring pages while the guest runs");
 	const char *setting = *features->shmem_thp ? features->shmem_thp : "unknown";
 
 	if (os_memfd_is_fine_grained()) {

@@ -180,11 +180,9 @@ static const char *why_not(struct agent *a)
 	if (!a->overlays_allowed || reclaimer.left)
 		return "something else needs all of guest RAM as it is: memory cannot be given back "
 		       "(see `latent stat`)";
-	if (agent_explain_large())
-		return agent_explain_large();
 	if (!scanner_shortest_us())
 		return "nobody knows which pages are cold: run `latent scan` first";
-	return NULL;
+	return agent_explain_large();
 }
 
 static const char *why_not_started(int r)

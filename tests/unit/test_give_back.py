@@ -125,10 +125,10 @@ def body(directory):
     vm = cheap.VM("vm", directory)
     large_folios_are_forbidden(vm)
     answer = latent("reclaim", "vm", "--cold-for", "781s")
-    check(answer.returncode == USAGE and "longer than 780 s" in answer.stderr, f"nobody remembers for so long: {answer.stderr}")
+    check(answer.returncode == USAGE and "longer than 780 s" in answer.stderr, f"nobody remembers more: {answer.stderr}")
     latent("scan", "vm", "--period", "1h")
     answer = latent("reclaim", "vm", "--cold-for", "18001s")
-    check(answer.returncode == USAGE and "longer than 18000 s" in answer.stderr, f"nor for five long periods: {answer.stderr}")
+    check(answer.returncode == USAGE and "longer than 18000 s" in answer.stderr, f"nor of long periods: {answer.stderr}")
     total = vm.do("sum")
     vm.do(f"open {directory}/vm.image")  # for writing: its pages, which do not pack, become the VM's own
     check(vm.stat()["pages_base_now"] == cheap.IMAGE_PAGES + OTHER_HALF_PAGES, "all is the VM's own memory")
